@@ -1,0 +1,1 @@
+"""ism_jax: "Improved Training Technique for Shortcut Models" (iSM, NeurIPS 2025) in JAX."""

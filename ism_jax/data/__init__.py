@@ -1,0 +1,5 @@
+"""Datasets and the input pipeline: from a name to a deterministic, resumable stream of pools of batches."""
+
+from ism_jax.data.pipeline import DataConfig, all_images, load_source, pools
+
+__all__ = ["DataConfig", "all_images", "load_source", "pools"]

@@ -1,0 +1,221 @@
+"""An experiment: the validated form of a config.
+
+`ConfigDict` values cross into frozen dataclasses here and nowhere else, and whatever about them can
+be wrong together (batch and devices, image and patch, wavelets and image size, steps off the grid)
+is found here, before anything is compiled or written.
+"""
+
+import dataclasses
+
+from absl import logging
+
+from ism_jax import couplings
+from ism_jax import model as model_lib
+from ism_jax import objectives
+from ism_jax import paths
+from ism_jax import state as state_lib
+from ism_jax import wavelets
+from ism_jax.data import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """every: steps between entries of metrics.jsonl, TensorBoard and the progress line."""
+
+  every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """every: steps between checkpoints (there is one at the end too). keep: how many are kept."""
+
+  every: int
+  keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """What `--mode=sample` draws.
+
+  Attributes:
+    num_images: how many.
+    steps: a count or a schedule, see `paths.parse_schedule`.
+    w: guidance. label: a class, or -1 for all classes in turn.
+    seed: of noise; image i depends on the seed and i alone.
+    batch_size: images at a time, over all devices.
+  """
+
+  num_images: int
+  steps: str
+  w: float
+  label: int
+  seed: int
+  batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """What `--mode=evaluate` measures.
+
+  Attributes:
+    num_images: samples per setting.
+    steps, w: every number of steps below 128 meets every w.
+    w_finest: the w of 128 steps (where `steps` has 128).
+    seeds: of noise, one evaluation each.
+    batch_size: images at a time, over all devices.
+    enlarge: pixels of a grid's PNG per image pixel.
+  """
+
+  num_images: int
+  steps: tuple[int, ...]
+  w: tuple[float, ...]
+  w_finest: float
+  seeds: tuple[int, ...]
+  batch_size: int
+  enlarge: int
+
+  def settings(self) -> list[tuple[int, float]]:
+    """The (steps, w) pairs to measure."""
+    return [
+        (steps, w)
+        for steps in self.steps
+        for w in (self.w if steps < paths.FINEST else (self.w_finest,))
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A whole config.
+
+  Attributes:
+    variant: the row of the ablation this is; a name, nothing reads it to decide anything.
+    seed: of initialisation, noise and all draws.
+    steps: length of the run; rounded up to whole pools.
+    batch_size: M, images per step over all devices.
+    micro_batches: pieces of each device's rows, one after the other, to save memory.
+    scan_steps: steps per compiled call; divides the pool size.
+  """
+
+  variant: str
+  seed: int
+  steps: int
+  batch_size: int
+  micro_batches: int
+  scan_steps: int
+  data: pipeline.DataConfig
+  model: model_lib.ModelConfig
+  objective: objectives.ObjectiveConfig
+  wavelet: wavelets.WaveletConfig
+  coupling: couplings.CouplingConfig
+  optimizer: state_lib.OptimizerConfig
+  ema: state_lib.EmaConfig
+  log: LogConfig
+  checkpoint: CheckpointConfig
+  sample: SampleConfig
+  evaluation: EvaluationConfig
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """[H, W, C] of what the network sees."""
+    return (self.data.image_size, self.data.image_size, self.data.channels)
+
+  @property
+  def null_class(self) -> int:
+    """The label of "no class": the last row of the label table."""
+    return self.data.num_classes
+
+  @property
+  def total_steps(self) -> int:
+    """`steps`, rounded up to whole pools."""
+    return -(-self.steps // self.coupling.pool_size) * self.coupling.pool_size
+
+  def network(self) -> model_lib.SiT:
+    """The model; it has a w input where guidance is intrinsic."""
+    return model_lib.SiT(self.model, self.data.num_classes, self.objective.intrinsic)
+
+
+def _plain(value):
+  """Lists (of JSON, of ConfigDict) as tuples, so that dataclasses hash and compare."""
+  return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _build(cls, values, prefix: str = ""):
+  """cls(**values), section by section, naming whatever key is unknown or missing."""
+  fields = {field.name: field.type for field in dataclasses.fields(cls)}
+  given = set(values.keys())
+  if unknown := sorted(given - set(fields)):
+    raise ValueError(
+        f"config has unknown key {', '.join(prefix + k for k in unknown)}; "
+        f"{prefix.rstrip('.') or 'it'} has {', '.join(sorted(fields))}."
+    )
+  if missing := sorted(set(fields) - given):
+    raise ValueError(f"config lacks {', '.join(prefix + k for k in missing)}.")
+  return cls(**{
+      name: _build(kind, values[name], f"{prefix}{name}.")
+      if dataclasses.is_dataclass(kind)
+      else _plain(values[name])
+      for name, kind in fields.items()
+  })
+
+
+def parse(config) -> Experiment:
+  """The validated experiment of a ConfigDict, or of the nested dict in a checkpoint.
+
+  Raises:
+    ValueError: naming the value and the remedy.
+  """
+  exp = _build(Experiment, config)
+  for name in ("steps", "batch_size", "micro_batches", "scan_steps"):
+    if getattr(exp, name) < 1:
+      raise ValueError(f"config.{name}={getattr(exp, name)} must be at least 1.")
+  for section, name in (
+      ("log", "every"), ("checkpoint", "every"), ("checkpoint", "keep"),
+      ("sample", "num_images"), ("sample", "batch_size"),
+      ("evaluation", "num_images"), ("evaluation", "batch_size"), ("evaluation", "enlarge"),
+  ):  # fmt: skip
+    if (value := getattr(getattr(exp, section), name)) < 1:
+      raise ValueError(f"config.{section}.{name}={value} must be at least 1.")
+  if exp.coupling.pool_size % exp.scan_steps:
+    raise ValueError(
+        f"scan_steps={exp.scan_steps} does not divide coupling.pool_size="
+        f"{exp.coupling.pool_size}: a compiled call runs part of a pool."
+    )
+  model_lib.check_image_size(exp.model, exp.image_shape[:2])
+  wavelets.depth(exp.wavelet, exp.image_shape[:2])
+  if not -1 <= exp.sample.label < exp.data.num_classes:
+    raise ValueError(
+        f"sample.label={exp.sample.label}: classes are 0..{exp.data.num_classes - 1}, "
+        "or -1 for all in turn."
+    )
+  check_guidance(exp, exp.sample.steps, exp.sample.w)
+  for steps, w in exp.evaluation.settings():
+    check_guidance(exp, steps, w)
+  return exp
+
+
+def check_guidance(exp: Experiment, steps, w: float) -> None:
+  """Raises for a schedule off the grid or a w the network can't sample; warns beyond its training."""
+  schedule = paths.parse_schedule(steps)
+  if w < 0:
+    raise ValueError(f"w={w} is negative; w = 0 is no guidance (a CFG scale of 1 + w).")
+  objective = exp.objective
+  if objective.intrinsic and w > objective.w_max:
+    logging.warning("w=%g is beyond the trained maximum, w_max=%g.", w, objective.w_max)
+  if not objective.intrinsic and w != objective.fixed_w and any(d > 0 for _, d in schedule):
+    raise ValueError(
+        f"w={w} with steps={steps}: variant {exp.variant!r} has learnt the fixed guidance "
+        f"w={objective.fixed_w} in its long steps. Use w={objective.fixed_w}, or 128 steps."
+    )
+
+
+def check_devices(exp: Experiment, devices: int) -> None:
+  """Raises ValueError where the batch does not split over devices, micro-batches and losses."""
+  pieces = devices * exp.micro_batches
+  unit = pieces * sum(exp.objective.shares)
+  if exp.batch_size % unit:
+    nearest = max(unit, round(exp.batch_size / unit) * unit)
+    raise ValueError(
+        f"batch_size={exp.batch_size} does not split over {devices} devices x {exp.micro_batches} "
+        f"micro-batches x shares {exp.objective.shares}: it must be a multiple of {unit}; the "
+        f"nearest is {nearest}."
+    )

@@ -1,0 +1,41 @@
+"""Classifier-free guidance, as a network input (iSM) and as a fixed scale in the target (SM).
+
+w = 0 means no guidance; the usual classifier-free-guidance scale is 1 + w. A velocity function is
+called as `velocity(x_t, t, c, d, w)`, with t, c, d, w of shape [B].
+"""
+
+import jax.numpy as jnp
+
+from ism_jax import paths
+
+
+def interval_weight(w, t, t_interval):
+  """w where t >= t_interval, else 0: interval guidance leaves the noisy side alone (iSM, Sec. 4)."""
+  return jnp.where(t >= t_interval, w, 0.0)
+
+
+def extrapolate(s_cond, s_uncond, w):
+  """s_uncond + (1 + w) (s_cond - s_uncond), for w [B]."""
+  return s_uncond + paths.expand(1 + w, s_cond) * (s_cond - s_uncond)
+
+
+def fixed(velocity, *, null_class: int, t_interval: float, every_level: bool):
+  """Two-pass guidance: the Shortcut Models baseline, in its targets and when it is sampled.
+
+  Steps of the finest level are guided, the others only where `every_level`. (SM guides the finest
+  alone: the coarser steps have learnt it already, and guiding them again would compound.)
+
+  Returns:
+    A velocity function that guides `velocity` with its argument w, which `velocity` itself is not
+    given: a network with fixed guidance is called at w = 0.
+  """
+
+  def guided(x_t, t, c, d, w):
+    twice = lambda a: jnp.concatenate([a, a])
+    c_and_null = jnp.concatenate([c, jnp.full_like(c, null_class)])
+    s = velocity(twice(x_t), twice(t), c_and_null, twice(d), jnp.zeros_like(twice(w)))
+    s_cond, s_uncond = jnp.split(s, 2)
+    w = interval_weight(w, t, t_interval)
+    return extrapolate(s_cond, s_uncond, w if every_level else jnp.where(d == 0, w, 0.0))
+
+  return guided

@@ -1,0 +1,239 @@
+"""A judge of small labelled images: a classifier whose penultimate layer gives features.
+
+Inception has nothing to say about 8x8 digits. The judge is trained on the data set itself, on four
+fifths of the images, in seconds on a CPU; its accuracy on the last fifth says whether its opinion
+counts. It plays for small data the part that Inception plays for ImageNet; its numbers compare
+runs on one data set, by one and the same judge, and nothing else.
+
+Axes: N images, H/W size, C channels, F features.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import tempfile
+from typing import Any
+
+from absl import logging
+from flax import traverse_util
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+# Raise it with every change that trains another judge: it is part of the cache's name.
+VERSION = 1
+NUM_FEATURES = 64
+
+HELD_OUT = 0.2
+_STEPS = 1000
+_BATCH = 128
+_LEARNING_RATE = 3e-3
+_WEIGHT_DECAY = 1e-2
+# Smoothed labels keep the best logits finite, and so the features of the training images in range.
+# On the digits they raised held-out accuracy from 0.983 and 0.986 to 0.994 and 0.992 (seeds 0, 1),
+# and no unit died; without them one nearly did (standard deviation 0.017).
+_LABEL_SMOOTHING = 0.1
+_EVAL_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """A trained classifier. `held_out_accuracy` is measured on images that it was not trained on."""
+
+  params: Any
+  held_out_accuracy: float
+  image_shape: tuple[int, int, int]
+  num_classes: int
+
+
+class _Classifier(nn.Module):
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.gelu(nn.Conv(32, (3, 3))(x))
+    x = nn.gelu(nn.Conv(64, (3, 3), strides=2)(x))
+    x = x.reshape(len(x), -1)
+    # GELU, not ReLU: a unit that is dead on the data makes the covariance of the features singular.
+    features = nn.gelu(nn.Dense(NUM_FEATURES)(x))
+    return features, nn.Dense(self.num_classes)(features)
+
+
+def judge_features(judge, images):
+  """What the judge sees in images.
+
+  Args:
+    images: uint8 [N, H, W, C] of the judge's image shape.
+  Returns:
+    features float32 [N, 64], probabilities float32 [N, num_classes]; NumPy arrays.
+  """
+  images = np.asarray(images)
+  if images.dtype != np.uint8 or images.shape[1:] != judge.image_shape:
+    raise ValueError(
+      f"got {images.dtype} images of shape {images.shape}; "
+      f"this judge needs uint8 of shape [N, *{judge.image_shape}]."
+    )
+  features = np.empty((len(images), NUM_FEATURES), np.float32)
+  probabilities = np.empty((len(images), judge.num_classes), np.float32)
+  for start in range(0, len(images), _EVAL_BATCH):
+    batch = images[start : start + _EVAL_BATCH]
+    # Every batch has one size, so that the network is compiled once.
+    padded = np.pad(batch, [(0, _EVAL_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+    f, p = _forward(judge.params, padded, judge.num_classes)
+    features[start : start + len(batch)] = f[: len(batch)]
+    probabilities[start : start + len(batch)] = p[: len(batch)]
+  return features, probabilities
+
+
+def train_judge(images, labels, *, num_classes, seed=0):
+  """Trains a judge on 80 % of the images; on one machine the same seed gives the same judge.
+
+  Args:
+    images: uint8 [N, H, W, C].
+    labels: integers [N] in [0, num_classes).
+  """
+  images, labels = _checked(images, labels, num_classes)
+  train, held_out = stratified_split(labels, seed)
+  if not len(held_out):
+    raise ValueError(f"{len(labels)} images leave none to hold out; give 5 or more of every class.")
+  key_init, key_steps = jax.random.split(jax.random.key(seed))
+  image_shape = images.shape[1:]
+  params = _init(key_init, image_shape, num_classes)
+  opt_state = _optimizer().init(params)
+  train_images, train_labels = jnp.asarray(images[train]), jnp.asarray(labels[train])
+  for step in range(_STEPS):
+    key = jax.random.fold_in(key_steps, step)
+    params, opt_state = _train_step(params, opt_state, train_images, train_labels, key, num_classes)
+  judge = Judge(jax.tree.map(np.asarray, params), float("nan"), image_shape, num_classes)
+  _, probabilities = judge_features(judge, images[held_out])
+  accuracy = np.mean(probabilities.argmax(axis=1) == labels[held_out])
+  return dataclasses.replace(judge, held_out_accuracy=float(accuracy))
+
+
+def load_judge(images, labels, *, num_classes, cache_dir):
+  """The judge of this data set (seed 0): read from cache_dir, or trained and written there.
+
+  The file is named by a hash of the images, the labels and `VERSION`. A file that cannot be read is
+  reported and replaced.
+  """
+  images, labels = _checked(images, labels, num_classes)
+  path = os.path.join(cache_dir, f"judge-{_fingerprint(images, labels, num_classes)}.npz")
+  if os.path.exists(path):
+    try:
+      return _read(path, images.shape[1:], num_classes)
+    # Damage shows as any of BadZipFile, KeyError, ValueError, OSError, NotImplementedError, ...
+    except Exception as error:
+      logging.warning("The cached judge %s is damaged (%s); training it again.", path, error)
+  judge = train_judge(images, labels, num_classes=num_classes)
+  _write(path, judge)
+  return judge
+
+
+def stratified_split(labels, seed):
+  """Indices (train, held_out): a fifth of every class, drawn at random, is held out."""
+  rng = np.random.default_rng(seed)
+  train, held_out = [], []
+  for label in np.unique(labels):
+    members = rng.permutation(np.flatnonzero(labels == label))
+    count = round(HELD_OUT * len(members))
+    held_out.append(members[:count])
+    train.append(members[count:])
+  return np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
+
+
+def _checked(images, labels, num_classes):
+  images, labels = np.asarray(images), np.asarray(labels)
+  if images.dtype != np.uint8 or images.ndim != 4:
+    raise ValueError(
+      f"got {images.dtype} images of shape {images.shape}; needed are uint8 [N, H, W, C]."
+    )
+  if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(
+      f"got {labels.dtype} labels of shape {labels.shape} for {len(images)} images; "
+      "needed is one integer each."
+    )
+  if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+    raise ValueError(
+      f"labels run from {labels.min()} to {labels.max()}; "
+      f"num_classes={num_classes} allows 0 to {num_classes - 1}."
+    )
+  return images, labels.astype(np.int32)
+
+
+def _init(key, image_shape, num_classes):
+  return _Classifier(num_classes).init(key, jnp.zeros((1, *image_shape)))["params"]
+
+
+def _optimizer():
+  schedule = optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS)
+  return optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
+
+
+def _to_unit_range(images):
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
+def _shift(image, offset):
+  """image [H, W, C] moved by offset - 1 pixels in each direction, edges repeated."""
+  padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
+  return jax.lax.dynamic_slice(padded, (offset[0], offset[1], 0), image.shape)
+
+
+@functools.partial(jax.jit, static_argnames="num_classes")
+def _forward(params, images, num_classes):
+  features, logits = _Classifier(num_classes).apply({"params": params}, _to_unit_range(images))
+  return features, jax.nn.softmax(logits)
+
+
+@functools.partial(jax.jit, static_argnames="num_classes", donate_argnums=(0, 1))
+def _train_step(params, opt_state, images, labels, key, num_classes):
+  key_index, key_shift = jax.random.split(key)
+  index = jax.random.randint(key_index, (_BATCH,), 0, len(images))
+  offsets = jax.random.randint(key_shift, (_BATCH, 2), 0, 3)
+  x = jax.vmap(_shift)(_to_unit_range(images[index]), offsets)
+
+  def loss(params):
+    _, logits = _Classifier(num_classes).apply({"params": params}, x)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels[index], num_classes), _LABEL_SMOOTHING)
+    return optax.softmax_cross_entropy(logits, targets).mean()
+
+  updates, opt_state = _optimizer().update(jax.grad(loss)(params), opt_state, params)
+  return optax.apply_updates(params, updates), opt_state
+
+
+def _fingerprint(images, labels, num_classes):
+  digest = hashlib.sha256(repr((VERSION, images.shape, num_classes)).encode())
+  digest.update(np.ascontiguousarray(images).tobytes())
+  digest.update(labels.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _read(path, image_shape, num_classes):
+  expected = jax.eval_shape(lambda: _init(jax.random.key(0), image_shape, num_classes))
+  expected = traverse_util.flatten_dict(expected, sep="/")
+  # Reading an entry also checks its CRC, so a flipped bit is an error and not another judge.
+  with np.load(path, allow_pickle=False) as file:
+    params = {name: file[name] for name in expected}
+    accuracy = float(file["held_out_accuracy"])
+  for name, leaf in expected.items():
+    if params[name].shape != leaf.shape:
+      raise ValueError(f"{name} has shape {params[name].shape}, not {leaf.shape}")
+  return Judge(traverse_util.unflatten_dict(params, sep="/"), accuracy, image_shape, num_classes)
+
+
+def _write(path, judge):
+  directory = os.path.dirname(path)
+  os.makedirs(directory, exist_ok=True)
+  arrays = traverse_util.flatten_dict(judge.params, sep="/")
+  # Written aside and renamed: a reader sees the whole file or none, whoever else is writing.
+  with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
+    try:
+      np.savez(file, held_out_accuracy=judge.held_out_accuracy, **arrays)
+      file.close()
+      os.replace(file.name, path)
+    except BaseException:
+      os.unlink(file.name)
+      raise

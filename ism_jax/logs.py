@@ -1,0 +1,105 @@
+"""What a run says: a progress line, metrics.jsonl and TensorBoard events, all of the same values."""
+
+import datetime
+import json
+import os
+import sys
+import time
+
+from absl import logging
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+
+def as_dict(config) -> dict:
+  """A ConfigDict as a plain dict that JSON can hold."""
+  return json.loads(config.to_json())
+
+
+def only_ours() -> None:
+  """Lets the project's own messages through, and of libraries their warnings: Orbax says a lot."""
+  package = os.path.dirname(os.path.abspath(__file__))
+  ours = lambda record: record.pathname.startswith(package)
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(lambda r: r.levelno >= 30 or ours(r))
+
+
+def write_whole(path: str, data: str | bytes) -> None:
+  """Writes a file that is either all there or not there."""
+  temporary = f"{path}.tmp"
+  with open(temporary, "wb") as f:
+    f.write(data.encode() if isinstance(data, str) else data)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)
+
+
+class Writer:
+  """Averages the metrics of steps and writes them every so often, from the first process alone.
+
+  Attributes of an entry: the mean of each metric since the entry before, the newest diagnostics of
+  the coupling as "coupling/...", "steps_per_second", and "data_wait", the share of time spent
+  waiting for the input pipeline.
+  """
+
+  def __init__(self, workdir: str, *, start: int, total: int, every: int):
+    self._step, self._total, self._every = start, total, every
+    self._window, self._since, self._window_start, self._waited = [], time.perf_counter(), start, 0.0
+    self._bar = self._events = self._lines = None
+    if jax.process_index() != 0:
+      return
+    path = os.path.join(workdir, "metrics.jsonl")
+    if os.path.exists(path):
+      # A run that continues from step `start` writes what came after it anew.
+      with open(path) as f:
+        kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
+      write_whole(path, "".join(kept))
+    self._lines = open(path, "a")
+    self._events = tensorboardX.SummaryWriter(workdir, purge_step=start + 1, flush_secs=30)
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for sink in (self._bar, self._events, self._lines):
+      if sink is not None:
+        sink.close()
+
+  def waited(self, seconds: float) -> None:
+    """Counts time spent waiting for data."""
+    self._waited += seconds
+
+  def add(self, last_step: int, metrics: dict[str, np.ndarray], info: dict) -> None:
+    """Takes the metrics [S] of the S steps up to `last_step`, and the coupling's diagnostics."""
+    self._window.append(metrics)
+    if self._bar is not None:
+      self._bar.update(last_step - self._step)
+    self._step = last_step
+    if last_step - self._window_start < self._every and last_step < self._total:
+      return
+    now = time.perf_counter()
+    rate = (last_step - self._window_start) / (now - self._since)
+    entry = {name: float(np.mean([m[name] for m in self._window])) for name in metrics}
+    entry |= {f"coupling/{name}": float(value) for name, value in info.items()}
+    entry |= {"steps_per_second": rate, "data_wait": self._waited / (now - self._since)}
+    self._window, self._since, self._window_start, self._waited = [], now, last_step, 0.0
+    if self._lines is not None:
+      self._write(last_step, entry)
+
+  def _write(self, step: int, entry: dict[str, float]) -> None:
+    self._lines.write(json.dumps({"step": step} | entry) + "\n")
+    self._lines.flush()
+    for name, value in entry.items():
+      self._events.add_scalar(name, value, step)
+    shown = {k: v for k, v in entry.items() if k in ("loss", "velocity", "guidance", "consistency")}
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    if self._bar is not None:
+      self._bar.set_postfix_str(losses)
+      return
+    rate = entry["steps_per_second"]
+    eta = datetime.timedelta(seconds=round((self._total - step) / rate))
+    logging.info("step %d/%d: %s, %.1f steps/s, ETA %s", step, self._total, losses, rate, eta)

@@ -1,0 +1,45 @@
+"""Trains, evaluates or samples iSM: python -m ism_jax.main --config=configs/digits.py --workdir=W."""
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from ism_jax import logs
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with a variant behind a colon: configs/digits.py:sm.",
+    lock_config=True,
+)  # fmt: skip
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
+_OUT = flags.DEFINE_string("out", None, "With --mode=sample: the npz file to write.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+  """Runs the mode; what the user can mend is one line, not a traceback."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  if (_MODE.value == "sample") != (_OUT.value is not None):
+    raise app.UsageError("--mode=sample needs --out=FILE.npz, and no other mode takes it.")
+  logs.only_ours()
+
+  # Behind the flags: these import JAX, and a wrong flag should not wait for it.
+  from ism_jax import evaluate
+  from ism_jax import train
+
+  try:
+    if _MODE.value == "train":
+      train.train(_CONFIG.value, _WORKDIR.value)
+    elif _MODE.value == "evaluate":
+      evaluate.evaluate(_CONFIG.value, _WORKDIR.value)
+    else:
+      evaluate.sample(_CONFIG.value, _WORKDIR.value, _OUT.value)
+  except (ValueError, OSError, FloatingPointError) as error:
+    logging.debug("Traceback:", exc_info=True)
+    raise SystemExit(f"Error: {error}") from None
+
+
+if __name__ == "__main__":
+  app.run(main)

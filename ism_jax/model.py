@@ -1,0 +1,230 @@
+"""SiT (arXiv:2401.08740), conditioned on noise level t, step size d, class c and guidance w.
+
+A ViT over patches with adaLN-zero, exactly SiT's but for two more embedders in the conditioning
+sum: d enters as its level (a sinusoid of d itself barely tells 0 from 1/128), w as it is. t is
+embedded as SiT does, so published SiT weights fit.
+
+Axes: B batch, T tokens, D width, H heads, P patch pixels times channels, K features of a head.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax import paths
+
+REMATS = ("none", "dots", "full")
+_WIDTHS = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
+    "XL": (28, 1152, 16),
+    "L": (24, 1024, 16),
+    "B": (12, 768, 12),
+    "S": (12, 384, 6),
+    "XS": (6, 128, 4),
+    "XXS": (3, 96, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The network.
+
+  Attributes:
+    size: "SiT-{S,B,L,XL}/{2,4,8}" of the published sizes, and the small "SiT-{XXS,XS}/{...}"; the
+      number is the patch size in pixels.
+    dtype: of the blocks' activations and matrix products, "float32" or "bfloat16"; parameters, the
+      conditioning, softmax and output are float32 always.
+    remat: what a block keeps for the backward pass: "none" keeps all, "dots" the matrix products,
+      "full" its input only.
+    unroll: blocks per iteration of the scan over layers.
+  """
+
+  size: str
+  dtype: str
+  remat: str
+  unroll: int
+
+  def __post_init__(self):
+    name, _, patch = self.size.removeprefix("SiT-").partition("/")
+    if not self.size.startswith("SiT-") or name not in _WIDTHS or patch not in ("1", "2", "4", "8"):
+      raise ValueError(
+          f"model.size={self.size!r} is unknown; known are SiT-{{{','.join(_WIDTHS)}}}/{{1,2,4,8}}."
+      )
+    if self.remat not in REMATS:
+      raise ValueError(f"model.remat={self.remat!r} is unknown; known are {', '.join(REMATS)}.")
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"model.dtype={self.dtype!r} is unknown; known are float32, bfloat16.")
+    if self.unroll < 1:
+      raise ValueError(f"model.unroll={self.unroll} must be at least 1.")
+
+
+def sinusoid(a, dim: int = 256, max_period: float = 10_000.0):
+  """[B] -> [B, dim]: [cos(a f), sin(a f)] at dim/2 frequencies f from 1 to 1/max_period."""
+  half = dim // 2
+  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+  angles = a.astype(jnp.float32)[:, None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+@functools.lru_cache
+def position_embedding(width: int, grid: tuple[int, int]) -> np.ndarray:
+  """[T, width] fixed 2-D sinusoids, [sin, cos] per axis, column number first (as SiT's)."""
+  omega = 1.0 / 10_000 ** (np.arange(width // 4) / (width / 4))
+  rows, columns = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
+  halves = []
+  for position in (columns, rows):
+    angles = position.reshape(-1, 1) * omega
+    halves += [np.sin(angles), np.cos(angles)]
+  return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def modulate(x_BxTxD, shift_BxD, scale_BxD):
+  """adaLN: x (1 + scale) + shift."""
+  return x_BxTxD * (1 + scale_BxD[:, None]) + shift_BxD[:, None]
+
+
+_norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False)
+_dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
+_dense_zero = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
+
+
+class ScalarEmbedder(nn.Module):
+  """A scalar per example [B] -> [B, D]: sinusoids, then an MLP, in float32.
+
+  (bfloat16 cannot tell t = 127/128 from 1.)
+  """
+
+  width: int
+
+  @nn.compact
+  def __call__(self, a):
+    dense = functools.partial(nn.Dense, self.width, kernel_init=nn.initializers.normal(0.02))
+    return dense(name="mlp_2")(nn.silu(dense(name="mlp_0")(sinusoid(a))))
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention over tokens."""
+
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    b, tokens, width = x_BxTxD.shape
+    dense = functools.partial(_dense, dtype=self.dtype)
+    # The matrix products run over flat tokens: XLA's CPU backend is slow with three axes.
+    qkv = dense(3 * width, name="qkv")(x_BxTxD.reshape(-1, width))
+    q, k, v = jnp.moveaxis(qkv.reshape(b, tokens, 3, self.heads, width // self.heads), 2, 0)
+    x_BxTxHxK = jax.nn.dot_product_attention(q, k, v)  # softmax in float32
+    return dense(width, name="proj")(x_BxTxHxK.reshape(-1, width)).reshape(b, tokens, width)
+
+
+class Block(nn.Module):
+  """A transformer block with adaLN-zero conditioning."""
+
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BxTxD, condition_BxD):
+    b, tokens, width = x_BxTxD.shape
+    dense = functools.partial(_dense, dtype=self.dtype)
+    modulation = _dense_zero(6 * width, dtype=self.dtype, name="adaLN_modulation")(condition_BxD)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+    norm = functools.partial(_norm, dtype=self.dtype)
+    h = modulate(norm(name="norm1")(x_BxTxD), shift_a, scale_a)
+    x_BxTxD += gate_a[:, None] * Attention(self.heads, self.dtype, name="attn")(h)
+    h = modulate(norm(name="norm2")(x_BxTxD), shift_m, scale_m).reshape(-1, width)
+    h = dense(width, name="fc2")(nn.gelu(dense(4 * width, name="fc1")(h)))
+    x_BxTxD += gate_m[:, None] * h.reshape(b, tokens, width)
+    return x_BxTxD, None  # a scan's carry and its (empty) output
+
+
+class SiT(nn.Module):
+  """The velocity s(x_t, t, c, d, w).
+
+  Attributes:
+    cfg: size and numerics.
+    num_classes: classes; the label table has one row more, the null class, its last.
+    guided: whether w is an input. (A network with fixed guidance has no w embedder.)
+  """
+
+  cfg: ModelConfig
+  num_classes: int
+  guided: bool
+
+  @nn.compact
+  def __call__(self, x, t, c, d, w):
+    """x [B, H, W, C]; t, c (int), d, w [B] -> [B, H, W, C] float32."""
+    name, _, patch = self.cfg.size.removeprefix("SiT-").partition("/")
+    depth, width, heads = _WIDTHS[name]
+    patch, dtype = int(patch), jnp.dtype(self.cfg.dtype)
+    b, height, wide, channels = x.shape
+    check_image_size(self.cfg, (height, wide))
+    grid = (height // patch, wide // patch)
+    tokens = grid[0] * grid[1]
+
+    embed = nn.Embed(
+        self.num_classes + 1,
+        width,
+        embedding_init=nn.initializers.normal(0.02),
+        name="y_embedder",
+    )
+    condition = ScalarEmbedder(width, name="t_embedder")(t) + embed(c)
+    condition += ScalarEmbedder(width, name="d_embedder")(paths.level(d))
+    if self.guided:
+      condition += ScalarEmbedder(width, name="w_embedder")(w)
+    condition = nn.silu(condition)  # every adaLN begins with it
+
+    # A convolution of stride `patch` is a matrix product over patches, pixels row by row.
+    x = x.reshape(b, grid[0], patch, grid[1], patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    x = _dense(width, dtype=dtype, name="x_embedder")(x.reshape(b * tokens, -1))
+    x = x.reshape(b, tokens, width) + position_embedding(width, grid).astype(dtype)
+
+    block = Block
+    if self.cfg.remat != "none":
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      policy = policy if self.cfg.remat == "dots" else None
+      block = nn.remat(Block, policy=policy, prevent_cse=False)
+    blocks = nn.scan(
+        block,
+        length=depth,
+        unroll=self.cfg.unroll,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+    )
+    x, _ = blocks(heads, dtype, name="blocks")(x, condition)
+
+    modulation = _dense_zero(2 * width, dtype=dtype, name="final_adaLN_modulation")(condition)
+    x = modulate(_norm(dtype=dtype, name="norm_final")(x), *jnp.split(modulation, 2, axis=-1))
+    x = _dense_zero(patch * patch * channels, dtype=dtype, name="final_linear")(
+        x.reshape(b * tokens, width)
+    )
+    x = x.reshape(b, *grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height, wide, channels).astype(jnp.float32)
+
+
+def check_image_size(cfg: ModelConfig, size: tuple[int, int]) -> None:
+  """Raises ValueError where the patch does not divide the image."""
+  patch = int(cfg.size.partition("/")[2])
+  if any(n % patch for n in size):
+    raise ValueError(
+        f"{size[0]}x{size[1]} images do not split into the {patch}x{patch} patches of "
+        f"model.size={cfg.size!r}: choose a patch size that divides them."
+    )
+
+
+def init_params(key, model: SiT, shape: tuple[int, int, int]):
+  """Parameters of a model of [H, W, C] images; float32."""
+  zero = jnp.zeros(1)
+  return model.init(key, jnp.zeros((1, *shape)), zero, zero.astype(int), zero, zero)["params"]
+
+
+def velocity_function(model: SiT, params):
+  """velocity(x_t, t, c, d, w) of these parameters."""
+  return lambda x_t, t, c, d, w: model.apply({"params": params}, x_t, t, c, d, w)

@@ -1,0 +1,269 @@
+"""The three losses of iSM, and the Shortcut Models (SM) baseline, as one regression per example.
+
+L = alpha L_velocity + beta L_guidance + gamma L_consistency (iSM, Sec. 4). The losses differ only
+in each example's (t, d, c, w) and target, so the rows of one batch are dealt to them in a fixed
+pattern and share one network call for the gradient; targets come from calls without gradient. Each
+loss is the mean over its own rows of the *global* batch, so neither the number of devices nor of
+micro-batches changes it.
+
+A velocity function is called as `velocity(x_t, t, c, d, w)`; all but x_t are [B].
+
+Axes: B batch, H/W image size, C channels.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax import guidance
+from ism_jax import paths
+from ism_jax import wavelets
+
+GUIDANCES = ("intrinsic", "fixed_finest", "fixed_every_level")
+PARAMETERS = ("online", "target")
+TIMES = ("grid", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  """The losses.
+
+  Attributes:
+    shares: rows of velocity, guidance and consistency in each sum(shares) rows of the batch; (2, 1,
+      1) is 1/2, 1/4, 1/4. Open in the paper.
+    alpha, beta, gamma: weights of the three losses (1 in the paper).
+    guidance: "intrinsic": w is a network input (iSM). "fixed_finest": SM; guidance of `fixed_w` in
+      the consistency target's finest step alone. "fixed_every_level": the same at every level, the
+      compounding that iSM's Sec. 3 describes.
+    fixed_w: of the two fixed forms.
+    w_max, w_spacing: w is drawn from 0, w_spacing, ..., w_max.
+    t_interval: guidance is off for t < t_interval, the noisy side; 0 is no interval.
+    guidance_parameters: whose conditional-unconditional difference guides: "online", or "target"
+      (the fast EMA). Open in the paper.
+    label_dropout: share of the velocity rows that train the null class (of the consistency rows
+      too where fixed guidance needs a null class at every level).
+    times: t of the velocity and guidance rows: "grid", multiples of 1/128 (SM), or "uniform" on
+      [0, 1). Open in the paper.
+    clip: bound on |x_{t+d}| and on the consistency target, as SM's code has at 4; 0 is none.
+  """
+
+  shares: tuple[int, int, int]
+  alpha: float
+  beta: float
+  gamma: float
+  guidance: str
+  fixed_w: float
+  w_max: float
+  w_spacing: float
+  t_interval: float
+  guidance_parameters: str
+  label_dropout: float
+  times: str
+  clip: float
+
+  def __post_init__(self):
+    object.__setattr__(self, "shares", tuple(self.shares))
+    for name, known in (
+        ("guidance", GUIDANCES), ("guidance_parameters", PARAMETERS), ("times", TIMES)
+    ):
+      if (value := getattr(self, name)) not in known:
+        raise ValueError(f"objective.{name}={value!r} is unknown; known are {', '.join(known)}.")
+    if len(self.shares) != 3 or min(self.shares) < 0 or self.shares[0] < 1:
+      raise ValueError(
+          f"objective.shares={self.shares}: give rows of velocity (at least 1), guidance and "
+          "consistency, such as (2, 1, 1)."
+      )
+    if not self.intrinsic and self.shares[1]:
+      raise ValueError(
+          f"objective.shares={self.shares} gives rows to the guidance loss, which "
+          f"guidance={self.guidance!r} does not have: set the second share to 0."
+      )
+    if self.w_max < 0 or self.fixed_w < 0:
+      raise ValueError(f"w_max={self.w_max}, fixed_w={self.fixed_w}: guidance is never negative.")
+    if self.w_spacing <= 0 or not math.isclose(
+        self.w_max / self.w_spacing, round(self.w_max / self.w_spacing), abs_tol=1e-6
+    ):
+      raise ValueError(f"w_max={self.w_max} is not a multiple of w_spacing={self.w_spacing}.")
+    for name in ("t_interval", "label_dropout"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(f"objective.{name}={getattr(self, name)} must lie in [0, 1].")
+    if self.clip < 0:
+      raise ValueError(f"objective.clip={self.clip} must be positive, or 0 for none.")
+
+  @property
+  def intrinsic(self) -> bool:
+    """Whether w is a network input."""
+    return self.guidance == "intrinsic"
+
+
+class Rows(NamedTuple):
+  """Which rows of a batch belong to which loss: arrays of row numbers."""
+
+  velocity: np.ndarray
+  guidance: np.ndarray
+  consistency: np.ndarray
+
+
+def deal_rows(n: int, shares: tuple[int, int, int]) -> Rows:
+  """Deals n rows to the three losses, in a pattern that repeats every sum(shares) rows.
+
+  Every run of whole periods holds each loss at its share: so do each device's rows and each
+  micro-batch, and a row's loss does not depend on how many of them there are.
+
+  Raises:
+    ValueError: if n is not a multiple of the period.
+  """
+  period = sum(shares)
+  if n % period:
+    near = max(period, round(n / period) * period)
+    raise ValueError(
+        f"{n} rows (of one device, in one micro-batch) do not split into shares {shares}: they need"
+        f" a multiple of {period}; the nearest is {near}."
+    )
+  loss_of_row = np.repeat(np.arange(3), shares)[np.arange(n) % period]
+  return Rows(*(np.flatnonzero(loss_of_row == loss) for loss in range(3)))
+
+
+class Conditions(NamedTuple):
+  """What the network is told about each row: all [B]."""
+
+  t: jax.Array
+  c: jax.Array
+  d: jax.Array
+  w: jax.Array
+
+
+def draw_w(key, shape, cfg: ObjectiveConfig):
+  """w uniform on 0, w_spacing, ..., w_max."""
+  count = round(cfg.w_max / cfg.w_spacing) + 1
+  return cfg.w_spacing * jax.random.randint(key, shape, 0, count).astype(jnp.float32)
+
+
+def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions:
+  """Draws (t, c, d, w) for a global batch with labels c [B], row by row for the row's loss.
+
+  Velocity rows: d = 0, w = 0, c dropped at random. Guidance rows: d = 0, any w. Consistency rows:
+  a jump d in {1/64, ..., 1} from a multiple of d, any w.
+  """
+  n = c.shape[0]
+  rows = deal_rows(n, cfg.shares)
+  is_velocity, is_consistency = (np.isin(np.arange(n), r) for r in (rows.velocity, rows.consistency))
+  key_t, key_jump, key_start, key_w, key_drop = jax.random.split(key, 5)
+  if cfg.times == "grid":
+    t = paths.draw_start(key_t, jnp.zeros(n))
+  else:
+    t = jax.random.uniform(key_t, (n,))
+  jump = paths.draw_jump(key_jump, (n,))
+  t = jnp.where(is_consistency, paths.draw_start(key_start, jump), t)
+  d = jnp.where(is_consistency, jump, 0.0)
+  w = jnp.where(is_velocity, 0.0, draw_w(key_w, (n,), cfg)) if cfg.intrinsic else jnp.zeros(n)
+  may_drop = is_velocity | (is_consistency & (cfg.guidance == "fixed_every_level"))
+  drop = jax.random.bernoulli(key_drop, cfg.label_dropout, (n,)) & may_drop
+  return Conditions(t, jnp.where(drop, null_class, c), d, w)
+
+
+def guidance_target(v, s_cond, s_uncond, w, t, t_interval):
+  """v + w (s_cond - s_uncond), and v alone for t < t_interval (iSM, intrinsic guidance).
+
+  Args:
+    v, s_cond, s_uncond: [B, H, W, C]; the latter two at d = 0, w = 0.
+    w, t: [B].
+  """
+  w = guidance.interval_weight(w, t, t_interval)
+  return v + paths.expand(w, v) * (s_cond - s_uncond)
+
+
+def consistency_target(s_first, velocity, x_t, t, c, d, w, clip=0.0):
+  """Mean velocity of two d-steps: what one 2d-step must predict (iSM, self-consistency).
+
+  Args:
+    s_first: [B, H, W, C], velocity(x_t, t, c, d, w): an argument since its call can be shared.
+    x_t: [B, H, W, C] state at time t.
+    t, d: [B], with t + 2 length(d) <= 1.
+    clip: bound on |x_{t+d}| and on the target, 0 for none.
+  """
+  x_next = paths.advance(x_t, s_first, d)
+  if clip:
+    x_next = jnp.clip(x_next, -clip, clip)
+  s_second = velocity(x_next, t + paths.length(d), c, d, w)
+  target = (s_first + s_second) / 2
+  return jnp.clip(target, -clip, clip) if clip else target
+
+
+def regression_targets(online, target, x0, x1, x_t, given: Conditions, c, cfg, null_class):
+  """What the network must predict for each row, [B, H, W, C]; gradients are stopped.
+
+  Args:
+    online, target: velocity functions of the online parameters and of the target EMA.
+    x0, x1, x_t: [B, H, W, C].
+    given: the conditions of each row; c: [B] the labels before dropout.
+  """
+  rows = deal_rows(len(c), cfg.shares)
+  v = paths.velocity(x0, x1)
+  y = v
+  # Calls: the conditional and unconditional velocity of the guidance rows, and the first half-steps.
+  pair = half = None
+  if rows.guidance.size:
+    g = jnp.concatenate([rows.guidance, rows.guidance])
+    null = jnp.full(rows.guidance.size, null_class)
+    zero = jnp.zeros(g.size)
+    pair = (x_t[g], given.t[g], jnp.concatenate([c[rows.guidance], null]), zero, zero)
+  if rows.consistency.size:
+    k = rows.consistency
+    half = (x_t[k], given.t[k], given.c[k], paths.halve(given.d[k]), given.w[k])
+    if not cfg.intrinsic:
+      half = half[:-1] + (jnp.full(k.size, cfg.fixed_w),)
+      target = guidance.fixed(
+          target,
+          null_class=null_class,
+          t_interval=cfg.t_interval,
+          every_level=cfg.guidance == "fixed_every_level",
+      )
+  s_pair = s_first = None
+  if pair is not None and half is not None and cfg.guidance_parameters == "target":
+    both = target(*(jnp.concatenate(ab) for ab in zip(pair, half, strict=True)))
+    s_pair, s_first = both[: len(pair[0])], both[len(pair[0]) :]
+  else:
+    if pair is not None:
+      s_pair = (online if cfg.guidance_parameters == "online" else target)(*pair)
+    if half is not None:
+      s_first = target(*half)
+  if pair is not None:
+    s_cond, s_uncond = jnp.split(s_pair, 2)
+    g = rows.guidance
+    y = y.at[g].set(
+        guidance_target(v[g], s_cond, s_uncond, given.w[g], given.t[g], cfg.t_interval)
+    )
+  if half is not None:
+    y = y.at[rows.consistency].set(consistency_target(s_first, target, *half, clip=cfg.clip))
+  return jax.lax.stop_gradient(y)
+
+
+def losses(online, target, x0, x1, c, given: Conditions, cfg, wavelet_cfg, null_class, batch_size):
+  """The loss of these rows, as their share of the global batch's.
+
+  Args:
+    online, target: velocity functions; only `online`'s last call carries a gradient.
+    x0, x1: [B, H, W, C]; c: [B] labels.
+    given: the rows' conditions.
+    batch_size: rows of the global batch. The sum of the results over all devices and micro-batches
+      is the loss of the global batch.
+  Returns:
+    (loss, {"velocity": .., "guidance": .., "consistency": ..}), scalars.
+  """
+  x_t = paths.interpolate(x0, x1, given.t)
+  y = regression_targets(online, target, x0, x1, x_t, given, c, cfg, null_class)
+  e = online(x_t, *given) - y
+  total, parts = 0.0, {}
+  weights = (cfg.alpha, cfg.beta, cfg.gamma)
+  rows = deal_rows(len(c), cfg.shares)
+  for name, weight, share, mine in zip(rows._fields, weights, cfg.shares, rows, strict=True):
+    if share:
+      count = batch_size * share // sum(cfg.shares)
+      parts[name] = jnp.sum(wavelets.distance(e[mine], wavelet_cfg, name)) / count
+      total += weight * parts[name]
+  return total, parts

@@ -1,0 +1,140 @@
+"""The train state: parameters, optimizer and both EMA trees, and how a gradient moves them.
+
+Twin EMA (iSM, Sec. 4): a slow average of the parameters for sampling, and a fast one for the
+consistency target, which then follows the online network closely. Equal decays are one EMA.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW.
+
+  Attributes:
+    learning_rate: after the warm-up.
+    schedule: "constant", or "cosine" to zero at the end of the run.
+    warmup_steps: of a linear warm-up from zero.
+    b1, b2, eps: of Adam.
+    weight_decay: decoupled, as a share of the learning rate; 0 is Adam.
+    clip_norm: bound on the global norm of the gradient; 0 is none.
+  """
+
+  learning_rate: float
+  schedule: str
+  warmup_steps: int
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+
+  def __post_init__(self):
+    if self.schedule not in SCHEDULES:
+      raise ValueError(
+          f"optimizer.schedule={self.schedule!r} is unknown; known are {', '.join(SCHEDULES)}."
+      )
+    for name in ("warmup_steps", "weight_decay", "clip_norm"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative.")
+    if self.learning_rate <= 0:
+      raise ValueError(f"optimizer.learning_rate={self.learning_rate} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+  """The two averages.
+
+  Attributes:
+    inference_decay: per step, of the tree that samples.
+    target_decay: per step, of the tree that makes the consistency target. Equal to
+      `inference_decay`, the two trees are equal: one EMA, as SM has.
+    warmup: whether decays start low, at most (1 + n) / (10 + n) after n steps, so that the average
+      forgets the initialisation. (0.999 alone keeps 9 % of it after 2,400 steps.)
+  """
+
+  inference_decay: float
+  target_decay: float
+  warmup: bool
+
+  def __post_init__(self):
+    for name in ("inference_decay", "target_decay"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"ema.{name}={getattr(self, name)} must lie in [0, 1).")
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes.
+
+  Attributes:
+    step: int32 scalar, steps done.
+    params: online parameters. opt_state: the optimizer's.
+    ema: slow average, for sampling. target_ema: fast average, for the consistency target.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema: Any
+  target_ema: Any
+
+
+def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+  """The learning rate by step, for a run of `steps`."""
+  if cfg.schedule == "cosine":
+    after = optax.cosine_decay_schedule(cfg.learning_rate, max(1, steps - cfg.warmup_steps))
+  else:
+    after = optax.constant_schedule(cfg.learning_rate)
+  if not cfg.warmup_steps:
+    return after
+  warmup = optax.linear_schedule(0.0, cfg.learning_rate, cfg.warmup_steps)
+  return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+
+
+def optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """AdamW after clipping of the gradient's global norm."""
+  adamw = optax.adamw(
+      learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay
+  )
+  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw) if cfg.clip_norm else adamw
+
+
+def decay_at(decay: float, step, warmup: bool):
+  """The decay of the update that follows `step` steps."""
+  step = jnp.asarray(step, jnp.float32)
+  return jnp.minimum(decay, (1 + step) / (10 + step)) if warmup else jnp.float32(decay)
+
+
+def average(ema, params, decay):
+  """decay * ema + (1 - decay) * params, leaf by leaf."""
+  return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+
+
+def create(params, tx: optax.GradientTransformation) -> TrainState:
+  """The state before the first step. Both averages start as copies: shared buffers can't be donated."""
+  copy = lambda: jax.tree.map(jnp.copy, params)
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), copy(), copy())
+
+
+def update(state: TrainState, gradient, tx: optax.GradientTransformation, ema: EmaConfig):
+  """One optimizer step, then both averages."""
+  updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  slow = decay_at(ema.inference_decay, state.step, ema.warmup)
+  fast = decay_at(ema.target_decay, state.step, ema.warmup)
+  return TrainState(
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      ema=average(state.ema, params, slow),
+      target_ema=average(state.target_ema, params, fast),
+  )

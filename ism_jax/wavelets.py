@@ -1,0 +1,115 @@
+"""The multi-level wavelet distance between a prediction and its target (iSM, Sec. 4), through jaxwt.
+
+The transform is linear, so the distance is a function of the bands of the error. By Parseval, an
+orthonormal transform (Haar on even sizes; jaxwt has no periodic boundary for the others) leaves the
+*sum* of squares as it was: a distance is new only through its band weights or its norm. The paper
+gives neither; `WaveletConfig.form` names the choices.
+
+Axes: B batch, H/W image size, C channels, N coefficients of a band.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import jaxwt
+import pywt
+
+LOSSES = ("velocity", "guidance", "consistency")
+FORMS = ("l2", "norm", "weighted")
+
+
+@dataclasses.dataclass(frozen=True)
+class WaveletConfig:
+  """Which distance each of the three losses uses.
+
+  Attributes:
+    form: of the losses in `losses`; the others use the mean squared error.
+      "l2": mean squared error, no wavelets.
+      "norm": sum_b sqrt(n_b) sqrt(mean(c_b^2) + epsilon) / sum_b sqrt(n_b) over bands b of n_b
+        coefficients c_b: a norm per band, so no band drowns in another.
+      "weighted": sum_b weights[level of b] n_b mean(c_b^2) / n; equal to "l2" for unit weights.
+    family: a PyWavelets name. Haar is the only one that reaches full depth.
+    levels: depth of the decomposition; -1 is the deepest the size allows, 0 is a single band (the
+      error itself).
+    weights: of "weighted": one per level, finest first, the last for the coarsest approximation
+      (levels + 1 of them); () means all 1.
+    losses: which of the three losses it covers. A norm learns medians where targets are random, so
+      it biases velocity and guidance; consistency targets are deterministic.
+    epsilon: of "norm", in squared error: below it the norm turns quadratic.
+  """
+
+  form: str
+  family: str
+  levels: int
+  weights: tuple[float, ...]
+  losses: tuple[str, ...]
+  epsilon: float
+
+  def __post_init__(self):
+    if self.form not in FORMS:
+      raise ValueError(f"wavelet.form={self.form!r} is unknown; known are {', '.join(FORMS)}.")
+    if self.family not in pywt.wavelist(kind="discrete"):
+      raise ValueError(f"wavelet.family={self.family!r} is no discrete wavelet of PyWavelets.")
+    if unknown := sorted(set(self.losses) - set(LOSSES)):
+      raise ValueError(f"wavelet.losses has {unknown}; known are {', '.join(LOSSES)}.")
+    if self.levels < -1:
+      raise ValueError(f"wavelet.levels={self.levels}: give a depth, 0, or -1 for the deepest.")
+    if self.epsilon <= 0:
+      raise ValueError(f"wavelet.epsilon={self.epsilon} must be positive (squared-error units).")
+    if any(weight < 0 for weight in self.weights):
+      raise ValueError(f"wavelet.weights={self.weights} has a negative weight.")
+
+
+def depth(cfg: WaveletConfig, size: tuple[int, int]) -> int:
+  """Levels of the decomposition of an H x W image; raises if `cfg` asks for more than there are."""
+  deepest = min(pywt.dwt_max_level(n, cfg.family) for n in size)
+  if cfg.levels > deepest:
+    raise ValueError(
+        f"wavelet.levels={cfg.levels} is deeper than {size[0]}x{size[1]} images allow with "
+        f"{cfg.family!r}: at most {deepest}. Set wavelet.levels={deepest}, or -1."
+    )
+  levels = deepest if cfg.levels == -1 else cfg.levels
+  if cfg.form == "weighted" and cfg.weights and len(cfg.weights) != levels + 1:
+    raise ValueError(
+        f"wavelet.weights has {len(cfg.weights)} values; {levels} levels need {levels + 1}, "
+        "finest first, the coarsest approximation last."
+    )
+  return levels
+
+
+def bands(e, family: str, levels: int):
+  """The wavelet bands of e [B, H, W, C]: a list of (level, [B, N]) pairs.
+
+  Level 0 is the finest detail (three bands a level), `levels` the coarsest approximation. N runs
+  over the coefficients of all channels.
+  """
+  flat = lambda band: band.reshape(e.shape[0], -1)
+  if levels == 0:
+    return [(0, flat(e))]
+  # Channels first and default axes: jaxwt's `axes=` fails under jit.
+  e_BxCxHxW = jnp.moveaxis(e, -1, 1)
+  approximation, *details = jaxwt.wavedec2(e_BxCxHxW, family, mode="symmetric", level=levels)
+  found = [(levels, flat(approximation))]
+  for level, triple in zip(range(levels - 1, -1, -1), details, strict=True):
+    found += [(level, flat(band)) for band in triple]
+  return found
+
+
+def distance(e, cfg: WaveletConfig, loss: str):
+  """The distance per example [B] of an error e [B, H, W, C], for one of the three losses."""
+  if cfg.form == "l2" or loss not in cfg.losses:
+    return jnp.mean(jnp.square(e).reshape(e.shape[0], -1), axis=-1)
+  levels = depth(cfg, e.shape[1:3])
+  decomposition = bands(e, cfg.family, levels)
+  energies = [jnp.mean(jnp.square(c_b), axis=-1) for _, c_b in decomposition]
+  if cfg.form == "norm":
+    root_n = [math.sqrt(c_b.shape[-1]) for _, c_b in decomposition]
+    norms = (r * jnp.sqrt(energy + cfg.epsilon) for r, energy in zip(root_n, energies))
+    return sum(norms) / sum(root_n)
+  weights = cfg.weights or (1.0,) * (levels + 1)
+  n = e[0].size
+  return sum(
+      weights[level] * c_b.shape[-1] / n * energy
+      for (level, c_b), energy in zip(decomposition, energies)
+  )

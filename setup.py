@@ -1,0 +1,41 @@
+"""Package metadata: `pip install -e .`, with extras for tests and accelerators."""
+
+import setuptools
+
+setuptools.setup(
+    name="ism_jax",
+    version="0.1.0",
+    description='JAX reference implementation of "Improved Training Technique for Shortcut Models"',
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["ism_jax*", "configs*"]),
+    install_requires=[
+        # Lower bounds are the versions the tests run on.
+        "absl-py>=2.3",
+        "array-record>=0.8",
+        "clu>=0.0.12",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.18,<0.3",
+        "jax>=0.10.2,<0.12",
+        "jaxwt==0.1.1",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "ott-jax>=0.6,<0.7",
+        "pillow>=11",
+        "PyWavelets>=1.8",
+        "scikit-learn>=1.6",  # the digits
+        "scipy>=1.14",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tensorboard": ["tensorboard>=2.18"],
+    },
+)

@@ -1,0 +1,279 @@
+"""Checkpoints against NumPy copies of what was saved, and against killed, foreign and damaged ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from ism_jax import checkpoints
+
+DATA = {"next_index": 7}
+CONFIG = {"model": {"depth": 2}, "variant": "ism"}
+
+
+@flax.struct.dataclass
+class State:
+  step: Any
+  params: Any
+  optimizer: Any
+  ema: Any
+
+
+def make_state(seed, width=16):
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  weights = lambda: {"block": {"w": draw(width, 32), "b": draw(width)}, "heads": [draw(3), draw(5)]}
+  params = weights()
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+  _, moments = optimizer.update(weights(), optimizer.init(params), params)
+  return State(step=jnp.int32(seed), params=params, optimizer=moments, ema=weights())
+
+
+def numpy_of(tree):
+  return jax.tree.map(np.array, tree)  # np.array copies, np.asarray may not
+
+
+def abstract(tree, sharding=None):
+  sharding = sharding or SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def assert_same(tree, expected):
+  assert jax.tree.structure(tree) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, tree, expected)
+
+
+def save_steps(workdir, *steps, keep=3):
+  with checkpoints.open_manager(workdir, keep=keep) as manager:
+    for step in steps:
+      checkpoints.save(manager, step, make_state(step), {"next_index": step}, CONFIG)
+
+
+def reader(workdir):
+  return checkpoints.open_manager(workdir, keep=1, read_only=True)
+
+
+def test_state_data_and_config_come_back_as_they_were(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  with reader(tmp_path) as manager:
+    for step, read in ((None, 2), (1, 1)):
+      expected = numpy_of(make_state(read))
+      state, data_state = checkpoints.restore(manager, abstract(expected), step)
+      assert_same(state, expected)
+      assert data_state == {"next_index": read}
+      assert checkpoints.read_config(manager, step) == CONFIG
+
+
+def test_values_are_those_at_the_save_although_the_state_is_donated_at_once(tmp_path):
+  advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  # Ten MB, so that the write is still under way when the buffers are given back.
+  state = make_state(1, width=1 << 14)
+  expected = []
+  with checkpoints.open_manager(tmp_path, keep=3) as manager:
+    for step in (1, 2, 3):
+      expected.append(numpy_of(state))
+      checkpoints.save(manager, step, state, DATA, CONFIG)
+      for _ in range(3):
+        state = advance(state)
+  with reader(tmp_path) as manager:
+    for step, values in zip((1, 2, 3), expected):
+      assert_same(checkpoints.restore(manager, abstract(values), step)[0], values)
+
+
+def test_a_restored_state_may_be_donated(tmp_path):
+  save_steps(tmp_path, 1)
+  advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  expected = numpy_of(make_state(1))
+  with reader(tmp_path) as manager:
+    state, _ = checkpoints.restore(manager, abstract(expected))
+  for _ in range(4):
+    state = advance(state)
+    expected = jax.tree.map(lambda x: x + np.ones((), x.dtype), expected)
+  assert_same(state, expected)
+
+
+def test_a_sharded_state_restores_to_one_device_and_back(tmp_path):
+  devices = jax.device_count()
+  mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+  place = lambda x: NamedSharding(
+    mesh, PartitionSpec("data" if x.ndim and x.shape[0] % devices == 0 else None)
+    if x.ndim else PartitionSpec()
+  )
+  values = numpy_of(make_state(1, width=8 * devices))
+  sharded = jax.tree.map(lambda x: jax.device_put(x, place(x)), values)
+  with checkpoints.open_manager(tmp_path, keep=2) as manager:
+    checkpoints.save(manager, 1, sharded, DATA, CONFIG)
+    manager.wait_until_finished()
+    single, _ = checkpoints.restore(manager, abstract(values))
+    checkpoints.save(manager, 2, single, DATA, CONFIG)
+    manager.wait_until_finished()
+    again, _ = checkpoints.restore(manager, sharded)  # arrays say where to, as well as shapes do
+  assert_same(single, values)
+  assert_same(again, values)
+  assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(single))
+  assert all(x.sharding == place(x) for x in jax.tree.leaves(again))
+
+
+def make_noise(width=64):
+  """A state whose bits do not compress, so that they lie on disk as they are in memory."""
+  draw = lambda seed: jax.random.bits(jax.random.key(seed), (width, 32), jnp.uint32)
+  return State(
+    step=jnp.int32(1), params={"w": draw(0), "b": draw(1)}, optimizer=(), ema={"w": draw(2)}
+  )
+
+
+def save_and_break(workdir, state, broken):
+  """Saves step 1, and breaks the compressed frame that holds the array `broken` on disk."""
+  with checkpoints.open_manager(workdir, keep=1) as manager:
+    checkpoints.save(manager, 1, state, DATA, CONFIG)
+  start, found = broken.tobytes()[:64], 0
+  for path in (workdir / "checkpoints" / "1" / "state").rglob("*"):
+    content = path.read_bytes() if path.is_file() else b""
+    if start in content:
+      at = content.index(start)
+      path.write_bytes(content[: at - 16] + b"\xff" * 16 + content[at:])
+      found += 1
+  assert found == 1
+  with reader(workdir) as manager:
+    with pytest.raises(ValueError, match="ZSTD"):
+      checkpoints.restore(manager, abstract(state))
+
+
+def test_one_tree_restores_although_the_others_are_unreadable(tmp_path):
+  state = make_noise()
+  expected = numpy_of(state)
+  save_and_break(tmp_path, state, expected.params["w"])
+  with reader(tmp_path) as manager:
+    assert_same(checkpoints.restore_tree(manager, "ema", abstract(state.ema)), expected.ema)
+
+
+def test_another_models_checkpoint_is_refused_before_any_array_is_read(tmp_path):
+  state = make_noise()
+  save_and_break(tmp_path, state, np.array(state.params["w"]))
+  with reader(tmp_path) as manager:
+    with pytest.raises(ValueError, match=r"params/w: \(64, 32\) saved, \(48, 32\) wanted"):
+      checkpoints.restore(manager, abstract(make_noise(48)))
+
+
+def test_another_models_checkpoint_names_what_differs_and_what_to_do(tmp_path):
+  save_steps(tmp_path, 1)
+  same, other = abstract(make_state(1)), abstract(make_state(1, width=24))
+  with reader(tmp_path) as manager:
+    with pytest.raises(ValueError) as error:
+      checkpoints.restore(manager, same.replace(ema=other.ema))
+    text = str(error.value)
+    assert "ema/block/b: (16,) saved, (24,) wanted" in text
+    assert "ema/block/w: (16, 32) saved, (24, 32) wanted" in text
+    assert "params" not in text and "heads" not in text, "names what agrees"
+    assert f"{tmp_path}/checkpoints/1" in text and "--config" in text and "--workdir" in text
+    with pytest.raises(ValueError, match=r"ema/block/b: \(16,\) saved, \(24,\) wanted"):
+      checkpoints.restore_tree(manager, "ema", other.ema)
+    changed = same.replace(params={**same.params, "heads": [], "new": same.step})
+    with pytest.raises(ValueError, match=r"(?s)heads/0: \(3,\) saved, absent .*new: absent .* \(\) w"):
+      checkpoints.restore(manager, changed)
+    with pytest.raises(ValueError, match="and 9 more"):
+      checkpoints.restore(manager, same.replace(params={}, optimizer=(), ema={}))
+    with pytest.raises(ValueError, match="no 'target'; it has: ema, optimizer, params, step"):
+      checkpoints.restore_tree(manager, "target", same.ema)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+  save_steps(tmp_path, 1, 2, 3, 4, 5, keep=2)
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "5"]
+  with reader(tmp_path) as manager:
+    assert sorted(manager.all_steps()) == [4, 5]
+    with pytest.raises(FileNotFoundError, match=r"step 3 .* \[4, 5\]"):
+      checkpoints.read_config(manager, 3)
+
+
+def test_a_step_is_saved_once_and_none_before_the_latest(tmp_path):
+  with checkpoints.open_manager(tmp_path, keep=3) as manager:
+    assert checkpoints.save(manager, 5, make_state(5), DATA, CONFIG)
+    assert not checkpoints.save(manager, 5, make_state(6), DATA, CONFIG)
+    with pytest.raises(ValueError, match="step 4 cannot follow .* step 5"):
+      checkpoints.save(manager, 4, make_state(4), DATA, CONFIG)
+  with reader(tmp_path) as manager:
+    with pytest.raises(ValueError, match="read_only"):
+      checkpoints.save(manager, 6, make_state(6), DATA, CONFIG)
+    expected = numpy_of(make_state(5))
+    assert_same(checkpoints.restore(manager, abstract(expected))[0], expected)
+
+
+def test_a_killed_save_leaves_no_checkpoint_that_counts(tmp_path):
+  code = """
+import os, signal, sys
+import numpy as np
+from ism_jax import checkpoints
+class Deadly(dict):
+  def items(self):  # reached while the config is being written
+    os.kill(os.getpid(), signal.SIGKILL)
+manager = checkpoints.open_manager(sys.argv[1], keep=3)
+checkpoints.save(manager, 1, {"w": np.ones(4)}, {}, {})
+manager.wait_until_finished()
+checkpoints.save(manager, 2, {"w": np.zeros(4)}, {}, Deadly(a=1))
+manager.wait_until_finished()
+"""
+  run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+  assert run.returncode == -signal.SIGKILL
+  leftover = [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name != "1"]
+  assert leftover, "the second save had not begun"
+  like = {"w": jax.ShapeDtypeStruct((4,), np.float64)}
+  with reader(tmp_path) as manager:
+    assert manager.all_steps() == [1]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted([*leftover, "1"])
+  with checkpoints.open_manager(tmp_path, keep=3) as manager:
+    assert checkpoints.save(manager, 2, {"w": np.full(4, 2.0)}, DATA, CONFIG)
+    manager.wait_until_finished()
+    np.testing.assert_array_equal(checkpoints.restore(manager, like)[0]["w"], np.full(4, 2.0))
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_an_empty_workdir_names_the_folder_and_the_command_that_fills_it(tmp_path):
+  for manager in (reader(tmp_path), checkpoints.open_manager(tmp_path, keep=1)):
+    for read in (
+      lambda: checkpoints.restore(manager, abstract(make_state(1))),
+      lambda: checkpoints.restore_tree(manager, "ema", {}),
+      lambda: checkpoints.read_config(manager),
+    ):
+      with pytest.raises(FileNotFoundError, match=f"{tmp_path}/checkpoints.*--mode=train"):
+        read()
+    manager.close()
+
+
+def test_reading_writes_nothing(tmp_path):
+  reader(tmp_path / "run").close()
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_workdir_is_refused_before_anything_is_written(tmp_path):
+  (tmp_path / "file").write_text("not a folder")
+  with pytest.raises(OSError, match="workdir .*/file/run cannot be written .*--workdir"):
+    checkpoints.open_manager(tmp_path / "file" / "run", keep=1)
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_position_of_a_data_iterator_fits_into_a_checkpoint(tmp_path):
+  import grain
+
+  make = lambda: iter(grain.MapDataset.range(100).to_iter_dataset().batch(3))
+  iterator = make()
+  for _ in range(4):
+    next(iterator)
+  with checkpoints.open_manager(tmp_path, keep=1) as manager:
+    checkpoints.save(manager, 1, make_state(1), iterator.get_state(), CONFIG)
+    manager.wait_until_finished()
+    _, data_state = checkpoints.restore(manager, abstract(make_state(1)))
+  resumed = make()
+  resumed.set_state(data_state)
+  np.testing.assert_array_equal(next(resumed), [12, 13, 14])
+  assert os.path.isdir(tmp_path / "checkpoints" / "1") and json.dumps(data_state)
