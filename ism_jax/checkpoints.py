@@ -1,7 +1,8 @@
-"""Checkpoints: the train state, the position in the data and the config, one Orbax step for all three.
+"""Checkpoints: the train state, the position in the data and the config, one Orbax step for all.
 
-A step counts once it is complete: a save that was killed leaves a temporary folder that no reader sees and the next
-writer removes. Arrays are restored to the placement the caller asks for, on any number of devices.
+A step counts once it is complete: a save that was killed leaves a temporary folder that no reader
+sees and the next writer removes. Arrays are restored to the placement the caller asks for, on any
+number of devices.
 """
 
 import os
@@ -14,17 +15,19 @@ _MAX_NAMED = 8  # differences spelt out in one error
 
 
 def open_manager(workdir, *, keep, read_only=False):
-  """Opens `<workdir>/checkpoints`; close() waits for what is still being written.
+  """Opens `<workdir>/checkpoints`; close(), or leaving `with`, waits for what is being written.
 
   Args:
-    workdir: folder of the run; a local path, or one with a scheme such as gs://, which is taken as it is.
+    workdir: folder of the run. A path with a scheme, such as gs://, is taken as it is.
     keep: number of latest steps that stay on disk.
     read_only: writes nothing, not even a folder; for a run that someone else may be training.
+  Returns:
+    An orbax CheckpointManager. For preemption: reached_preemption(step).
   Raises:
     OSError: the workdir cannot be written.
   """
   if keep < 1:
-    raise ValueError(f"keep={keep} must be at least 1: the latest checkpoint is the one training resumes from.")
+    raise ValueError(f"keep={keep} must be at least 1: training resumes from the latest.")
   workdir = os.fspath(workdir)
   if "://" not in workdir:
     workdir = os.path.abspath(os.path.expanduser(workdir))
@@ -43,19 +46,19 @@ def open_manager(workdir, *, keep, read_only=False):
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
   )
-  return ocp.CheckpointManager(f"{workdir}/checkpoints", options=options, handler_registry=handlers)
+  return ocp.CheckpointManager(
+    f"{workdir}/checkpoints", options=options, handler_registry=handlers
+  )
 
 
 def save(manager, step, state, data_state, config):
-  """Starts writing a checkpoint and returns once the arrays may be overwritten.
+  """Starts writing a checkpoint, and returns once the state may be overwritten.
 
-  Blocks for the copy to host memory, and for the previous save if that has not finished. An error of the background
-  write is raised by the next save or by close().
+  Blocks for the copy to host memory, and for the previous save if that has not finished. An error
+  of the background write is raised by the next save or by close().
 
   Args:
-    state: a pytree of arrays (a flax.struct dataclass, optax states). It may be donated as soon as this returns: on
-      accelerators its values are in host memory by then; on CPU Orbax writes from the arrays' own buffers, which XLA
-      does not give to another array while they are being read, it allocates instead.
+    state: a pytree of arrays (a flax.struct dataclass, optax states).
     data_state: get_state() of the data iterator.
     config: a dict of JSON.
   Returns:
@@ -69,13 +72,16 @@ def save(manager, step, state, data_state, config):
       f"step {step} cannot follow the checkpoint of step {latest} in {manager.directory}; "
       "remove the later ones, or train in another --workdir."
     )
+  # The state may be donated as soon as this returns. On accelerators its values are in host memory
+  # by then. On CPU, Orbax goes on reading the arrays' own buffers in the background; XLA does not
+  # reuse a buffer that NumPy still refers to, and allocates another for the donated step.
   items = ocp.args.Composite(
     state=ocp.args.StandardSave(state),
     data=ocp.args.JsonSave(data_state),
     config=ocp.args.JsonSave(config),
   )
   if not manager.save(step, args=items):
-    raise ValueError(f"step {step} was not saved: {manager.directory} was opened with read_only=True.")
+    raise ValueError(f"step {step} was not saved: {manager.directory} was opened read_only.")
   return True
 
 
@@ -83,35 +89,37 @@ def restore(manager, like, step=None):
   """Reads the train state, and where in the data it was.
 
   Args:
-    like: the pytree of the state with jax.ShapeDtypeStruct leaves that carry shardings, or with arrays. Values are cast
-      to its dtypes.
+    like: the pytree of the state, with jax.ShapeDtypeStruct leaves that carry shardings or with
+      arrays. Values are cast to its dtypes.
     step: None for the latest.
   Returns:
-    (state, data_state): arrays placed as `like` says, which may be donated; the argument of set_state().
+    (state, data_state): arrays placed as `like` says, which may be donated; what set_state() takes.
   Raises:
     FileNotFoundError: no such checkpoint.
     ValueError: the checkpoint is one of another model; found before any array is read.
   """
   step = _existing_step(manager, step)
-  _check_same_tree(manager, step, _shapes(_saved_tree(manager, step)), _shapes(like))
+  _check_same_tree(manager, step, _saved_tree(manager, step), like)
   items = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
   restored = manager.restore(step, args=items)
   return restored.state, restored.data
 
 
 def restore_tree(manager, name, like, step=None):
-  """Reads one field of the state alone, such as one EMA: for XL/2 a fifth of the bytes; otherwise as `restore`.
+  """Reads one field of the state and no other, such as one EMA; otherwise as `restore`.
 
   Args:
     name: the field of the state.
     like: the pytree of that field.
   """
   step = _existing_step(manager, step)
-  saved = _saved_tree(manager, step)
+  saved, item = _saved_tree(manager, step), {name: like}
   if name not in saved:
-    raise ValueError(f"the state at {manager.directory}/{step} has no {name!r}; it has: {', '.join(sorted(saved))}.")
-  item = {name: like}
-  _check_same_tree(manager, step, _shapes({name: saved[name]}), _shapes(item))
+    raise ValueError(
+      f"the state in {manager.directory}/{step} has no {name!r}; "
+      f"it has: {', '.join(sorted(saved))}."
+    )
+  _check_same_tree(manager, step, {name: saved[name]}, item)
   args = ocp.args.PyTreeRestore(
     item=item,
     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -133,17 +141,23 @@ def _check_writable(workdir):
     with tempfile.TemporaryFile(dir=workdir):
       pass
   except OSError as e:
-    raise OSError(f"workdir {workdir} cannot be written ({e.strerror}); pass a --workdir that can.") from e
+    raise OSError(
+      f"workdir {workdir} cannot be written ({e.strerror}); pass a --workdir that can."
+    ) from e
 
 
 def _existing_step(manager, step):
   steps = sorted(manager.all_steps())
   if not steps:
-    raise FileNotFoundError(f"no checkpoint in {manager.directory}; make one with --mode=train and this --workdir.")
+    raise FileNotFoundError(
+      f"no checkpoint in {manager.directory}; make one with --mode=train and this --workdir."
+    )
   if step is None:
     return steps[-1]
   if step not in steps:
-    raise FileNotFoundError(f"no checkpoint of step {step} in {manager.directory}; there are: {steps}.")
+    raise FileNotFoundError(
+      f"no checkpoint of step {step} in {manager.directory}; there are: {steps}."
+    )
   return step
 
 
@@ -152,16 +166,22 @@ def _saved_tree(manager, step):
 
 
 def _shapes(tree):
-  # Orbax stores dataclasses and named tuples as dicts and lists: paths agree, tree structures do not.
+  # Orbax stores dataclasses and named tuples as dicts and lists: paths agree, structures do not.
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves
+  }
 
 
 def _check_same_tree(manager, step, saved, wanted):
+  saved, wanted = _shapes(saved), _shapes(wanted)
   keys = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
   if not keys:
     return
-  lines = [f"  {k}: {saved.get(k, 'absent')} saved, {wanted.get(k, 'absent')} wanted" for k in keys[:_MAX_NAMED]]
+  lines = [
+    f"  {k}: {saved.get(k, 'absent')} saved, {wanted.get(k, 'absent')} wanted"
+    for k in keys[:_MAX_NAMED]
+  ]
   if len(keys) > _MAX_NAMED:
     lines.append(f"  and {len(keys) - _MAX_NAMED} more")
   raise ValueError(

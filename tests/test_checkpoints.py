@@ -1,7 +1,8 @@
-"""Checkpoints against NumPy copies of what was saved, and against killed, foreign and damaged ones."""
+"""Checkpoints against NumPy copies of what was saved; killed, foreign and damaged ones."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,10 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ism_jax import checkpoints
 
@@ -86,7 +87,7 @@ def test_values_are_those_at_the_save_although_the_state_is_donated_at_once(tmp_
       for _ in range(3):
         state = advance(state)
   with reader(tmp_path) as manager:
-    for step, values in zip((1, 2, 3), expected):
+    for step, values in zip((1, 2, 3), expected, strict=True):
       assert_same(checkpoints.restore(manager, abstract(values), step)[0], values)
 
 
@@ -105,10 +106,11 @@ def test_a_restored_state_may_be_donated(tmp_path):
 def test_a_sharded_state_restores_to_one_device_and_back(tmp_path):
   devices = jax.device_count()
   mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-  place = lambda x: NamedSharding(
-    mesh, PartitionSpec("data" if x.ndim and x.shape[0] % devices == 0 else None)
-    if x.ndim else PartitionSpec()
-  )
+
+  def place(x):
+    splits = x.ndim and x.shape[0] % devices == 0
+    return NamedSharding(mesh, PartitionSpec("data") if splits else PartitionSpec())
+
   values = numpy_of(make_state(1, width=8 * devices))
   sharded = jax.tree.map(lambda x: jax.device_put(x, place(x)), values)
   with checkpoints.open_manager(tmp_path, keep=2) as manager:
@@ -127,42 +129,39 @@ def test_a_sharded_state_restores_to_one_device_and_back(tmp_path):
 def make_noise(width=64):
   """A state whose bits do not compress, so that they lie on disk as they are in memory."""
   draw = lambda seed: jax.random.bits(jax.random.key(seed), (width, 32), jnp.uint32)
-  return State(
-    step=jnp.int32(1), params={"w": draw(0), "b": draw(1)}, optimizer=(), ema={"w": draw(2)}
-  )
+  return State(step=jnp.int32(1), params={"w": draw(0)}, optimizer=(), ema={"w": draw(1)})
 
 
-def save_and_break(workdir, state, broken):
-  """Saves step 1, and breaks the compressed frame that holds the array `broken` on disk."""
+def save_with_broken_params(workdir, state):
+  """Saves step 1, and breaks the compressed frame that holds params["w"] on disk."""
   with checkpoints.open_manager(workdir, keep=1) as manager:
     checkpoints.save(manager, 1, state, DATA, CONFIG)
-  start, found = broken.tobytes()[:64], 0
+  start, found = np.array(state.params["w"]).tobytes()[:64], 0
   for path in (workdir / "checkpoints" / "1" / "state").rglob("*"):
     content = path.read_bytes() if path.is_file() else b""
     if start in content:
-      at = content.index(start)
-      path.write_bytes(content[: at - 16] + b"\xff" * 16 + content[at:])
+      frame = content.rindex(b"\x28\xb5\x2f\xfd", 0, content.index(start))  # zstd's magic number
+      path.write_bytes(content[:frame] + bytes(4) + content[frame + 4 :])
       found += 1
   assert found == 1
-  with reader(workdir) as manager:
-    with pytest.raises(ValueError, match="ZSTD"):
-      checkpoints.restore(manager, abstract(state))
+  with reader(workdir) as manager, pytest.raises(Exception, match=r"(?s)while reading.*params\.w"):
+    checkpoints.restore_tree(manager, "params", abstract(state.params))
 
 
 def test_one_tree_restores_although_the_others_are_unreadable(tmp_path):
   state = make_noise()
-  expected = numpy_of(state)
-  save_and_break(tmp_path, state, expected.params["w"])
+  save_with_broken_params(tmp_path, state)
   with reader(tmp_path) as manager:
-    assert_same(checkpoints.restore_tree(manager, "ema", abstract(state.ema)), expected.ema)
+    ema = checkpoints.restore_tree(manager, "ema", abstract(state.ema))
+  assert_same(ema, numpy_of(state.ema))
 
 
 def test_another_models_checkpoint_is_refused_before_any_array_is_read(tmp_path):
   state = make_noise()
-  save_and_break(tmp_path, state, np.array(state.params["w"]))
-  with reader(tmp_path) as manager:
-    with pytest.raises(ValueError, match=r"params/w: \(64, 32\) saved, \(48, 32\) wanted"):
-      checkpoints.restore(manager, abstract(make_noise(48)))
+  save_with_broken_params(tmp_path, state)
+  expected = pytest.raises(ValueError, match=r"params/w: \(64, 32\) saved, \(48, 32\) wanted")
+  with reader(tmp_path) as manager, expected:
+    checkpoints.restore(manager, abstract(make_noise(48)))
 
 
 def test_another_models_checkpoint_names_what_differs_and_what_to_do(tmp_path):
@@ -179,7 +178,7 @@ def test_another_models_checkpoint_names_what_differs_and_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"ema/block/b: \(16,\) saved, \(24,\) wanted"):
       checkpoints.restore_tree(manager, "ema", other.ema)
     changed = same.replace(params={**same.params, "heads": [], "new": same.step})
-    with pytest.raises(ValueError, match=r"(?s)heads/0: \(3,\) saved, absent .*new: absent .* \(\) w"):
+    with pytest.raises(ValueError, match=r"(?s)heads/0: \(3,\) saved, absent .*new: absent saved"):
       checkpoints.restore(manager, changed)
     with pytest.raises(ValueError, match="and 9 more"):
       checkpoints.restore(manager, same.replace(params={}, optimizer=(), ema={}))
@@ -189,7 +188,7 @@ def test_another_models_checkpoint_names_what_differs_and_what_to_do(tmp_path):
 
 def test_the_last_checkpoints_are_kept(tmp_path):
   save_steps(tmp_path, 1, 2, 3, 4, 5, keep=2)
-  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "5"]
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
   with reader(tmp_path) as manager:
     assert sorted(manager.all_steps()) == [4, 5]
     with pytest.raises(FileNotFoundError, match=r"step 3 .* \[4, 5\]"):
@@ -200,7 +199,7 @@ def test_a_step_is_saved_once_and_none_before_the_latest(tmp_path):
   with checkpoints.open_manager(tmp_path, keep=3) as manager:
     assert checkpoints.save(manager, 5, make_state(5), DATA, CONFIG)
     assert not checkpoints.save(manager, 5, make_state(6), DATA, CONFIG)
-    with pytest.raises(ValueError, match="step 4 cannot follow .* step 5"):
+    with pytest.raises(ValueError, match=r"step 4 cannot follow .* step 5"):
       checkpoints.save(manager, 4, make_state(4), DATA, CONFIG)
   with reader(tmp_path) as manager:
     with pytest.raises(ValueError, match="read_only"):
@@ -223,7 +222,7 @@ manager.wait_until_finished()
 checkpoints.save(manager, 2, {"w": np.zeros(4)}, {}, Deadly(a=1))
 manager.wait_until_finished()
 """
-  run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+  run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
   assert run.returncode == -signal.SIGKILL
   leftover = [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name != "1"]
   assert leftover, "the second save had not begun"
@@ -231,11 +230,14 @@ manager.wait_until_finished()
   with reader(tmp_path) as manager:
     assert manager.all_steps() == [1]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted([*leftover, "1"])
-  with checkpoints.open_manager(tmp_path, keep=3) as manager:
-    assert checkpoints.save(manager, 2, {"w": np.full(4, 2.0)}, DATA, CONFIG)
-    manager.wait_until_finished()
-    np.testing.assert_array_equal(checkpoints.restore(manager, like)[0]["w"], np.full(4, 2.0))
-  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+  # The next writer may save the same step or a later one, and cleans up.
+  shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy" / "checkpoints")
+  for workdir, step in ((tmp_path, 2), (tmp_path / "copy", 3)):
+    with checkpoints.open_manager(workdir, keep=3) as manager:
+      assert checkpoints.save(manager, step, {"w": np.full(4, 2.0)}, DATA, CONFIG)
+      manager.wait_until_finished()
+      np.testing.assert_array_equal(checkpoints.restore(manager, like)[0]["w"], np.full(4, 2.0))
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", str(step)]
 
 
 def test_an_empty_workdir_names_the_folder_and_the_command_that_fills_it(tmp_path):
@@ -257,7 +259,7 @@ def test_reading_writes_nothing(tmp_path):
 
 def test_an_unwritable_workdir_is_refused_before_anything_is_written(tmp_path):
   (tmp_path / "file").write_text("not a folder")
-  with pytest.raises(OSError, match="workdir .*/file/run cannot be written .*--workdir"):
+  with pytest.raises(OSError, match=r"workdir .*/file/run cannot be written .*--workdir"):
     checkpoints.open_manager(tmp_path / "file" / "run", keep=1)
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

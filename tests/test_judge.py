@@ -77,7 +77,7 @@ def test_on_random_labels_the_held_out_accuracy_is_chance(digits):
   judge = judges.train_judge(images, labels, num_classes=10)
   train, held_out = judges.stratified_split(labels, seed=0)
   right = judges.judge_features(judge, images)[1].argmax(axis=1) == labels
-  assert right[train].mean() > 0.3
+  assert right[train].mean() > 0.2
   assert right[held_out].mean() < 0.17
   assert judge.held_out_accuracy == right[held_out].mean()
 

@@ -1,4 +1,4 @@
-"""Datasets and the input pipeline: from a name to a deterministic, resumable stream of pools of batches."""
+"""Datasets and the input pipeline: from a name to a deterministic, resumable stream of pools."""
 
 from ism_jax.data.pipeline import DataConfig, all_images, load_source, pools
 

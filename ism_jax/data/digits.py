@@ -1,21 +1,23 @@
 """The 8x8 handwritten digits of scikit-learn as a TFDS dataset.
 
-1,797 greyscale images of 17 levels and 10 classes, shipped inside scikit-learn: nothing is downloaded, so this is the
-dataset of the smoke runs and the tests. Prepared as ArrayRecord, and both prepared and read without TensorFlow.
+1,797 greyscale images of 17 levels in 10 classes, shipped inside scikit-learn: nothing is
+downloaded, so this is the dataset of smoke runs and tests. Written as ArrayRecord, without
+TensorFlow.
 """
 
+from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
-_LEVELS = 16  # scikit-learn counts ink in 0..16
+_MAX_LEVEL = 16  # scikit-learn counts ink in 0..16
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
   """`image` uint8 [8, 8, 1] in 0..255, `label` 0..9; one split, `train`."""
 
   VERSION = tfds.core.Version("1.0.0")
-  # TFDS's own search for this file imports importlib_resources, which it declares only for Python below 3.9.
+  # TFDS's own search for this file needs importlib_resources, which it does not declare as a
+  # dependency on Python 3.9 and later.
   code_path = epath.Path(__file__)
 
   def _info(self):
@@ -25,7 +27,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
       features=tfds.features.FeaturesDict(
         {
-          # Raw bytes: tfds.features.Image would need TensorFlow to encode, and plain tensors read slower.
+          # Raw bytes: tfds.features.Image needs TensorFlow to encode, and plain tensors are
+          # slower to read.
           "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding="bytes"),
           "label": tfds.features.ClassLabel(num_classes=10),
         }
@@ -40,6 +43,6 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     from sklearn.datasets import load_digits  # slow to import, and only preparation needs it
 
     digits = load_digits()
-    images = np.round(digits.images * (255 / _LEVELS)).astype(np.uint8)[..., None]
-    for i, (image, label) in enumerate(zip(images, digits.target)):
+    images = np.round(digits.images * (255 / _MAX_LEVEL)).astype(np.uint8)[..., None]
+    for i, (image, label) in enumerate(zip(images, digits.target, strict=True)):
       yield i, {"image": image, "label": int(label)}

@@ -1,9 +1,10 @@
 """From a dataset's name to pools of batches, the unit of work of training.
 
-A dataset is ArrayRecord files prepared once by a TFDS builder, read at random by grain; no TensorFlow anywhere.
-The stream is a function of the seed alone: epoch e is a permutation drawn from (seed, e), epochs follow each other
-without a gap, and batch b is the positions [b * B, (b + 1) * B) of that sequence. Processes cut rows out of the global
-batch, so their number changes who reads an image and never which batch it is in.
+A dataset is ArrayRecord files, prepared once by a TFDS builder and read at random; no TensorFlow
+anywhere. The stream is a function of the seed: epoch e is a permutation drawn from (seed, e),
+epochs follow each other without a gap, and batch b is the positions [b * B, (b + 1) * B) of that
+sequence. Processes cut rows out of the global batch, so their number changes who reads an image
+and never which batch it is in.
 Axes: K batches in a pool, M rows of one process, H/W image size, C channels.
 """
 
@@ -25,12 +26,13 @@ class DataConfig:
 
   Attributes:
     name: dataset; one of the keys of `_BUILDERS`.
-    dir: where TFDS datasets are kept, "" for TFDS's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
+    dir: where TFDS datasets are kept; "" for TFDS's default, TFDS_DATA_DIR or else
+      ~/tensorflow_datasets.
     image_size: height and width, in pixels.
     channels: of an image.
     num_classes: of the labels, the null class not counted.
     seed: of the shuffle.
-    num_threads: that read and decode in each process; 0 reads in the training loop itself.
+    num_threads: that read and decode in each process; 0 reads when a pool is asked for.
   """
 
   name: str
@@ -43,29 +45,31 @@ class DataConfig:
 
   def __post_init__(self):
     if self.name not in _BUILDERS:
-      raise ValueError(f"data.name={self.name!r} is not a known dataset; known: {', '.join(sorted(_BUILDERS))}.")
+      known = ", ".join(sorted(_BUILDERS))
+      raise ValueError(f"data.name={self.name!r} is not a known dataset; known: {known}.")
     for field in ("image_size", "channels", "num_classes"):
       if getattr(self, field) < 1:
         raise ValueError(f"data.{field}={getattr(self, field)} must be at least 1.")
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f"data.seed={self.seed} must lie in 0 .. 2**32 - 1.")
-    if self.num_threads < 0:
-      raise ValueError(f"data.num_threads={self.num_threads} must be at least 0.")
+    for field in ("seed", "num_threads"):
+      if getattr(self, field) < 0:
+        raise ValueError(f"data.{field}={getattr(self, field)} must be at least 0.")
 
 
 def load_source(cfg):
   """Opens the training split, and prepares the dataset first where that has not been done.
 
-  Preparation writes into a folder of its own and renames it when complete: one that was interrupted leaves nothing that
-  counts, and of processes that prepare the same dataset at once the first to finish wins. The rename is atomic on file
-  systems only: prepare a dataset in a bucket from a single process.
+  Preparation writes into a folder of its own and renames it when complete. So one that was
+  interrupted leaves nothing that counts, and of processes that prepare the same dataset at once
+  the first to finish wins. Only file systems rename atomically: prepare a dataset in a bucket from
+  one process.
 
   Returns:
-    A random access source of {"image": uint8 [H, W, C], "label": int}, with `__getitems__` for many at once.
+    A random access source of {"image": uint8 [H, W, C], "label": int}, with `__getitems__` to
+    read many at once.
   Raises:
     ValueError: the dataset is not what the model is built for.
   """
-  make = lambda: _BUILDERS[cfg.name](data_dir=cfg.dir or None)
+  make = functools.partial(_BUILDERS[cfg.name], data_dir=cfg.dir or None)
   builder = make()
   _check_fits(cfg, builder.info.features)
   try:
@@ -77,29 +81,24 @@ def load_source(cfg):
   return builder.as_data_source(split="train")
 
 
-def _check_fits(cfg, features):
-  found = (*features["image"].shape, features["label"].num_classes)
-  wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
-  if found != wanted:
-    describe = "{}x{} images of {} channel(s) in {} classes".format
-    raise ValueError(
-      f"dataset {cfg.name!r} holds {describe(*found)}, but the model is built for {describe(*wanted)}; "
-      "set data.image_size, data.channels and data.num_classes to the dataset's, or name another dataset."
-    )
-
-
-def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count=1, num_threads=4):
+def pools(
+  source, *, batch_size, pool_size, seed, process_index=0, process_count=1, num_threads=4
+):
   """An endless iterator over pools of training batches, each image exactly once per epoch.
 
   Args:
-    source: random access source of {"image": uint8 [H, W, C], "label": int}; may hold fewer records than a batch.
-    batch_size: rows of the global batch; process p yields the rows [p * M, (p + 1) * M), M = batch_size / process_count.
+    source: random access source of {"image": uint8 [H, W, C], "label": int}, which may hold fewer
+      records than a batch.
+    batch_size: rows of the global batch, of which process p yields [p * M, (p + 1) * M) with
+      M = batch_size / process_count.
     pool_size: batches in a pool, K.
+    seed: of the shuffle.
     num_threads: see DataConfig; does not change what is read.
   Returns:
-    A grain DatasetIterator of {"x1": float32 [K, M, H, W, C] in [-1, 1], "c": int32 [K, M]}. Its get_state() is a small
-    dict of JSON that counts global batches: the same in every process, and valid for another number of them, but
-    only for the same source, seed, batch_size and pool_size.
+    A grain DatasetIterator of {"x1": float32 [K, M, H, W, C] in [-1, 1], "c": int32 [K, M]}.
+    Its get_state() is a small dict of JSON that counts global batches: the same in every process,
+    and valid for another process_count, pool_size or num_threads, but not for another source, seed
+    or batch_size, which it does not notice.
   """
   if batch_size < 1 or pool_size < 1:
     raise ValueError(f"batch_size={batch_size} and pool_size={pool_size} must be at least 1.")
@@ -108,7 +107,8 @@ def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count
   if batch_size % process_count:
     nearest = max(1, round(batch_size / process_count)) * process_count
     raise ValueError(
-      f"batch_size={batch_size} does not split over {process_count} processes; nearest that does: {nearest}."
+      f"batch_size={batch_size} does not split over {process_count} processes; "
+      f"nearest that does: {nearest}."
     )
   rows = batch_size // process_count
   size = len(source)
@@ -121,8 +121,9 @@ def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count
   def read(batch):
     start = batch * batch_size + process_index * rows
     epochs, places = np.divmod(np.arange(start, start + rows), size)
-    keys = [order(e)[places[epochs == e]] for e in np.unique(epochs)]
-    return _read(source, np.concatenate(keys))
+    keys = np.concatenate([order(e)[places[epochs == e]] for e in np.unique(epochs)])
+    images, labels = _stack(source.__getitems__(keys.tolist()))
+    return {"x1": images.astype(np.float32) / 127.5 - 1, "c": labels}
 
   # One pool is read ahead while the one before it trains.
   options = grain.ReadOptions(num_threads, prefetch_buffer_size=max(pool_size, num_threads))
@@ -131,15 +132,22 @@ def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count
 
 
 def all_images(source):
-  """Reads a small dataset whole: uint8 [N, H, W, C] images and int32 [N] labels, in the order of the source."""
-  records = source.__getitems__(range(len(source)))
-  return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records], np.int32)
+  """A small dataset whole, in its own order: images uint8 [N, H, W, C] and labels int32 [N]."""
+  return _stack(source.__getitems__(range(len(source))))
 
 
-def _read(source, keys):
-  records = source.__getitems__(keys.tolist())
+def _stack(records):
   images = np.stack([r["image"] for r in records])
-  return {
-    "x1": images.astype(np.float32) / 127.5 - 1,
-    "c": np.array([r["label"] for r in records], np.int32),
-  }
+  return images, np.array([r["label"] for r in records], np.int32)
+
+
+def _check_fits(cfg, features):
+  found = (*features["image"].shape, features["label"].num_classes)
+  wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
+  if found != wanted:
+    describe = "{}x{} images of {} channel(s) in {} classes".format
+    raise ValueError(
+      f"dataset {cfg.name!r} holds {describe(*found)}, but the model is built for "
+      f"{describe(*wanted)}; set data.image_size, data.channels and data.num_classes to the "
+      "dataset's, or name another dataset."
+    )

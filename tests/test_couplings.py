@@ -1,0 +1,163 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from sklearn import datasets
+
+from ism_jax import couplings
+
+OT = couplings.CouplingConfig(
+    coupling="ot", pool_size=1, epsilon=0.05, pairing="permutation", class_penalty=0.0,
+    max_iterations=500, threshold=1e-3, momentum=1.5,
+)  # fmt: skip
+N = 512
+
+
+@pytest.fixture(scope="module")
+def pool():
+  """Real images, their labels, and noises."""
+  digits = datasets.load_digits()
+  x1 = (digits.data[:N] / 8 - 1).astype(np.float32)
+  x0 = np.asarray(jax.random.normal(jax.random.key(3), x1.shape))
+  return x0, x1, digits.target[:N].astype(np.int32)
+
+
+def pair(pool, cfg, key=0):
+  x0, x1, c = pool
+  paired = jax.jit(lambda *a: couplings.pair(*a, cfg, 10))
+  x0, info = paired(x0, x1, c, jax.random.key(key))
+  return np.asarray(x0), {name: float(value) for name, value in info.items()}
+
+
+def fraction_of_gain(cost, mean_cost):
+  """Of the way from random pairs to SciPy's optimal ones."""
+  rows, columns = scipy.optimize.linear_sum_assignment(cost)
+  return (cost.mean() - mean_cost) / (cost.mean() - cost[rows, columns].mean())
+
+
+def which(x0, pool):
+  """The number of each noise."""
+  match = np.all(x0[:, None] == pool[0][None], axis=-1)
+  np.testing.assert_array_equal(match.sum(1), 1)
+  return match.argmax(1)
+
+
+def test_the_dot_product_cost_is_the_squared_distance_up_to_rows_and_columns(pool):
+  x0, x1, _ = pool
+  dot = np.asarray(couplings.transport_cost(x1, x0), np.float64)
+  squared = ((x1[:, None] - x0[None]) ** 2).sum(-1) / 2
+  centre = lambda a: a - a.mean(0) - a.mean(1, keepdims=True) + a.mean()
+  np.testing.assert_allclose(centre(dot), centre(squared), atol=1e-3)
+  np.testing.assert_allclose(couplings.centred_deviation(dot), centre(squared).std(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_the_soft_plan_attains_99_percent_of_the_optimal_gain(pool, penalty):
+  x0, x1, c = pool
+  dot = couplings.transport_cost(x1, x0)
+  deviation = couplings.centred_deviation(dot)
+  cost = dot + couplings.crossing_penalty(jnp.asarray(c), penalty * deviation)
+  log_plan, _, converged, _ = couplings.sinkhorn_plan(cost, OT, deviation)
+  plan = np.exp(np.asarray(log_plan, np.float64))
+  assert converged
+  np.testing.assert_allclose(plan.sum(), 1, atol=2e-3)
+  assert abs(plan.sum(0) * N - 1).mean() < 2e-3
+  assert abs(plan.sum(1) * N - 1).mean() < 2e-3
+  cost = np.asarray(cost, np.float64)
+  assert fraction_of_gain(cost, (plan * cost).sum() / plan.sum()) >= 0.99
+
+
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_the_permutation_uses_every_noise_once_and_attains_95_percent_of_the_gain(pool, penalty):
+  x0, info = pair(pool, dataclasses.replace(OT, class_penalty=penalty))
+  pairs = which(x0, pool)
+  np.testing.assert_array_equal(np.sort(pairs), np.arange(N))
+  cost = -pool[1].astype(np.float64) @ pool[0].T.astype(np.float64)
+  double_centred = cost - cost.mean(0) - cost.mean(1, keepdims=True) + cost.mean()
+  cost += penalty * double_centred.std() * (pool[2][:, None] != pool[2][None])
+  exact = fraction_of_gain(cost, cost[np.arange(N), pairs].mean())
+  assert exact >= 0.95
+  # What is logged without an assignment solver never overstates, and is close.
+  assert exact - 0.02 < info["attained_gain"] <= exact + 1e-3
+
+
+def test_a_class_penalty_keeps_the_noise_of_each_class_centred(pool):
+  plain, info_plain = pair(pool, OT)
+  _, info_aware = pair(pool, dataclasses.replace(OT, class_penalty=5.0))
+  _, info_independent = pair(pool, dataclasses.replace(OT, coupling="independent"))
+  assert info_plain["class_shift"] > 5 * abs(info_aware["class_shift"])
+  assert abs(info_independent["class_shift"]) < 5e-3
+  # The logged shift against NumPy.
+  c, expected = pool[2], []
+  for k in range(10):
+    x = plain[c == k]
+    expected.append((np.sum(x.mean(0) ** 2) - 64 / len(x)) / 64)
+  np.testing.assert_allclose(info_plain["class_shift"], np.mean(expected), rtol=1e-4)
+
+
+def test_a_permutation_leaves_mean_and_variance_of_the_noise_as_they_were(pool):
+  x0, _ = pair(pool, OT)
+  np.testing.assert_allclose(x0.mean(0), pool[0].mean(0), atol=1e-6)
+  np.testing.assert_allclose(x0.var(0), pool[0].var(0), rtol=1e-5)
+
+
+def test_row_sampling_draws_each_noise_from_its_images_row(pool):
+  """Over many draws, how often each noise is drawn for an image is the plan's row."""
+  x0, x1, _ = (a[:64] for a in pool)
+  dot = couplings.transport_cost(x1, x0)
+  log_plan, *_ = couplings.sinkhorn_plan(dot, OT, couplings.centred_deviation(dot))
+  keys = jax.random.split(jax.random.key(5), 4000)
+  draws = jax.vmap(lambda key: couplings.sample_rows(log_plan, key))(keys)
+  counted = jax.nn.one_hot(draws, 64).mean(0)
+  expected = jnp.exp(log_plan) / jnp.exp(log_plan).sum(1, keepdims=True)
+  assert jnp.abs(counted - expected).max() < 5 * 0.5 / np.sqrt(4000)
+  drawn, _ = pair(pool, dataclasses.replace(OT, pairing="rows"))
+  assert 0.5 * N < len(np.unique(which(drawn, pool))) < N
+
+
+def test_large_epsilon_is_independence_and_small_epsilon_a_permutation(pool):
+  _, loose = pair(pool, dataclasses.replace(OT, epsilon=100.0))
+  _, tight = pair(pool, dataclasses.replace(OT, epsilon=0.01, max_iterations=5000))
+  assert loose["entropy"] > 0.99
+  assert 0 <= tight["entropy"] < 0.1
+
+
+def test_a_solve_that_runs_out_of_iterations_says_so(pool):
+  _, info = pair(pool, dataclasses.replace(OT, epsilon=0.005, max_iterations=20))
+  assert info["converged"] == 0 and info["iterations"] == 20
+
+
+def test_the_greedy_permutation_gives_a_column_to_the_best_that_asks_and_settles_ties():
+  score = jnp.array([[9.0, 1.0, 0.0], [8.0, 7.0, 0.0], [0.0, 6.0, 1.0]])
+  # Round 1: rows 0 and 1 ask for column 0, row 2 for column 1. Round 2: row 1 takes what is left.
+  np.testing.assert_array_equal(couplings.greedy_permutation(score), [0, 2, 1])
+  np.testing.assert_array_equal(
+      np.sort(jax.jit(couplings.greedy_permutation)(jnp.zeros((37, 37)))), np.arange(37)
+  )
+
+
+def test_the_pairs_are_the_same_on_one_device_and_on_eight(pool):
+  from ism_jax import sharding
+
+  mesh = sharding.data_mesh()
+  f = lambda *a: couplings.pair(*a, OT, 10)[0]
+  one = jax.jit(f)(*pool, jax.random.key(0))
+  rows = sharding.rows(mesh)
+  on_eight = [jax.device_put(a, rows) for a in pool]
+  eight = jax.jit(f, out_shardings=rows)(*on_eight, jax.random.key(0))
+  np.testing.assert_array_equal(one, eight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"coupling": "hungarian"}, {"pairing": "argmax"}, {"pool_size": 0}, {"epsilon": 0.0},
+        {"class_penalty": -1.0},
+    ],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_refused(change):
+  with pytest.raises(ValueError, match=next(iter(change))):
+    dataclasses.replace(OT, **change)
