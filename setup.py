@@ -14,6 +14,7 @@ setuptools.setup(
         "absl-py>=2.3",
         "array-record>=0.8",
         "clu>=0.0.12",
+        "etils[epath]>=1.9",
         "flax>=0.12,<0.13",
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.12",

@@ -19,7 +19,7 @@ def get_config(variant: str = "ism"):
       },
       "model": {"size": "SiT-XXS/4", "dtype": "float32", "remat": "none"},
       "coupling": {"pool_size": 4, "class_penalty": 2.0},
-      "optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 200},
+      "optimizer": {"learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 200},
       # 7,000 steps are too short for 0.9999.
       "ema": {"inference_decay": 0.999, "target_decay": 0.95, "warmup": True},
       "log": {"every": 200},

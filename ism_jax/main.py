@@ -41,5 +41,17 @@ def main(argv):
     raise SystemExit(f"Error: {error}") from None
 
 
+def parse_flags(argv):
+  """The flags; an unknown `--config.` key is one line too."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:
+    reason = str(error.args[0]).replace("\n", " ")
+    raise SystemExit(
+        f"Error: a --config.KEY=VALUE names a key that the config does not have: {reason} "
+        "The keys are in configs/base.py."
+    ) from None
+
+
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -145,8 +145,9 @@ def steps_function(exp: Experiment, mesh) -> Callable:
     (loss, parts), grad = gradient(
         state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
     )
-    metrics = {"loss": loss, **parts, "gradient_norm": optax.global_norm(grad)}
-    return state_lib.update(state, grad, tx, exp.ema), metrics
+    state = state_lib.update(state, grad, tx, exp.ema)
+    norms = {"gradient_norm": optax.tree.norm(grad), "parameter_norm": optax.tree.norm(state.params)}
+    return state, {"loss": loss, **parts, **norms}
 
   def train_steps(state, pool, keys: Keys, first):
     batches = jax.tree.map(
@@ -159,7 +160,7 @@ def steps_function(exp: Experiment, mesh) -> Callable:
 
 
 def check_finite(metrics: dict[str, np.ndarray], last_step: int) -> None:
-  """Raises FloatingPointError naming the first step whose loss or gradient is not finite."""
+  """Raises FloatingPointError naming the first step with a metric that is not finite."""
   for i in range(len(metrics["loss"])):
     if bad := [name for name, values in metrics.items() if not np.isfinite(values[i])]:
       step = last_step - len(metrics["loss"]) + i + 1
@@ -182,11 +183,19 @@ def train(config, workdir: str, devices=None) -> state_lib.TrainState:
   mesh = sharding.data_mesh(devices)
   experiment_lib.check_devices(exp, mesh.size)
   source = data.load_source(exp.data)
-  pool_size, total = exp.coupling.pool_size, exp.total_steps
-  if total != exp.steps:
-    logging.info("steps=%d rounds up to %d: whole pools of %d.", exp.steps, total, pool_size)
+  if exp.total_steps != exp.steps:
+    logging.info(
+        "steps=%d rounds up to %d: whole pools of %d.",
+        exp.steps, exp.total_steps, exp.coupling.pool_size,
+    )  # fmt: skip
 
-  manager = checkpoints.open_manager(workdir, keep=exp.checkpoint.keep)
+  # Leaving the manager waits for the checkpoint that is being written, whatever ends the run.
+  with checkpoints.open_manager(workdir, keep=exp.checkpoint.keep) as manager:
+    return _train(exp, config, workdir, mesh, source, manager)
+
+
+def _train(exp: Experiment, config, workdir: str, mesh, source, manager) -> state_lib.TrainState:
+  pool_size, total = exp.coupling.pool_size, exp.total_steps
   keys = base_keys(exp.seed)
   pools = data.pools(
       source,
@@ -236,10 +245,9 @@ def train(config, workdir: str, devices=None) -> state_lib.TrainState:
         step += exp.scan_steps
         take(writer)
         pending = step, metrics, info
-        if step == total or step // exp.checkpoint.every > (step - exp.scan_steps) // exp.checkpoint.every:
+        since_checkpoint = step % exp.checkpoint.every
+        if step == total or since_checkpoint < exp.scan_steps:
           take(writer)
           # A pool that is not finished is read and paired again on resumption.
           save(step, state, pools.get_state() if step % pool_size == 0 else pools_before)
-  manager.wait_until_finished()
-  manager.close()
   return state

@@ -174,7 +174,7 @@ def test_an_indivisible_batch_names_the_nearest_that_splits(source):
 
 def test_an_unknown_dataset_lists_the_known_ones(tmp_path):
   with pytest.raises(ValueError, match=r"'digit' .*known: digits"):
-    config(tmp_path, name="digit")
+    data.load_source(config(tmp_path, name="digit"))
 
 
 def test_a_dataset_of_another_shape_is_refused_before_it_is_prepared(tmp_path):

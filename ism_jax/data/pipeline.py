@@ -10,6 +10,7 @@ Axes: K batches in a pool, M rows of one process, H/W image size, C channels.
 
 import dataclasses
 import functools
+import os
 import sys
 
 import grain
@@ -25,7 +26,7 @@ class DataConfig:
   """Which images to train on, and what the model is built for.
 
   Attributes:
-    name: dataset; one of the keys of `_BUILDERS`.
+    name: of the dataset.
     dir: where TFDS datasets are kept; "" for TFDS's default, TFDS_DATA_DIR or else
       ~/tensorflow_datasets.
     image_size: height and width, in pixels.
@@ -44,15 +45,26 @@ class DataConfig:
   num_threads: int
 
   def __post_init__(self):
-    if self.name not in _BUILDERS:
-      known = ", ".join(sorted(_BUILDERS))
-      raise ValueError(f"data.name={self.name!r} is not a known dataset; known: {known}.")
     for field in ("image_size", "channels", "num_classes"):
       if getattr(self, field) < 1:
         raise ValueError(f"data.{field}={getattr(self, field)} must be at least 1.")
     for field in ("seed", "num_threads"):
       if getattr(self, field) < 0:
         raise ValueError(f"data.{field}={getattr(self, field)} must be at least 0.")
+
+
+def _builder(cfg):
+  if cfg.name not in _BUILDERS:
+    raise ValueError(
+      f"data.name={cfg.name!r} is not a dataset that can be read; known: "
+      f"{', '.join(sorted(_BUILDERS))}."
+    )
+  return _BUILDERS[cfg.name](data_dir=cfg.dir or None)
+
+
+def directory(cfg):
+  """The folder of the dataset, with all its versions; what is derived from the data goes there."""
+  return os.path.dirname(os.fspath(_builder(cfg).data_path))
 
 
 def load_source(cfg):
@@ -67,9 +79,9 @@ def load_source(cfg):
     A random access source of {"image": uint8 [H, W, C], "label": int}, with `__getitems__` to
     read many at once.
   Raises:
-    ValueError: the dataset is not what the model is built for.
+    ValueError: the dataset is unknown, or not what the model is built for.
   """
-  make = functools.partial(_BUILDERS[cfg.name], data_dir=cfg.dir or None)
+  make = functools.partial(_builder, cfg)
   builder = make()
   _check_fits(cfg, builder.info.features)
   try:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains iSM on the bundled handwritten digits and judges it: bash launch/demo.sh [WORKDIR]
+# Run again in the same WORKDIR, it continues where it stopped.
+set -euo pipefail
+workdir="$(realpath -m "${1:-"$(dirname "$0")/../runs/digits"}")"
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+ensure_env test
+run=(python -m ism_jax.main --config=configs/digits.py --workdir="$workdir")
+"${run[@]}" --mode=train
+"${run[@]}" --mode=evaluate
+echo
+cat "$workdir/evaluation.md"
+echo "Sample grids: $workdir/samples_*.png"

@@ -1,0 +1,70 @@
+"""Imports point down, and importing touches no device."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
+
+# Each module may import those in the lines below its own.
+LAYERS = [
+    {"main", "compare"},
+    {"evaluate"},
+    {"train"},
+    {"experiment"},
+    {"sampling", "compounding"},
+    {"objectives"},
+    {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
+     "metrics", "judge", "logs"},
+    {"paths"},
+]  # fmt: skip
+MATHEMATICS = {"paths", "guidance", "wavelets", "couplings", "objectives", "sampling", "compounding"}
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom):
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+
+
+def layer_of(module):
+  return next((i for i, layer in enumerate(LAYERS) if module in layer), None)
+
+
+MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__") + ["data"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_lies_below_it(module):
+  assert layer_of(module) is not None, f"{module} has no layer in this test"
+  files = sorted((PACKAGE / module).glob("*.py")) or [PACKAGE / f"{module}.py"]
+  for path in files:
+    for name in imports(path):
+      parts = name.split(".")
+      if parts[0] == "ism_jax" and parts[1] != module:
+        assert layer_of(parts[1]) > layer_of(module), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("module", sorted(MATHEMATICS))
+def test_the_mathematics_knows_no_flags_files_configs_or_devices(module):
+  for name in imports(PACKAGE / f"{module}.py"):
+    assert name.split(".")[0] not in {"os", "pathlib", "ml_collections", "orbax", "clu"}, name
+    assert not name.startswith("absl.flags") and name != "absl.flags", name
+    assert "sharding" not in name and "experiment" not in name and "TrainState" not in name, name
+
+
+def test_importing_everything_touches_no_device_and_no_tensorflow_or_torch():
+  # Two commands in one process would define the flag --out twice.
+  modules = [f"ism_jax.{m}" for m in MODULES if m != "compare"]
+  script = (
+      f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
+      "from jax._src import xla_bridge\n"
+      "assert not xla_bridge._backends, 'a backend was initialised'\n"
+      "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
+  )
+  subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)

@@ -1,0 +1,158 @@
+"""Configs: every variant builds and steps, and what is wrong with one is said before anything runs."""
+
+from conftest import tiny_config
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from configs import digits
+from configs import imagenet256
+from ism_jax import experiment
+from ism_jax import sharding
+from ism_jax import state
+from ism_jax import train
+
+
+def first_pool(exp, mesh):
+  """The shapes of a pool, on the mesh."""
+  k, m = exp.coupling.pool_size, exp.batch_size
+  rows = sharding.rows(mesh, axis=1)
+  return {
+      "x1": jax.ShapeDtypeStruct((k, m, *exp.image_shape), jnp.float32, sharding=rows),
+      "c": jax.ShapeDtypeStruct((k, m), jnp.int32, sharding=rows),
+  }
+
+
+@pytest.mark.parametrize("variant", base.VARIANTS)
+def test_every_variant_of_digits_takes_a_step_that_moves_every_tree(variant):
+  config = tiny_config(variant)
+  config.update({"batch_size": 16, "scan_steps": 1, "coupling": {"pool_size": 1}, "ema": {"warmup": False}})
+  exp = experiment.parse(config)
+  mesh = sharding.data_mesh(jax.devices()[:1])
+  keys = train.base_keys(0)
+  s = train.init_function(exp, mesh)(keys.init)
+  before = jax.device_get(s)
+  pool = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), first_pool(exp, mesh))
+  pool, _ = train.couple_function(exp, mesh)(pool, keys, 0)
+  steps = train.steps_function(exp, mesh)
+  for _ in range(3):  # Adam's warm-up starts at a learning rate of zero
+    s, metrics = steps(s, pool, keys, 0)
+  assert np.isfinite(metrics["loss"]).all()
+  moved = lambda a, b: any(
+      not np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+  )
+  for tree in ("params", "ema", "target_ema"):
+    assert moved(getattr(s, tree), getattr(before, tree)), tree
+  assert moved(s.ema, s.target_ema) == (variant == "ism")  # the others have one EMA
+
+
+@pytest.mark.parametrize("variant", base.VARIANTS)
+def test_every_variant_of_imagenet256_traces_on_eight_devices(variant):
+  config = imagenet256.get_config(variant)
+  exp = experiment.parse(config)
+  mesh = sharding.data_mesh()
+  experiment.check_devices(exp, mesh.size)
+  keys = jax.eval_shape(lambda: train.base_keys(0))
+  pool, info = jax.eval_shape(
+      train.couple_function(exp, mesh), first_pool(exp, mesh), keys, jnp.zeros((), int)
+  )
+  assert pool["x0"].shape == (32, 256, 32, 32, 4)
+  assert ("attained_gain" in info) == (variant in ("sot", "ism"))
+  like = train.abstract_state(exp, mesh)
+  out, metrics = jax.eval_shape(
+      train.steps_function(exp, mesh), like, pool, keys, jnp.zeros((), int)
+  )
+  assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, like)
+  assert metrics["loss"].shape == (exp.scan_steps,)
+  assert ("guidance" in metrics) == (variant not in ("sm", "sm_compounding"))
+
+
+def test_imagenet256_has_the_papers_values():
+  exp = experiment.parse(imagenet256.get_config())
+  assert (exp.model.size, exp.steps, exp.coupling.pool_size) == ("SiT-XL/2", 800_000, 32)
+  assert (exp.ema.inference_decay, exp.ema.target_decay) == (0.9999, 0.95)
+  assert (exp.objective.w_max, exp.objective.t_interval) == (3.5, 0.3)
+  assert exp.wavelet.levels == -1 and exp.image_shape == (32, 32, 4)
+  assert (exp.objective.alpha, exp.objective.beta, exp.objective.gamma) == (1, 1, 1)
+
+
+def test_each_row_of_the_ablation_is_the_next_less_one_technique():
+  rows = {v: digits.get_config(v).to_dict() for v in base.VARIANTS}
+
+  def differences(a, b, prefix=""):
+    found = set()
+    for name in a:
+      if isinstance(a[name], dict):
+        found |= differences(a[name], b[name], f"{prefix}{name}.")
+      elif a[name] != b[name] and name != "variant":
+        found.add(prefix + name)
+    return found
+
+  assert differences(rows["interval"], rows["ig"]) == {"objective.t_interval"}
+  assert differences(rows["wavelet"], rows["interval"]) == {"wavelet.form"}
+  assert differences(rows["sot"], rows["wavelet"]) == {"coupling.coupling"}
+  assert differences(rows["ism"], rows["sot"]) <= {"ema.target_decay", "ema.inference_decay"}
+  assert differences(rows["sm"], rows["sm_compounding"]) == {"objective.guidance"}
+
+
+def test_the_length_of_a_run_rounds_up_to_whole_pools():
+  config = tiny_config()
+  config.steps = 9
+  assert experiment.parse(config).total_steps == 12
+
+
+def test_a_config_from_a_checkpoint_is_the_same_experiment():
+  import json
+
+  config = tiny_config()
+  assert experiment.parse(json.loads(config.to_json())) == experiment.parse(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scan_steps": 3}, "scan_steps=3 does not divide"),
+        ({"steps": 0}, "steps=0"),
+        ({"wavelet": {"levels": 4}}, "at most 3"),
+        ({"data": {"image_size": 10}}, "do not split into the 4x4 patches"),
+        ({"evaluation": {"steps": (1, 3)}}, "off the trained grid"),
+        ({"evaluation": {"w": (-1.0,)}}, "negative"),
+        ({"sample": {"label": 10}}, "classes are 0..9"),
+        ({"checkpoint": {"keep": 0}}, "keep=0"),
+    ],
+)
+def test_what_is_wrong_with_a_config_is_said_with_the_remedy(change, message):
+  config = tiny_config()
+  config.update(change)
+  with pytest.raises(ValueError, match=message):
+    experiment.parse(config)
+
+
+def test_unknown_and_missing_keys_are_named_with_the_known_ones():
+  config = tiny_config().to_dict()
+  config["objective"]["alfa"] = 1.0
+  with pytest.raises(ValueError, match=r"unknown key objective.alfa; objective has alpha, beta"):
+    experiment.parse(config)
+  del config["objective"]["alfa"], config["ema"]["warmup"]
+  with pytest.raises(ValueError, match=r"lacks ema.warmup"):
+    experiment.parse(config)
+
+
+def test_an_unknown_variant_lists_the_known_ones():
+  with pytest.raises(ValueError, match="known are sm, sm_compounding, ig"):
+    digits.get_config("smm")
+
+
+def test_a_batch_that_does_not_split_names_the_nearest_that_does():
+  config = tiny_config()
+  config.batch_size = 100
+  with pytest.raises(ValueError, match="multiple of 32; the nearest is 96"):
+    experiment.check_devices(experiment.parse(config), 8)
+
+
+def test_equal_decays_make_one_ema():
+  exp = experiment.parse(tiny_config("sot"))
+  assert exp.ema.inference_decay == exp.ema.target_decay
+  assert isinstance(exp.ema, state.EmaConfig)

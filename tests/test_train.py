@@ -1,0 +1,200 @@
+"""The loop on real digits: what it leaves, that it continues, and that it stops when it should."""
+
+import json
+
+from conftest import tiny_config
+import jax
+import numpy as np
+import pytest
+
+from ism_jax import checkpoints
+from ism_jax import data
+from ism_jax import evaluate
+from ism_jax import experiment
+from ism_jax import logs
+from ism_jax import sharding
+from ism_jax import train
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return jax.devices()[:1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory):
+  """The digits, prepared once for this file."""
+  patch = pytest.MonkeyPatch()
+  patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+  yield
+  patch.undo()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_device):
+  """A finished run of 8 steps: (workdir, state, the jitted functions it used)."""
+  workdir = tmp_path_factory.mktemp("run")
+  made = []
+  patch = pytest.MonkeyPatch()
+  for name in ("couple_function", "steps_function"):
+    original = getattr(train, name)
+    patch.setattr(
+        train, name, lambda *a, original=original: made.append(original(*a)) or made[-1]
+    )
+  state = train.train(tiny_config(), str(workdir), one_device)
+  patch.undo()
+  return workdir, jax.device_get(state), made
+
+
+def entries(workdir):
+  with open(workdir / "metrics.jsonl") as f:
+    return [json.loads(line) for line in f]
+
+
+def assert_equal_trees(a, b):
+  for (path, x), (_, y) in zip(*map(jax.tree_util.tree_leaves_with_path, (a, b)), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_whole_run_compiles_each_function_once(run):
+  _, _, (couple, train_steps) = run
+  assert couple._cache_size() == 1
+  assert train_steps._cache_size() == 1
+
+
+def test_a_run_leaves_checkpoints_metrics_and_events(run):
+  workdir, state, _ = run
+  assert state.step == 8
+  assert [e["step"] for e in entries(workdir)] == [4, 8]
+  last = entries(workdir)[-1]
+  for name in ("loss", "velocity", "guidance", "consistency", "gradient_norm", "data_wait",
+               "steps_per_second", "coupling/attained_gain", "coupling/class_shift"):  # fmt: skip
+    assert np.isfinite(last[name]), name
+  np.testing.assert_allclose(
+      last["loss"], last["velocity"] + last["guidance"] + last["consistency"], rtol=1e-5
+  )
+  assert list(workdir.glob("events.out.tfevents.*"))
+  with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
+    assert manager.all_steps() == [4, 8]
+    assert checkpoints.read_config(manager) == logs.as_dict(tiny_config())
+
+
+def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
+    run, tmp_path, one_device, monkeypatch
+):
+  """Bit for bit, and with the metrics of what it did again written once."""
+  workdir, whole, _ = run
+  config = tiny_config()
+  config.checkpoint.every = 2  # a pool has 4 steps
+  steps_function = train.steps_function
+
+  def dies_in_its_fourth_call(*args):
+    f, calls = steps_function(*args), []
+
+    def call(*a):
+      calls.append(None)
+      if len(calls) == 4:
+        raise KeyboardInterrupt
+      return f(*a)
+
+    return call
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "steps_function", dies_in_its_fourth_call)
+    with pytest.raises(KeyboardInterrupt):
+      train.train(config, str(tmp_path), one_device)
+  with checkpoints.open_manager(tmp_path, keep=2, read_only=True) as manager:
+    assert manager.latest_step() == 6
+  continued = jax.device_get(train.train(config, str(tmp_path), one_device))
+  assert_equal_trees(continued, whole)
+  assert [e["step"] for e in entries(tmp_path)] == [4, 8]
+
+
+def test_a_finished_run_is_left_alone(run, one_device):
+  workdir, state, _ = run
+  before = (workdir / "metrics.jsonl").read_bytes()
+  assert_equal_trees(jax.device_get(train.train(tiny_config(), str(workdir), one_device)), state)
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_step_may_take_its_states_buffers(one_device):
+  """Donation: the old state is gone, and the result is that of a step that keeps it."""
+  config = tiny_config()
+  exp, keys = experiment.parse(config), train.base_keys(0)
+  mesh = sharding.data_mesh(one_device)
+  source = data.load_source(exp.data)
+  pool = next(data.pools(source, batch_size=64, pool_size=4, seed=0))
+  put = lambda: sharding.global_arrays(sharding.rows(mesh, axis=1), pool)
+  couple, steps = train.couple_function(exp, mesh), train.steps_function(exp, mesh)
+  results = []
+  for _ in range(2):
+    state = train.init_function(exp, mesh)(keys.init)
+    paired, _ = couple(put(), keys, 0)
+    after, _ = steps(state, paired, keys, 0)
+    results.append(jax.device_get(after))
+    assert all(a.is_deleted() for a in jax.tree.leaves((state.params, state.ema)))
+    assert not any(a.is_deleted() for a in jax.tree.leaves(after))
+  assert_equal_trees(*results)
+
+
+def test_the_first_step_that_is_not_finite_is_named():
+  metrics = {"loss": np.array([1.0, 2.0, np.nan]), "velocity": np.array([1.0, np.inf, 1.0])}
+  with pytest.raises(FloatingPointError, match="velocity not finite at step 11"):
+    train.check_finite(metrics, last_step=12)
+
+
+def test_samples_are_written_for_adms_evaluator(run, tmp_path, one_device):
+  workdir, _, _ = run
+  config = tiny_config()
+  config.sample.update({"num_images": 25, "steps": "1/2,1/4,1/4", "label": 3, "batch_size": 10})
+  out = tmp_path / "samples.npz"
+  evaluate.sample(config, str(workdir), str(out), one_device)
+  with np.load(out) as archive:
+    assert archive["arr_0"].shape == (25, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(archive["arr_1"], np.full(25, 3))
+  config.sample.label = -1
+  evaluate.sample(config, str(workdir), str(out), one_device)
+  with np.load(out) as archive:
+    np.testing.assert_array_equal(archive["arr_1"], np.arange(25) % 10)
+
+
+def test_an_evaluation_leaves_numbers_tables_and_grids(run, one_device):
+  workdir, _, _ = run
+  config = tiny_config()
+  config.evaluation.update({"num_images": 100, "steps": (1, 128), "w": (0.0, 0.5)})
+  report = evaluate.evaluate(config, str(workdir), one_device)
+  assert report == json.loads((workdir / "evaluation.json").read_text())
+  assert [(r["steps"], r["w"]) for r in report["results"]] == [(1, 0.0), (1, 0.5), (128, 0.5)]
+  assert report["step"] == 8 and report["judge_held_out_accuracy"] > 0.97
+  yardsticks = report["yardsticks"]
+  assert yardsticks["real images"]["frechet_distance"] < 1e-6
+  assert report["floor"] < yardsticks["class means"]["frechet_distance"]
+  assert yardsticks["class means"]["frechet_distance"] < yardsticks["noise"]["frechet_distance"]
+  # Eight steps of training: the samples are still noise, and the judge says so.
+  assert report["results"][0]["frechet_distance"] > 20 * report["floor"]
+  markdown = (workdir / "evaluation.md").read_text()
+  assert "| 128 | 0.5 | 0 |" in markdown and "class means" in markdown
+  from PIL import Image
+
+  with Image.open(workdir / "samples_steps1_w0.5.png") as grid:
+    assert grid.size == (10 * 8 * 8, 8 * 8 * 8)
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, one_device):
+  workdir, _, _ = run
+  config = tiny_config()
+  config.model.size = "SiT-XS/4"
+  config.steps = 16
+  for mode in (train.train, evaluate.evaluate):
+    with pytest.raises(ValueError, match=r"checkpoint of another model:(.|\n)*--config"):
+      mode(config, str(workdir), one_device)
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(run, one_device):
+  workdir, _, _ = run
+  config = tiny_config()
+  config.update({"steps": 16, "optimizer": {"learning_rate": 1e30}, "checkpoint": {"every": 2}})
+  with pytest.raises(FloatingPointError, match=r"not finite at step 9\. .* learning_rate"):
+    train.train(config, str(workdir), one_device)
+  with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
+    assert manager.latest_step() == 8
