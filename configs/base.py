@@ -10,7 +10,8 @@ VARIANTS = ("sm", "sm_compounding", "ig", "interval", "wavelet", "sot", "ism")
 
 def get_base() -> ml_collections.ConfigDict:
   """iSM with the paper's values; the configs that use it set data, size and length."""
-  return ml_collections.ConfigDict({
+  return ml_collections.ConfigDict(
+    {
       "variant": "ism",
       "seed": 0,
       "steps": 800_000,  # paper
@@ -18,88 +19,89 @@ def get_base() -> ml_collections.ConfigDict:
       "micro_batches": 1,
       "scan_steps": 8,
       "data": {
-          "name": "imagenet256",
-          "dir": "",  # TFDS's default
-          "image_size": 32,  # latents of sd-vae-ft-mse
-          "channels": 4,
-          "num_classes": 1000,
-          "seed": 0,
-          "num_threads": 16,
+        "name": "imagenet256",
+        "dir": "",  # TFDS's default
+        "image_size": 32,  # latents of sd-vae-ft-mse
+        "channels": 4,
+        "num_classes": 1000,
+        "seed": 0,
+        "num_threads": 16,
       },
       "model": {
-          "size": "SiT-XL/2",  # paper
-          "dtype": "bfloat16",
-          "remat": "dots",
-          "unroll": 1,
+        "size": "SiT-XL/2",  # paper
+        "dtype": "bfloat16",
+        "remat": "dots",
+        "unroll": 1,
       },
       "objective": {
-          "shares": (2, 1, 1),  # open
-          "alpha": 1.0,  # paper
-          "beta": 1.0,  # paper
-          "gamma": 1.0,  # paper
-          "guidance": "intrinsic",  # paper
-          "fixed_w": 0.5,  # of the SM variants: CFG 1.5, SM
-          "w_max": 3.5,  # paper
-          "w_spacing": 0.25,  # paper
-          "t_interval": 0.3,  # paper
-          "guidance_parameters": "online",  # open
-          "label_dropout": 0.1,  # open; SiT, DiT and SM
-          "times": "grid",  # open; SM
-          "clip": 0.0,  # open; SM clips at 4
+        "shares": (2, 1, 1),  # open
+        "alpha": 1.0,  # paper
+        "beta": 1.0,  # paper
+        "gamma": 1.0,  # paper
+        "guidance": "intrinsic",  # paper
+        "fixed_w": 0.5,  # of the SM variants: CFG 1.5, SM
+        "w_max": 3.5,  # paper
+        "w_spacing": 0.25,  # paper
+        "t_interval": 0.3,  # paper
+        "guidance_parameters": "online",  # open
+        "label_dropout": 0.1,  # open; SiT, DiT and SM
+        "times": "grid",  # open; SM
+        "clip": 0.0,  # open; SM clips at 4
       },
       "wavelet": {
-          "form": "norm",  # open
-          "family": "haar",  # open
-          "levels": -1,  # paper: log2(size), 5 for 32x32
-          "weights": (),
-          "losses": ("consistency",),  # open
-          "epsilon": 1e-3,  # open
+        "form": "norm",  # open
+        "family": "haar",  # open
+        "levels": -1,  # paper: log2(size), 5 for 32x32
+        "weights": (),
+        "losses": ("consistency",),  # open
+        "epsilon": 1e-3,  # open
       },
       "coupling": {
-          "coupling": "ot",  # paper
-          "pool_size": 32,  # paper: K
-          "epsilon": 0.05,  # open
-          "pairing": "permutation",  # open
-          "class_penalty": 0.0,  # paper: label-agnostic
-          "max_iterations": 300,  # open
-          "threshold": 1e-3,  # open
-          "momentum": 1.5,  # open
+        "coupling": "ot",  # paper
+        "pool_size": 32,  # paper: K
+        "epsilon": 0.05,  # open
+        "pairing": "permutation",  # open
+        "class_penalty": 0.0,  # paper: label-agnostic
+        "max_iterations": 300,  # open
+        "threshold": 1e-3,  # open
+        "momentum": 1.5,  # open
       },
       "optimizer": {
-          "learning_rate": 1e-4,  # open; SiT, DiT and SM
-          "schedule": "constant",  # open
-          "warmup_steps": 0,
-          "b1": 0.9,
-          "b2": 0.999,
-          "eps": 1e-8,
-          "weight_decay": 0.0,  # open; SiT and DiT
-          "clip_norm": 0.0,
+        "learning_rate": 1e-4,  # open; SiT, DiT and SM
+        "schedule": "constant",  # open
+        "warmup_steps": 0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,  # open; SiT and DiT
+        "clip_norm": 0.0,
       },
       "ema": {
-          "inference_decay": 0.9999,  # paper
-          "target_decay": 0.95,  # paper
-          "warmup": False,
+        "inference_decay": 0.9999,  # paper
+        "target_decay": 0.95,  # paper
+        "warmup": False,
       },
       "log": {"every": 100},
       "checkpoint": {"every": 10_000, "keep": 3},
       "sample": {
-          "num_images": 64,
-          "steps": "4",
-          "w": 0.5,
-          "label": -1,
-          "seed": 0,
-          "batch_size": 64,
+        "num_images": 64,
+        "steps": "4",
+        "w": 0.5,
+        "label": -1,
+        "seed": 0,
+        "batch_size": 64,
       },
       "evaluation": {
-          "num_images": 50_000,
-          "steps": (1, 2, 4, 8, 128),
-          "w": (0.0, 0.5, 1.0, 2.0),
-          "w_finest": 0.5,
-          "seeds": (0,),
-          "batch_size": 512,
-          "enlarge": 1,
+        "num_images": 50_000,
+        "steps": (1, 2, 4, 8, 128),
+        "w": (0.0, 0.5, 1.0, 2.0),
+        "w_finest": 0.5,
+        "seeds": (0,),
+        "batch_size": 512,
+        "enlarge": 1,
       },
-  })
+    }
+  )
 
 
 def apply_variant(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:

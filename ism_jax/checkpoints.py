@@ -46,9 +46,7 @@ def open_manager(workdir, *, keep, read_only=False):
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
   )
-  return ocp.CheckpointManager(
-    f"{workdir}/checkpoints", options=options, handler_registry=handlers
-  )
+  return ocp.CheckpointManager(f"{workdir}/checkpoints", options=options, handler_registry=handlers)
 
 
 def save(manager, step, state, data_state, config):

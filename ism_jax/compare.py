@@ -3,31 +3,27 @@
   python -m ism_jax.compare --out=DIR WORKDIR [WORKDIR ...]
 
 Runs of one variant are seeds of it. Writes comparison.md (Fréchet distance and accuracy over NFE
-and w), comparison.json, and effective_guidance.png (see `compounding`).
+and w), comparison.json, effective_guidance.png (see `compounding`) and grids.png, the samples.
 """
 
 import collections
+import io
 import json
 import os
+import re
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 import matplotlib
 import matplotlib.pyplot as plt
 import ml_collections
 import numpy as np
+from PIL import Image
 
-from ism_jax import compounding
-from ism_jax import data
-from ism_jax import evaluate
+from ism_jax import compounding, data, evaluate, logs, paths, sharding
 from ism_jax import experiment as experiment_lib
-from ism_jax import logs
 from ism_jax import model as model_lib
-from ism_jax import paths
-from ism_jax import sharding
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write to.")
 _W = flags.DEFINE_float("w", 0.5, "Guidance of the jumps whose effective guidance is measured.")
@@ -79,10 +75,10 @@ def table(reports: dict[str, list[dict]]) -> str:
   lines = []
   for w in ws:
     lines += [
-        f"w = {w:g} (CFG {1 + w:g})",
-        "",
-        "| variant | " + " | ".join(f"NFE {n}" for n in nfes) + " | accuracy, NFE 1 |",
-        "|---" * (len(nfes) + 2) + "|",
+      f"w = {w:g} (CFG {1 + w:g})",
+      "",
+      "| variant | " + " | ".join(f"NFE {n}" for n in nfes) + " | accuracy, NFE 1 |",
+      "|---" * (len(nfes) + 2) + "|",
     ]
     for variant, runs in reports.items():
       found = collections.defaultdict(list)
@@ -90,9 +86,7 @@ def table(reports: dict[str, list[dict]]) -> str:
         found[result["steps"]].append(result)
       if not found:
         continue
-      cells = [
-          spread([r["times_floor"] for r in found[n]]) if n in found else "–" for n in nfes
-      ]
+      cells = [spread([r["times_floor"] for r in found[n]]) if n in found else "–" for n in nfes]
       one = [r["accuracy"] for r in found.get(1, [])]
       accuracy = f"{np.mean(one):.3f}" if one else "–"
       lines.append(f"| `{variant}` | " + " | ".join(cells) + f" | {accuracy} |")
@@ -102,7 +96,6 @@ def table(reports: dict[str, list[dict]]) -> str:
 
 def figure(scales: dict[str, list[list[float]]], w: float, path: str) -> None:
   """Effective guidance against the jump, a line a run."""
-  matplotlib.use("Agg")
   fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
   colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
   for (variant, runs), colour in zip(scales.items(), colours, strict=False):
@@ -116,9 +109,36 @@ def figure(scales: dict[str, list[list[float]]], w: float, path: str) -> None:
   ax.set_xlabel("jump d")
   ax.set_ylabel("effective CFG scale")
   ax.legend()
-  fig.savefig(f"{path}.tmp", format="png", dpi=120)
+  save_figure(fig, path)
+
+
+def grids(workdirs: dict[str, str], w: float, path: str) -> None:
+  """The sample grids side by side: a row a variant, a column an NFE."""
+  pattern = re.compile(rf"samples_steps(\d+)_w{w:g}\.png")
+  found = {
+    variant: {int(m[1]): m[0] for m in map(pattern.fullmatch, os.listdir(workdir)) if m}
+    for variant, workdir in workdirs.items()
+  }
+  nfes = sorted(set().union(*found.values()))
+  if not nfes:
+    return
+  size = (2.2 * len(nfes), 1.9 * len(found))
+  fig, axes = plt.subplots(len(found), len(nfes), figsize=size, layout="constrained", squeeze=False)
+  for row, (variant, files) in zip(axes, found.items(), strict=True):
+    for ax, nfe in zip(row, nfes, strict=True):
+      ax.set(xticks=[], yticks=[], title=f"{variant}, NFE {nfe}")
+      if nfe in files:
+        with Image.open(os.path.join(workdirs[variant], files[nfe])) as image:
+          ax.imshow(image.convert("RGB"))
+  save_figure(fig, path)
+
+
+def save_figure(fig, path: str) -> None:
+  """Writes a figure as PNG, whole or not at all."""
+  png = io.BytesIO()
+  fig.savefig(png, format="png", dpi=120)
   plt.close(fig)
-  os.replace(f"{path}.tmp", path)
+  logs.write_whole(path, png.getvalue())
 
 
 def main(argv):
@@ -127,6 +147,7 @@ def main(argv):
   if not workdirs:
     raise app.UsageError("name the workdirs of evaluated runs.")
   logs.only_ours()
+  matplotlib.use("Agg")
   try:
     reports = [read_report(workdir) for workdir in workdirs]
   except FileNotFoundError as error:
@@ -144,12 +165,16 @@ def main(argv):
     lines += [f"| `{variant}` | " + " | ".join(f"{s:.2f}" for s in run) + " |" for run in runs]
   logs.write_whole(path("comparison.md"), "\n".join(lines) + "\n")
   results = {
-      v: [{"seed": r["config"]["seed"], "results": r["results"]} for r in runs]
-      for v, runs in by_variant.items()
+    v: [{"seed": r["config"]["seed"], "results": r["results"]} for r in runs]
+    for v, runs in by_variant.items()
   }
   content = {"results": results, "jumps": JUMPS, "effective_scale": scales}
   logs.write_whole(path("comparison.json"), json.dumps(content, indent=2))
   figure(scales, _W.value, path("effective_guidance.png"))
+  first = {
+    report["variant"]: w for w, report in reversed(list(zip(workdirs, reports, strict=True)))
+  }
+  grids(dict(reversed(first.items())), _W.value, path("grids.png"))
   logging.info("Wrote %s.", path("comparison.md"))
 
 

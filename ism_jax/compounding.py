@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from ism_jax import guidance
-from ism_jax import paths
+from ism_jax import guidance, paths
 
 SCALES = (0.25, 64.0)  # the CFG scales that are searched
 
@@ -47,9 +46,7 @@ def effective_scale(velocity, x0, x1, c, key, *, d, w, null_class, t_interval):
   t = paths.draw_start(key, jump)
   x_t = paths.interpolate(x0, x1, t)
   target = jax.jit(velocity)(x_t, t, c, jump, told)
-  guided = guidance.fixed(
-      velocity, null_class=null_class, t_interval=t_interval, every_level=False
-  )
+  guided = guidance.fixed(velocity, null_class=null_class, t_interval=t_interval, every_level=False)
 
   @jax.jit
   def mismatch(log_scale):
@@ -63,6 +60,6 @@ def effective_scale(velocity, x0, x1, c, key, *, d, w, null_class, t_interval):
   i = int(np.argmin(values))
   bounds = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
   best = scipy.optimize.minimize_scalar(
-      lambda s: float(mismatch(s)), bounds=bounds, method="bounded", options={"xatol": 1e-3}
+    lambda s: float(mismatch(s)), bounds=bounds, method="bounded", options={"xatol": 1e-3}
   )
   return float(np.exp(best.x)), float(best.fun)

@@ -88,10 +88,10 @@ def sinkhorn_plan(cost, cfg: CouplingConfig, deviation):
   with jax.numpy_rank_promotion("allow"):
     geom = geometry.Geometry(cost_matrix=cost, epsilon=cfg.epsilon * deviation)
     solver = sinkhorn.Sinkhorn(
-        lse_mode=True,
-        threshold=cfg.threshold,
-        max_iterations=cfg.max_iterations,
-        momentum=sinkhorn.acceleration.Momentum(value=cfg.momentum),
+      lse_mode=True,
+      threshold=cfg.threshold,
+      max_iterations=cfg.max_iterations,
+      momentum=sinkhorn.acceleration.Momentum(value=cfg.momentum),
     )
     out = solver(linear_problem.LinearProblem(geom))
   log_plan = (out.f[:, None] + out.g[None, :] - cost) / (cfg.epsilon * deviation)
@@ -182,12 +182,14 @@ def pair(x0, x1, c, key, cfg: CouplingConfig, num_classes: int):
   deviation = centred_deviation(dot)
   cost = dot + crossing_penalty(c, cfg.class_penalty * deviation)
   log_plan, (_, g), converged, iterations = sinkhorn_plan(cost, cfg, deviation)
-  pairs = greedy_permutation(log_plan) if cfg.pairing == "permutation" else sample_rows(log_plan, key)
+  pairs = (
+    greedy_permutation(log_plan) if cfg.pairing == "permutation" else sample_rows(log_plan, key)
+  )
   x0 = x0[pairs]
   return x0, {
-      "converged": converged,
-      "iterations": iterations,
-      "attained_gain": attained_gain(cost, pairs, g),
-      "entropy": renormalised_entropy(log_plan),
-      "class_shift": class_shift(flat0[pairs], c, num_classes),
+    "converged": converged,
+    "iterations": iterations,
+    "attained_gain": attained_gain(cost, pairs, g),
+    "entropy": renormalised_entropy(log_plan),
+    "class_shift": class_shift(flat0[pairs], c, num_classes),
   }

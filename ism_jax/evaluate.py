@@ -17,17 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ism_jax import checkpoints
-from ism_jax import data
+from ism_jax import checkpoints, data, logs, metrics, paths, sampling, sharding, train
 from ism_jax import experiment as experiment_lib
 from ism_jax import judge as judge_lib
-from ism_jax import logs
-from ism_jax import metrics
 from ism_jax import model as model_lib
-from ism_jax import paths
-from ism_jax import sampling
-from ism_jax import sharding
-from ism_jax import train
 from ism_jax.experiment import Experiment
 
 GRID = (8, 10)  # rows and columns of a sample grid
@@ -52,9 +45,7 @@ def sample_function(exp: Experiment, mesh, steps):
   schedule, network = paths.parse_schedule(steps), exp.network()
   sample = sampling.sample
   if not exp.objective.intrinsic:
-    sample = functools.partial(
-        sampling.sample_fixed, cfg=exp.objective, null_class=exp.null_class
-    )
+    sample = functools.partial(sampling.sample_fixed, cfg=exp.objective, null_class=exp.null_class)
 
   def draw(params, key, indices, c, w):
     x0 = sampling.draw_noise(key, indices, exp.image_shape)
@@ -62,7 +53,7 @@ def sample_function(exp: Experiment, mesh, steps):
 
   rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
   return jax.jit(
-      draw, in_shardings=(everywhere, everywhere, rows, rows, rows), out_shardings=everywhere
+    draw, in_shardings=(everywhere, everywhere, rows, rows, rows), out_shardings=everywhere
   )
 
 
@@ -79,7 +70,9 @@ def generate(exp: Experiment, mesh, params, *, num_images, steps, w, seed, batch
     experiment_lib.check_guidance(exp, steps, float(strength))
   draw, key = sample_function(exp, mesh, steps), jax.random.key(seed)
   w = np.broadcast_to(np.asarray(w, np.float32), (num_images,))
-  labels = np.arange(num_images) % exp.data.num_classes if label == -1 else np.full(num_images, label)
+  labels = (
+    np.arange(num_images) % exp.data.num_classes if label == -1 else np.full(num_images, label)
+  )
   batch_size = -(-min(batch_size, num_images) // mesh.size) * mesh.size
   images = []
   for start in range(0, num_images, batch_size):
@@ -93,6 +86,7 @@ def generate(exp: Experiment, mesh, params, *, num_images, steps, w, seed, batch
 
 def grid_png(images, enlarge: int) -> bytes:
   """The first images [N, H, W, C] in rows of ten, each pixel enlarged, as PNG."""
+  images = np.pad(images, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=128)  # thin lines
   rows, columns = min(GRID[0], len(images) // GRID[1]), GRID[1]
   n, h, w, c = images[: rows * columns].shape
   grid = images[:n].reshape(rows, columns, h, w, c).transpose(0, 2, 1, 3, 4)
@@ -109,10 +103,10 @@ class Reference:
     source = data.load_source(exp.data)
     self.images, self.labels = data.all_images(source)
     self.judge = judge_lib.load_judge(
-        self.images,
-        self.labels,
-        num_classes=exp.data.num_classes,
-        cache_dir=os.path.join(data.directory(exp.data), "judges"),
+      self.images,
+      self.labels,
+      num_classes=exp.data.num_classes,
+      cache_dir=os.path.join(data.directory(exp.data), "judges"),
     )
     features, _ = judge_lib.judge_features(self.judge, self.images)
     self.statistics = metrics.feature_statistics(features)
@@ -125,10 +119,10 @@ class Reference:
     distance = metrics.frechet_distance(metrics.feature_statistics(features), self.statistics)
     flat = images.reshape(len(images), -1) / 127.5
     return {
-        "frechet_distance": distance,
-        "times_floor": distance / self.floor,
-        "accuracy": float(np.mean(probabilities.argmax(1) == labels)),
-        "nearest_neighbour": metrics.nearest_neighbour_distance(flat, self.flat),
+      "frechet_distance": distance,
+      "times_floor": distance / self.floor,
+      "accuracy": float(np.mean(probabilities.argmax(1) == labels)),
+      "nearest_neighbour": metrics.nearest_neighbour_distance(flat, self.flat),
     }
 
   def yardsticks(self) -> dict[str, dict[str, float]]:
@@ -141,12 +135,12 @@ class Reference:
     real = self.score(self.images, self.labels)
     # Against themselves, real images are their own neighbours.
     real["nearest_neighbour"] = metrics.nearest_neighbour_distance(
-        self.flat, self.flat, exclude_self=True
+      self.flat, self.flat, exclude_self=True
     )
     return {
-        "real images": real,
-        "class means": self.score(np.uint8(class_means.round())[self.labels], self.labels),
-        "noise": self.score(noise, self.labels),
+      "real images": real,
+      "class means": self.score(np.uint8(class_means.round())[self.labels], self.labels),
+      "noise": self.score(noise, self.labels),
     }
 
 
@@ -177,20 +171,20 @@ def evaluate(config, workdir: str, devices=None) -> dict:
           seed, *(results[-1][k] for k in ("frechet_distance", "times_floor", "accuracy"))
       )  # fmt: skip
   report = {
-      "variant": exp.variant,
-      "step": step,
-      "parameters": "inference EMA",
-      "num_images": ev.num_images,
-      "labels": "all classes in turn",
-      "rounding": "round(127.5 (x + 1)), clipped to 0..255",
-      "features": "64 features of the judge, a classifier trained on 80 % of the real images",
-      "judge_held_out_accuracy": reference.judge.held_out_accuracy,
-      "reference_images": len(reference.images),
-      "floor": reference.floor,
-      "floor_sd": reference.floor_sd,
-      "yardsticks": reference.yardsticks(),
-      "results": results,
-      "config": logs.as_dict(config),
+    "variant": exp.variant,
+    "step": step,
+    "parameters": "inference EMA",
+    "num_images": ev.num_images,
+    "labels": "all classes in turn",
+    "rounding": "round(127.5 (x + 1)), clipped to 0..255",
+    "features": "64 features of the judge, a classifier trained on 80 % of the real images",
+    "judge_held_out_accuracy": reference.judge.held_out_accuracy,
+    "reference_images": len(reference.images),
+    "floor": reference.floor,
+    "floor_sd": reference.floor_sd,
+    "yardsticks": reference.yardsticks(),
+    "results": results,
+    "config": logs.as_dict(config),
   }
   logs.write_whole(os.path.join(workdir, "evaluation.json"), json.dumps(report, indent=2))
   logs.write_whole(os.path.join(workdir, "evaluation.md"), as_markdown(report))
@@ -200,22 +194,22 @@ def evaluate(config, workdir: str, devices=None) -> dict:
 def as_markdown(report: dict) -> str:
   """The report as tables that a person reads."""
   lines = [
-      f"# {report['variant']}, step {report['step']}",
-      "",
-      f"{report['num_images']} samples of the inference EMA against {report['reference_images']} real"
-      f" images. Features of a classifier that is right on {report['judge_held_out_accuracy']:.3f} of"
-      " held-out images. Floor: Fréchet distance of a bootstrap resample of the real images, "
-      f"{report['floor']:.3f} ± {report['floor_sd']:.3f} (mean and standard deviation of "
-      f"{FLOOR_REPEATS}). Nearest neighbour: mean distance to the nearest real image, of real images"
-      " to the nearest other one; below theirs it means copying. Accuracy alone says little: "
-      "over-guided samples reach 1.",
-      "",
-      "| steps | w | seed | Fréchet distance | × floor | accuracy | nearest neighbour |",
-      "|---|---|---|---|---|---|---|",
+    f"# {report['variant']}, step {report['step']}",
+    "",
+    f"{report['num_images']} samples of the inference EMA against {report['reference_images']} real"
+    f" images. Features of a classifier that is right on {report['judge_held_out_accuracy']:.3f} of"
+    " held-out images. Floor: Fréchet distance of a bootstrap resample of the real images, "
+    f"{report['floor']:.3f} ± {report['floor_sd']:.3f} (mean and standard deviation of "
+    f"{FLOOR_REPEATS}). Nearest neighbour: mean distance to the nearest real image, of real images"
+    " to the nearest other one; below theirs it means copying. Accuracy alone says little: "
+    "over-guided samples reach 1.",
+    "",
+    "| steps | w | seed | Fréchet distance | × floor | accuracy | nearest neighbour |",
+    "|---|---|---|---|---|---|---|",
   ]
   row = lambda name, r: (
-      f"| {name} | {r['frechet_distance']:.3f} | {r['times_floor']:.2f} | {r['accuracy']:.3f} | "
-      f"{r['nearest_neighbour']:.3f} |"
+    f"| {name} | {r['frechet_distance']:.3f} | {r['times_floor']:.2f} | {r['accuracy']:.3f} | "
+    f"{r['nearest_neighbour']:.3f} |"
   )
   lines += [row(f"{r['steps']} | {r['w']:g} | {r['seed']}", r) for r in report["results"]]
   lines += [row(f"{name} | – | –", r) for name, r in report["yardsticks"].items()]
@@ -223,7 +217,7 @@ def as_markdown(report: dict) -> str:
 
 
 def sample(config, workdir: str, out: str, devices=None) -> None:
-  """Draws `config.sample` and writes it for ADM's evaluator: arr_0 uint8 [N, H, W, C], arr_1 labels."""
+  """Draws `config.sample` into an npz for ADM's evaluator: images arr_0, labels arr_1."""
   exp = experiment_lib.parse(config)
   mesh = sharding.data_mesh(devices)
   step, params = restore_ema(workdir, exp, mesh)

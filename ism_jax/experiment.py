@@ -9,12 +9,9 @@ import dataclasses
 
 from absl import logging
 
-from ism_jax import couplings
+from ism_jax import couplings, objectives, paths, wavelets
 from ism_jax import model as model_lib
-from ism_jax import objectives
-from ism_jax import paths
 from ism_jax import state as state_lib
-from ism_jax import wavelets
 from ism_jax.data import pipeline
 
 
@@ -77,9 +74,9 @@ class EvaluationConfig:
   def settings(self) -> list[tuple[int, float]]:
     """The (steps, w) pairs to measure."""
     return [
-        (steps, w)
-        for steps in self.steps
-        for w in (self.w if steps < paths.FINEST else (self.w_finest,))
+      (steps, w)
+      for steps in self.steps
+      for w in (self.w if steps < paths.FINEST else (self.w_finest,))
     ]
 
 
@@ -145,17 +142,19 @@ def _build(cls, values, prefix: str = ""):
   given = set(values.keys())
   if unknown := sorted(given - set(fields)):
     raise ValueError(
-        f"config has unknown key {', '.join(prefix + k for k in unknown)}; "
-        f"{prefix.rstrip('.') or 'it'} has {', '.join(sorted(fields))}."
+      f"config has unknown key {', '.join(prefix + k for k in unknown)}; "
+      f"{prefix.rstrip('.') or 'it'} has {', '.join(sorted(fields))}."
     )
   if missing := sorted(set(fields) - given):
     raise ValueError(f"config lacks {', '.join(prefix + k for k in missing)}.")
-  return cls(**{
+  return cls(
+    **{
       name: _build(kind, values[name], f"{prefix}{name}.")
       if dataclasses.is_dataclass(kind)
       else _plain(values[name])
       for name, kind in fields.items()
-  })
+    }
+  )
 
 
 def parse(config) -> Experiment:
@@ -177,15 +176,15 @@ def parse(config) -> Experiment:
       raise ValueError(f"config.{section}.{name}={value} must be at least 1.")
   if exp.coupling.pool_size % exp.scan_steps:
     raise ValueError(
-        f"scan_steps={exp.scan_steps} does not divide coupling.pool_size="
-        f"{exp.coupling.pool_size}: a compiled call runs part of a pool."
+      f"scan_steps={exp.scan_steps} does not divide coupling.pool_size="
+      f"{exp.coupling.pool_size}: a compiled call runs part of a pool."
     )
   model_lib.check_image_size(exp.model, exp.image_shape[:2])
   wavelets.depth(exp.wavelet, exp.image_shape[:2])
   if not -1 <= exp.sample.label < exp.data.num_classes:
     raise ValueError(
-        f"sample.label={exp.sample.label}: classes are 0..{exp.data.num_classes - 1}, "
-        "or -1 for all in turn."
+      f"sample.label={exp.sample.label}: classes are 0..{exp.data.num_classes - 1}, "
+      "or -1 for all in turn."
     )
   check_guidance(exp, exp.sample.steps, exp.sample.w)
   for steps, w in exp.evaluation.settings():
@@ -194,7 +193,7 @@ def parse(config) -> Experiment:
 
 
 def check_guidance(exp: Experiment, steps, w: float) -> None:
-  """Raises for a schedule off the grid or a w the network can't sample; warns beyond its training."""
+  """Raises for steps or a w that the network can't sample; warns of a w beyond its training."""
   schedule = paths.parse_schedule(steps)
   if w < 0:
     raise ValueError(f"w={w} is negative; w = 0 is no guidance (a CFG scale of 1 + w).")
@@ -203,8 +202,8 @@ def check_guidance(exp: Experiment, steps, w: float) -> None:
     logging.warning("w=%g is beyond the trained maximum, w_max=%g.", w, objective.w_max)
   if not objective.intrinsic and w != objective.fixed_w and any(d > 0 for _, d in schedule):
     raise ValueError(
-        f"w={w} with steps={steps}: variant {exp.variant!r} has learnt the fixed guidance "
-        f"w={objective.fixed_w} in its long steps. Use w={objective.fixed_w}, or 128 steps."
+      f"w={w} with steps={steps}: variant {exp.variant!r} has learnt the fixed guidance "
+      f"w={objective.fixed_w} in its long steps. Use w={objective.fixed_w}, or 128 steps."
     )
 
 
@@ -215,7 +214,7 @@ def check_devices(exp: Experiment, devices: int) -> None:
   if exp.batch_size % unit:
     nearest = max(unit, round(exp.batch_size / unit) * unit)
     raise ValueError(
-        f"batch_size={exp.batch_size} does not split over {devices} devices x {exp.micro_batches} "
-        f"micro-batches x shares {exp.objective.shares}: it must be a multiple of {unit}; the "
-        f"nearest is {nearest}."
+      f"batch_size={exp.batch_size} does not split over {devices} devices x {exp.micro_batches} "
+      f"micro-batches x shares {exp.objective.shares}: it must be a multiple of {unit}; the "
+      f"nearest is {nearest}."
     )

@@ -10,7 +10,7 @@ from ism_jax import paths
 
 
 def interval_weight(w, t, t_interval):
-  """w where t >= t_interval, else 0: interval guidance leaves the noisy side alone (iSM, Sec. 4)."""
+  """w where t >= t_interval, else 0: interval guidance spares the noisy side (iSM, Sec. 4)."""
   return jnp.where(t >= t_interval, w, 0.0)
 
 

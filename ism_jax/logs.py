@@ -1,4 +1,4 @@
-"""What a run says: a progress line, metrics.jsonl and TensorBoard events, all of the same values."""
+"""What a run says: a progress line, metrics.jsonl and TensorBoard events, of the same values."""
 
 import datetime
 import json
@@ -46,7 +46,12 @@ class Writer:
 
   def __init__(self, workdir: str, *, start: int, total: int, every: int):
     self._step, self._total, self._every = start, total, every
-    self._window, self._since, self._window_start, self._waited = [], time.perf_counter(), start, 0.0
+    self._window, self._since, self._window_start, self._waited = (
+      [],
+      time.perf_counter(),
+      start,
+      0.0,
+    )
     self._bar = self._events = self._lines = None
     if jax.process_index() != 0:
       return
@@ -56,7 +61,7 @@ class Writer:
       with open(path) as f:
         kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
       write_whole(path, "".join(kept))
-    self._lines = open(path, "a")
+    self._lines = open(path, "a")  # noqa: SIM115, closed in __exit__
     self._events = tensorboardX.SummaryWriter(workdir, purge_step=start + 1, flush_secs=30)
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)

@@ -1,8 +1,6 @@
-"""Trains, evaluates or samples iSM: python -m ism_jax.main --config=configs/digits.py --workdir=W."""
+"""Trains, evaluates or samples: python -m ism_jax.main --config=configs/digits.py --workdir=W."""
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ism_jax import logs
@@ -26,8 +24,7 @@ def main(argv):
   logs.only_ours()
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
-  from ism_jax import evaluate
-  from ism_jax import train
+  from ism_jax import evaluate, train
 
   try:
     if _MODE.value == "train":
@@ -48,8 +45,8 @@ def parse_flags(argv):
   except (AttributeError, KeyError) as error:
     reason = str(error.args[0]).replace("\n", " ")
     raise SystemExit(
-        f"Error: a --config.KEY=VALUE names a key that the config does not have: {reason} "
-        "The keys are in configs/base.py."
+      f"Error: a --config.KEY=VALUE names a key that the config does not have: {reason} "
+      "The keys are in configs/base.py."
     ) from None
 
 

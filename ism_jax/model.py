@@ -20,12 +20,12 @@ from ism_jax import paths
 
 REMATS = ("none", "dots", "full")
 _WIDTHS = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
-    "XL": (28, 1152, 16),
-    "L": (24, 1024, 16),
-    "B": (12, 768, 12),
-    "S": (12, 384, 6),
-    "XS": (6, 128, 4),
-    "XXS": (3, 96, 3),
+  "XL": (28, 1152, 16),
+  "L": (24, 1024, 16),
+  "B": (12, 768, 12),
+  "S": (12, 384, 6),
+  "XS": (6, 128, 4),
+  "XXS": (3, 96, 3),
 }
 
 
@@ -52,7 +52,7 @@ class ModelConfig:
     name, _, patch = self.size.removeprefix("SiT-").partition("/")
     if not self.size.startswith("SiT-") or name not in _WIDTHS or patch not in ("1", "2", "4", "8"):
       raise ValueError(
-          f"model.size={self.size!r} is unknown; known are SiT-{{{','.join(_WIDTHS)}}}/{{1,2,4,8}}."
+        f"model.size={self.size!r} is unknown; known are SiT-{{{','.join(_WIDTHS)}}}/{{1,2,4,8}}."
       )
     if self.remat not in REMATS:
       raise ValueError(f"model.remat={self.remat!r} is unknown; known are {', '.join(REMATS)}.")
@@ -169,10 +169,10 @@ class SiT(nn.Module):
     tokens = grid[0] * grid[1]
 
     embed = nn.Embed(
-        self.num_classes + 1,
-        width,
-        embedding_init=nn.initializers.normal(0.02),
-        name="y_embedder",
+      self.num_classes + 1,
+      width,
+      embedding_init=nn.initializers.normal(0.02),
+      name="y_embedder",
     )
     condition = ScalarEmbedder(width, name="t_embedder")(t) + embed(c)
     condition += ScalarEmbedder(width, name="d_embedder")(paths.level(d))
@@ -191,19 +191,19 @@ class SiT(nn.Module):
       policy = policy if self.cfg.remat == "dots" else None
       block = nn.remat(Block, policy=policy, prevent_cse=False)
     blocks = nn.scan(
-        block,
-        length=depth,
-        unroll=self.cfg.unroll,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
+      block,
+      length=depth,
+      unroll=self.cfg.unroll,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
     )
     x, _ = blocks(heads, dtype, name="blocks")(x, condition)
 
     modulation = _dense_zero(2 * width, dtype=dtype, name="final_adaLN_modulation")(condition)
     x = modulate(_norm(dtype=dtype, name="norm_final")(x), *jnp.split(modulation, 2, axis=-1))
     x = _dense_zero(patch * patch * channels, dtype=dtype, name="final_linear")(
-        x.reshape(b * tokens, width)
+      x.reshape(b * tokens, width)
     )
     x = x.reshape(b, *grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, height, wide, channels).astype(jnp.float32)
@@ -214,8 +214,8 @@ def check_image_size(cfg: ModelConfig, size: tuple[int, int]) -> None:
   patch = int(cfg.size.partition("/")[2])
   if any(n % patch for n in size):
     raise ValueError(
-        f"{size[0]}x{size[1]} images do not split into the {patch}x{patch} patches of "
-        f"model.size={cfg.size!r}: choose a patch size that divides them."
+      f"{size[0]}x{size[1]} images do not split into the {patch}x{patch} patches of "
+      f"model.size={cfg.size!r}: choose a patch size that divides them."
     )
 
 

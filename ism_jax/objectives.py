@@ -19,9 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import guidance
-from ism_jax import paths
-from ism_jax import wavelets
+from ism_jax import guidance, paths, wavelets
 
 GUIDANCES = ("intrinsic", "fixed_finest", "fixed_every_level")
 PARAMETERS = ("online", "target")
@@ -68,24 +66,26 @@ class ObjectiveConfig:
   def __post_init__(self):
     object.__setattr__(self, "shares", tuple(self.shares))
     for name, known in (
-        ("guidance", GUIDANCES), ("guidance_parameters", PARAMETERS), ("times", TIMES)
+      ("guidance", GUIDANCES),
+      ("guidance_parameters", PARAMETERS),
+      ("times", TIMES),
     ):
       if (value := getattr(self, name)) not in known:
         raise ValueError(f"objective.{name}={value!r} is unknown; known are {', '.join(known)}.")
     if len(self.shares) != 3 or min(self.shares) < 0 or self.shares[0] < 1:
       raise ValueError(
-          f"objective.shares={self.shares}: give rows of velocity (at least 1), guidance and "
-          "consistency, such as (2, 1, 1)."
+        f"objective.shares={self.shares}: give rows of velocity (at least 1), guidance and "
+        "consistency, such as (2, 1, 1)."
       )
     if not self.intrinsic and self.shares[1]:
       raise ValueError(
-          f"objective.shares={self.shares} gives rows to the guidance loss, which "
-          f"guidance={self.guidance!r} does not have: set the second share to 0."
+        f"objective.shares={self.shares} gives rows to the guidance loss, which "
+        f"guidance={self.guidance!r} does not have: set the second share to 0."
       )
     if self.w_max < 0 or self.fixed_w < 0:
       raise ValueError(f"w_max={self.w_max}, fixed_w={self.fixed_w}: guidance is never negative.")
     if self.w_spacing <= 0 or not math.isclose(
-        self.w_max / self.w_spacing, round(self.w_max / self.w_spacing), abs_tol=1e-6
+      self.w_max / self.w_spacing, round(self.w_max / self.w_spacing), abs_tol=1e-6
     ):
       raise ValueError(f"w_max={self.w_max} is not a multiple of w_spacing={self.w_spacing}.")
     for name in ("t_interval", "label_dropout"):
@@ -121,8 +121,8 @@ def deal_rows(n: int, shares: tuple[int, int, int]) -> Rows:
   if n % period:
     near = max(period, round(n / period) * period)
     raise ValueError(
-        f"{n} rows (of one device, in one micro-batch) do not split into shares {shares}: they need"
-        f" a multiple of {period}; the nearest is {near}."
+      f"{n} rows (of one device, in one micro-batch) do not split into shares {shares}: they need"
+      f" a multiple of {period}; the nearest is {near}."
     )
   loss_of_row = np.repeat(np.arange(3), shares)[np.arange(n) % period]
   return Rows(*(np.flatnonzero(loss_of_row == loss) for loss in range(3)))
@@ -151,7 +151,9 @@ def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions
   """
   n = c.shape[0]
   rows = deal_rows(n, cfg.shares)
-  is_velocity, is_consistency = (np.isin(np.arange(n), r) for r in (rows.velocity, rows.consistency))
+  is_velocity, is_consistency = (
+    np.isin(np.arange(n), r) for r in (rows.velocity, rows.consistency)
+  )
   key_t, key_jump, key_start, key_w, key_drop = jax.random.split(key, 5)
   if cfg.times == "grid":
     t = paths.draw_start(key_t, jnp.zeros(n))
@@ -205,7 +207,7 @@ def regression_targets(online, target, x0, x1, x_t, given: Conditions, c, cfg, n
   rows = deal_rows(len(c), cfg.shares)
   v = paths.velocity(x0, x1)
   y = v
-  # Calls: the conditional and unconditional velocity of the guidance rows, and the first half-steps.
+  # The calls: conditional and unconditional velocity of the guidance rows, first half-steps.
   pair = half = None
   if rows.guidance.size:
     g = jnp.concatenate([rows.guidance, rows.guidance])
@@ -216,12 +218,12 @@ def regression_targets(online, target, x0, x1, x_t, given: Conditions, c, cfg, n
     k = rows.consistency
     half = (x_t[k], given.t[k], given.c[k], paths.halve(given.d[k]), given.w[k])
     if not cfg.intrinsic:
-      half = half[:-1] + (jnp.full(k.size, cfg.fixed_w),)
+      half = (*half[:-1], jnp.full(k.size, cfg.fixed_w))
       target = guidance.fixed(
-          target,
-          null_class=null_class,
-          t_interval=cfg.t_interval,
-          every_level=cfg.guidance == "fixed_every_level",
+        target,
+        null_class=null_class,
+        t_interval=cfg.t_interval,
+        every_level=cfg.guidance == "fixed_every_level",
       )
   s_pair = s_first = None
   if pair is not None and half is not None and cfg.guidance_parameters == "target":
@@ -235,9 +237,7 @@ def regression_targets(online, target, x0, x1, x_t, given: Conditions, c, cfg, n
   if pair is not None:
     s_cond, s_uncond = jnp.split(s_pair, 2)
     g = rows.guidance
-    y = y.at[g].set(
-        guidance_target(v[g], s_cond, s_uncond, given.w[g], given.t[g], cfg.t_interval)
-    )
+    y = y.at[g].set(guidance_target(v[g], s_cond, s_uncond, given.w[g], given.t[g], cfg.t_interval))
   if half is not None:
     y = y.at[rows.consistency].set(consistency_target(s_first, target, *half, clip=cfg.clip))
   return jax.lax.stop_gradient(y)

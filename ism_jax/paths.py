@@ -4,9 +4,9 @@ Conventions (iSM, Sec. 3): x0 is noise, x1 is data, and time runs from noise (t=
 This is the only module that knows the direction of time. A step of size d moves x_t to
 x_t + d * s(x_t, t, c, d, w).
 
-Step sizes are dyadic: 1/128, 1/64, ..., 1/2, 1. The network never sees d = 1/128: it sees d = 0, the
-instantaneous velocity, which stands for the finest step (the Shortcut Models code ties the two in
-the same way). So `length(d)` is the distance that a step travels and d is what the network is told.
+Step sizes are dyadic: 1/128, 1/64, ..., 1/2, 1. The network never sees d = 1/128: it sees d = 0,
+the instantaneous velocity, which stands for the finest step (the Shortcut Models code ties the two
+in the same way). So `length(d)` is the distance that a step travels and d is what the network is told.
 Steps of length l start at multiples of l.
 
 Axes: B batch, H/W image size, C channels.
@@ -91,21 +91,21 @@ def parse_schedule(steps) -> tuple[tuple[float, float], ...]:
       lengths = [Fraction(1, int(text))] * int(text)
   except (ValueError, ZeroDivisionError):
     raise ValueError(
-        f"steps={steps!r} is no schedule: give a count (1, 2, 4, ..., {FINEST}) or step lengths "
-        "such as 1/2,1/4,1/4."
+      f"steps={steps!r} is no schedule: give a count (1, 2, 4, ..., {FINEST}) or step lengths "
+      "such as 1/2,1/4,1/4."
     ) from None
   dyadic = {Fraction(1, 2**k) for k in range(LEVELS)}
   schedule, t = [], Fraction(0)
   for step in lengths:
     if step not in dyadic:
       raise ValueError(
-          f"steps={steps!r} has a step of {step}, which is off the trained grid: step lengths are "
-          f"1, 1/2, 1/4, ..., 1/{FINEST}, so equal steps number 1, 2, 4, ..., {FINEST}."
+        f"steps={steps!r} has a step of {step}, which is off the trained grid: step lengths are "
+        f"1, 1/2, 1/4, ..., 1/{FINEST}, so equal steps number 1, 2, 4, ..., {FINEST}."
       )
     if t % step:
       raise ValueError(
-          f"steps={steps!r} starts a step of {step} at t={t}; training has steps of {step} start "
-          f"at multiples of {step} only. Reorder the steps."
+        f"steps={steps!r} starts a step of {step} at t={t}; training has steps of {step} start "
+        f"at multiples of {step} only. Reorder the steps."
       )
     schedule.append((float(t), 0.0 if step == Fraction(1, FINEST) else float(step)))
     t += step

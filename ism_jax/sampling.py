@@ -8,9 +8,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from ism_jax import guidance
-from ism_jax import objectives
-from ism_jax import paths
+from ism_jax import guidance, objectives, paths
 
 
 def sample(velocity, x0, c, w, schedule):
@@ -38,7 +36,7 @@ def sample_fixed(velocity, x0, c, w, schedule, *, cfg: objectives.ObjectiveConfi
   The longer steps have learnt `cfg.fixed_w` and ignore w.
   """
   guided = guidance.fixed(
-      velocity, null_class=null_class, t_interval=cfg.t_interval, every_level=False
+    velocity, null_class=null_class, t_interval=cfg.t_interval, every_level=False
   )
   x = x0
   for finest, steps in itertools.groupby(schedule, lambda step: step[1] == 0):

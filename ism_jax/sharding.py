@@ -4,9 +4,9 @@ One axis, "data": batches are split over it by rows, the train state is on every
 """
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 AXIS = "data"
 

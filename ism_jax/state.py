@@ -40,7 +40,7 @@ class OptimizerConfig:
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
       raise ValueError(
-          f"optimizer.schedule={self.schedule!r} is unknown; known are {', '.join(SCHEDULES)}."
+        f"optimizer.schedule={self.schedule!r} is unknown; known are {', '.join(SCHEDULES)}."
       )
     for name in ("warmup_steps", "weight_decay", "clip_norm"):
       if getattr(self, name) < 0:
@@ -103,7 +103,7 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 def optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """AdamW after clipping of the gradient's global norm."""
   adamw = optax.adamw(
-      learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay
+    learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay
   )
   return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw) if cfg.clip_norm else adamw
 
@@ -120,7 +120,7 @@ def average(ema, params, decay):
 
 
 def create(params, tx: optax.GradientTransformation) -> TrainState:
-  """The state before the first step. Both averages start as copies: shared buffers can't be donated."""
+  """The state before the first step; the averages are copies, as donation needs."""
   copy = lambda: jax.tree.map(jnp.copy, params)
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), copy(), copy())
 
@@ -132,9 +132,9 @@ def update(state: TrainState, gradient, tx: optax.GradientTransformation, ema: E
   slow = decay_at(ema.inference_decay, state.step, ema.warmup)
   fast = decay_at(ema.target_decay, state.step, ema.warmup)
   return TrainState(
-      step=state.step + 1,
-      params=params,
-      opt_state=opt_state,
-      ema=average(state.ema, params, slow),
-      target_ema=average(state.target_ema, params, fast),
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    ema=average(state.ema, params, slow),
+    target_ema=average(state.target_ema, params, fast),
   )

@@ -8,10 +8,9 @@ Axes: K batches of a pool, M rows of a global batch.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 import functools
-import math
 import time
+from typing import NamedTuple
 
 from absl import logging
 from clu import parameter_overview
@@ -20,14 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ism_jax import checkpoints
-from ism_jax import couplings
-from ism_jax import data
+from ism_jax import checkpoints, couplings, data, logs, objectives, sharding
 from ism_jax import experiment as experiment_lib
-from ism_jax import logs
 from ism_jax import model as model_lib
-from ism_jax import objectives
-from ism_jax import sharding
 from ism_jax import state as state_lib
 from ism_jax.experiment import Experiment
 from ism_jax.sharding import AXIS, P
@@ -76,9 +70,7 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
     if exp.micro_batches == 1:
       return jax.lax.psum(share_and_gradient(params, target_params, *rows), AXIS)
     split = lambda a: a.reshape(exp.micro_batches, -1, *a.shape[1:])
-    first, *others = (
-        jax.tree.map(lambda a, i=i: split(a)[i], rows) for i in (0, slice(1, None))
-    )
+    first, *others = (jax.tree.map(lambda a, i=i: split(a)[i], rows) for i in (0, slice(1, None)))
 
     def add(total, micro):
       return jax.tree.map(jnp.add, total, share_and_gradient(params, target_params, *micro)), None
@@ -88,10 +80,10 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
 
   rows = P(AXIS)
   return jax.shard_map(
-      on_device,
-      mesh=mesh,
-      in_specs=(P(), P(), rows, rows, rows, rows),
-      out_specs=P(),
+    on_device,
+    mesh=mesh,
+    in_specs=(P(), P(), rows, rows, rows, rows),
+    out_specs=P(),
   )
 
 
@@ -119,7 +111,7 @@ def couple_function(exp: Experiment, mesh) -> Callable:
   """couple(pool {"x1": [K, M, ...], "c": [K, M]}, keys, index) -> (pool with "x0", diagnostics)."""
   in_pool = sharding.rows(mesh, axis=1)
 
-  # The pool as one list of K M examples, rows before batches: the split over devices stays in place.
+  # One list of K M examples, rows before batches, so that the split over devices stays in place.
   flatten = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
   unflatten = lambda a: a.reshape(exp.batch_size, -1, *a.shape[1:]).swapaxes(0, 1)
 
@@ -143,16 +135,17 @@ def steps_function(exp: Experiment, mesh) -> Callable:
     key = jax.random.fold_in(keys.conditions, state.step)
     given = objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class)
     (loss, parts), grad = gradient(
-        state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
+      state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
     )
     state = state_lib.update(state, grad, tx, exp.ema)
-    norms = {"gradient_norm": optax.tree.norm(grad), "parameter_norm": optax.tree.norm(state.params)}
+    norms = {
+      "gradient_norm": optax.tree.norm(grad),
+      "parameter_norm": optax.tree.norm(state.params),
+    }
     return state, {"loss": loss, **parts, **norms}
 
   def train_steps(state, pool, keys: Keys, first):
-    batches = jax.tree.map(
-        lambda a: jax.lax.dynamic_slice_in_dim(a, first, exp.scan_steps), pool
-    )
+    batches = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, exp.scan_steps), pool)
     return jax.lax.scan(lambda state, batch: train_step(state, batch, keys), state, batches)
 
   everywhere = sharding.replicated(mesh)
@@ -165,8 +158,8 @@ def check_finite(metrics: dict[str, np.ndarray], last_step: int) -> None:
     if bad := [name for name, values in metrics.items() if not np.isfinite(values[i])]:
       step = last_step - len(metrics["loss"]) + i + 1
       raise FloatingPointError(
-          f"{', '.join(bad)} not finite at step {step}. The checkpoints of earlier steps are intact:"
-          " lower optimizer.learning_rate or set optimizer.clip_norm, and train on from there."
+        f"{', '.join(bad)} not finite at step {step}. The checkpoints of earlier steps are intact:"
+        " lower optimizer.learning_rate or set optimizer.clip_norm, and train on from there."
       )
 
 
@@ -198,13 +191,13 @@ def _train(exp: Experiment, config, workdir: str, mesh, source, manager) -> stat
   pool_size, total = exp.coupling.pool_size, exp.total_steps
   keys = base_keys(exp.seed)
   pools = data.pools(
-      source,
-      batch_size=exp.batch_size,
-      pool_size=pool_size,
-      seed=exp.data.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      num_threads=exp.data.num_threads,
+    source,
+    batch_size=exp.batch_size,
+    pool_size=pool_size,
+    seed=exp.data.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_threads=exp.data.num_threads,
   )
   if manager.latest_step() is None:
     state = init_function(exp, mesh)(keys.init)

@@ -1,4 +1,4 @@
-"""The multi-level wavelet distance between a prediction and its target (iSM, Sec. 4), through jaxwt.
+"""The multi-level wavelet distance of a prediction to its target (iSM, Sec. 4), through jaxwt.
 
 The transform is linear, so the distance is a function of the bands of the error. By Parseval, an
 orthonormal transform (Haar on even sizes; jaxwt has no periodic boundary for the others) leaves the
@@ -66,14 +66,14 @@ def depth(cfg: WaveletConfig, size: tuple[int, int]) -> int:
   deepest = min(pywt.dwt_max_level(n, cfg.family) for n in size)
   if cfg.levels > deepest:
     raise ValueError(
-        f"wavelet.levels={cfg.levels} is deeper than {size[0]}x{size[1]} images allow with "
-        f"{cfg.family!r}: at most {deepest}. Set wavelet.levels={deepest}, or -1."
+      f"wavelet.levels={cfg.levels} is deeper than {size[0]}x{size[1]} images allow with "
+      f"{cfg.family!r}: at most {deepest}. Set wavelet.levels={deepest}, or -1."
     )
   levels = deepest if cfg.levels == -1 else cfg.levels
   if cfg.form == "weighted" and cfg.weights and len(cfg.weights) != levels + 1:
     raise ValueError(
-        f"wavelet.weights has {len(cfg.weights)} values; {levels} levels need {levels + 1}, "
-        "finest first, the coarsest approximation last."
+      f"wavelet.weights has {len(cfg.weights)} values; {levels} levels need {levels + 1}, "
+      "finest first, the coarsest approximation last."
     )
   return levels
 
@@ -105,11 +105,13 @@ def distance(e, cfg: WaveletConfig, loss: str):
   energies = [jnp.mean(jnp.square(c_b), axis=-1) for _, c_b in decomposition]
   if cfg.form == "norm":
     root_n = [math.sqrt(c_b.shape[-1]) for _, c_b in decomposition]
-    norms = (r * jnp.sqrt(energy + cfg.epsilon) for r, energy in zip(root_n, energies))
+    norms = (
+      r * jnp.sqrt(energy + cfg.epsilon) for r, energy in zip(root_n, energies, strict=False)
+    )
     return sum(norms) / sum(root_n)
   weights = cfg.weights or (1.0,) * (levels + 1)
   n = e[0].size
   return sum(
-      weights[level] * c_b.shape[-1] / n * energy
-      for (level, c_b), energy in zip(decomposition, energies)
+    weights[level] * c_b.shape[-1] / n * energy
+    for (level, c_b), energy in zip(decomposition, energies, strict=False)
   )

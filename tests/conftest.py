@@ -5,7 +5,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
 # Tests build the same functions again and again: within one run of pytest each compiles once.
@@ -26,9 +26,10 @@ def key():
 
 
 def tiny_config(variant: str = "ism"):
-  """Digits with pools of 2 batches of 64: a step on 8 devices, or in 4 micro-batches, in seconds."""
+  """Digits with pools of 4 batches of 64, which split over 8 devices or 4 micro-batches."""
   config = digits.get_config(variant)
-  config.update({
+  config.update(
+    {
       "steps": 8,
       "batch_size": 64,
       "scan_steps": 2,
@@ -36,5 +37,6 @@ def tiny_config(variant: str = "ism"):
       "optimizer": {"warmup_steps": 2},
       "log": {"every": 4},
       "checkpoint": {"every": 4},
-  })
+    }
+  )
   return config

@@ -21,7 +21,15 @@ LAYERS = [
      "metrics", "judge", "logs"},
     {"paths"},
 ]  # fmt: skip
-MATHEMATICS = {"paths", "guidance", "wavelets", "couplings", "objectives", "sampling", "compounding"}
+MATHEMATICS = {
+  "paths",
+  "guidance",
+  "wavelets",
+  "couplings",
+  "objectives",
+  "sampling",
+  "compounding",
+}
 
 
 def imports(path):
@@ -36,7 +44,7 @@ def layer_of(module):
   return next((i for i, layer in enumerate(LAYERS) if module in layer), None)
 
 
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__") + ["data"]
+MODULES = [*sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__"), "data"]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -62,9 +70,9 @@ def test_importing_everything_touches_no_device_and_no_tensorflow_or_torch():
   # Two commands in one process would define the flag --out twice.
   modules = [f"ism_jax.{m}" for m in MODULES if m != "compare"]
   script = (
-      f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
-      "from jax._src import xla_bridge\n"
-      "assert not xla_bridge._backends, 'a backend was initialised'\n"
-      "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
+    f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
+    "from jax._src import xla_bridge\n"
+    "assert not xla_bridge._backends, 'a backend was initialised'\n"
+    "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
   )
   subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)

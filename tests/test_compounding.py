@@ -3,9 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import compounding
-from ism_jax import guidance
-from ism_jax import paths
+from ism_jax import compounding, guidance, paths
 
 NULL = 3
 
@@ -44,7 +42,7 @@ def test_a_rollout_is_the_sum_of_its_fine_steps(key):
   """x' = a x in 4 steps of 1/128, by hand."""
   x = jax.random.normal(key, (2, 2, 2, 1))
   guided = guidance.fixed(
-      lambda x, t, c, d, w: 0.5 * x, null_class=NULL, t_interval=0.0, every_level=False
+    lambda x, t, c, d, w: 0.5 * x, null_class=NULL, t_interval=0.0, every_level=False
   )
   zero = jnp.zeros(2)
   mean = compounding.rollout(guided, x, zero, zero.astype(int), zero, 4)

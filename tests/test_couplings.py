@@ -135,7 +135,7 @@ def test_the_greedy_permutation_gives_a_column_to_the_best_that_asks_and_settles
   # Round 1: rows 0 and 1 ask for column 0, row 2 for column 1. Round 2: row 1 takes what is left.
   np.testing.assert_array_equal(couplings.greedy_permutation(score), [0, 2, 1])
   np.testing.assert_array_equal(
-      np.sort(jax.jit(couplings.greedy_permutation)(jnp.zeros((37, 37)))), np.arange(37)
+    np.sort(jax.jit(couplings.greedy_permutation)(jnp.zeros((37, 37)))), np.arange(37)
   )
 
 

@@ -1,4 +1,4 @@
-"""Configs: every variant builds and steps, and what is wrong with one is said before anything runs."""
+"""Configs: every variant builds and steps, and what is wrong is said before anything runs."""
 
 from conftest import tiny_config
 import jax
@@ -6,13 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from configs import digits
-from configs import imagenet256
-from ism_jax import experiment
-from ism_jax import sharding
-from ism_jax import state
-from ism_jax import train
+from configs import base, digits, imagenet256
+from ism_jax import experiment, sharding, state, train
 
 
 def first_pool(exp, mesh):
@@ -20,15 +15,17 @@ def first_pool(exp, mesh):
   k, m = exp.coupling.pool_size, exp.batch_size
   rows = sharding.rows(mesh, axis=1)
   return {
-      "x1": jax.ShapeDtypeStruct((k, m, *exp.image_shape), jnp.float32, sharding=rows),
-      "c": jax.ShapeDtypeStruct((k, m), jnp.int32, sharding=rows),
+    "x1": jax.ShapeDtypeStruct((k, m, *exp.image_shape), jnp.float32, sharding=rows),
+    "c": jax.ShapeDtypeStruct((k, m), jnp.int32, sharding=rows),
   }
 
 
 @pytest.mark.parametrize("variant", base.VARIANTS)
 def test_every_variant_of_digits_takes_a_step_that_moves_every_tree(variant):
   config = tiny_config(variant)
-  config.update({"batch_size": 16, "scan_steps": 1, "coupling": {"pool_size": 1}, "ema": {"warmup": False}})
+  config.update(
+    {"batch_size": 16, "scan_steps": 1, "coupling": {"pool_size": 1}, "ema": {"warmup": False}}
+  )
   exp = experiment.parse(config)
   mesh = sharding.data_mesh(jax.devices()[:1])
   keys = train.base_keys(0)
@@ -41,7 +38,7 @@ def test_every_variant_of_digits_takes_a_step_that_moves_every_tree(variant):
     s, metrics = steps(s, pool, keys, 0)
   assert np.isfinite(metrics["loss"]).all()
   moved = lambda a, b: any(
-      not np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    not np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
   )
   for tree in ("params", "ema", "target_ema"):
     assert moved(getattr(s, tree), getattr(before, tree)), tree
@@ -56,13 +53,13 @@ def test_every_variant_of_imagenet256_traces_on_eight_devices(variant):
   experiment.check_devices(exp, mesh.size)
   keys = jax.eval_shape(lambda: train.base_keys(0))
   pool, info = jax.eval_shape(
-      train.couple_function(exp, mesh), first_pool(exp, mesh), keys, jnp.zeros((), int)
+    train.couple_function(exp, mesh), first_pool(exp, mesh), keys, jnp.zeros((), int)
   )
   assert pool["x0"].shape == (32, 256, 32, 32, 4)
   assert ("attained_gain" in info) == (variant in ("sot", "ism"))
   like = train.abstract_state(exp, mesh)
   out, metrics = jax.eval_shape(
-      train.steps_function(exp, mesh), like, pool, keys, jnp.zeros((), int)
+    train.steps_function(exp, mesh), like, pool, keys, jnp.zeros((), int)
   )
   assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, like)
   assert metrics["loss"].shape == (exp.scan_steps,)
@@ -111,17 +108,17 @@ def test_a_config_from_a_checkpoint_is_the_same_experiment():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"scan_steps": 3}, "scan_steps=3 does not divide"),
-        ({"steps": 0}, "steps=0"),
-        ({"wavelet": {"levels": 4}}, "at most 3"),
-        ({"data": {"image_size": 10}}, "do not split into the 4x4 patches"),
-        ({"evaluation": {"steps": (1, 3)}}, "off the trained grid"),
-        ({"evaluation": {"w": (-1.0,)}}, "negative"),
-        ({"sample": {"label": 10}}, "classes are 0..9"),
-        ({"checkpoint": {"keep": 0}}, "keep=0"),
-    ],
+  ("change", "message"),
+  [
+    ({"scan_steps": 3}, "scan_steps=3 does not divide"),
+    ({"steps": 0}, "steps=0"),
+    ({"wavelet": {"levels": 4}}, "at most 3"),
+    ({"data": {"image_size": 10}}, "do not split into the 4x4 patches"),
+    ({"evaluation": {"steps": (1, 3)}}, "off the trained grid"),
+    ({"evaluation": {"w": (-1.0,)}}, "negative"),
+    ({"sample": {"label": 10}}, "classes are 0..9"),
+    ({"checkpoint": {"keep": 0}}, "keep=0"),
+  ],
 )
 def test_what_is_wrong_with_a_config_is_said_with_the_remedy(change, message):
   config = tiny_config()

@@ -18,8 +18,8 @@ SMALL = ("--config.steps=8", "--config.batch_size=16", "--config.log.every=4",
 def environment(tmp_path_factory):
   """One device, and a data folder of its own."""
   return os.environ | {
-      "XLA_FLAGS": "",
-      "TFDS_DATA_DIR": str(tmp_path_factory.mktemp("data")),
+    "XLA_FLAGS": "",
+    "TFDS_DATA_DIR": str(tmp_path_factory.mktemp("data")),
   }
 
 
@@ -30,7 +30,7 @@ def ism(environment, *arguments, config="configs/digits.py", module="main"):
     command.append(f"--config={config}")  # before the flags that override it
   command += arguments
   done = subprocess.run(
-      command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
   )
   return done.returncode, done.stdout
 
@@ -47,12 +47,12 @@ def test_a_run_is_trained_continued_evaluated_sampled_and_compared(environment, 
   assert json.loads((work / "evaluation.json").read_text())["step"] == 12
   out = tmp_path / "x.npz"
   code, said = ism(
-      environment, at, *SMALL, "--mode=sample", f"--out={out}", "--config.sample.num_images=12"
+    environment, at, *SMALL, "--mode=sample", f"--out={out}", "--config.sample.num_images=12"
   )
   assert code == 0, said
   assert np.load(out)["arr_0"].shape == (12, 8, 8, 1)
   code, said = ism(
-      environment, f"--out={tmp_path / 'c'}", "--examples=8", str(work), module="compare"
+    environment, f"--out={tmp_path / 'c'}", "--examples=8", str(work), module="compare"
   )
   assert code == 0, said
   assert "| `ism` |" in (tmp_path / "c" / "comparison.md").read_text()
@@ -60,17 +60,17 @@ def test_a_run_is_trained_continued_evaluated_sampled_and_compared(environment, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--config.objective.alfa=2",), "names a key that the config does not have: \"'alfa'\""),
-        (("--config.batch_size=126",), "the nearest is"),
-        (("--config.data.name=cifar",), "known: digits"),
-        (("--mode=sample",), "--mode=sample needs --out"),
-        (("--mode=evaluate",), "--mode=train"),
-    ],
+  ("arguments", "message"),
+  [
+    (("--config.objective.alfa=2",), "names a key that the config does not have: \"'alfa'\""),
+    (("--config.batch_size=126",), "the nearest is"),
+    (("--config.data.name=cifar",), "known: digits"),
+    (("--mode=sample",), "--mode=sample needs --out"),
+    (("--mode=evaluate",), "--mode=train"),
+  ],
 )
 def test_what_the_user_got_wrong_is_one_line_and_nothing_is_written(
-    environment, tmp_path, arguments, message
+  environment, tmp_path, arguments, message
 ):
   work = tmp_path / "work"
   code, said = ism(environment, f"--workdir={work}", *arguments)

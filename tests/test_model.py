@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import experiment
-from ism_jax import model
+from ism_jax import experiment, model
 
 PUBLISHED = {  # million parameters of SiT-*/2 (Ma et al. 2024, Table 1)
     "SiT-S/2": 33, "SiT-B/2": 130, "SiT-L/2": 458, "SiT-XL/2": 675,
@@ -79,7 +78,7 @@ def numpy_sit(params, x, t, c, d, w, *, patch, heads):
     for layer in range(p["blocks"]["fc1"]["bias"].shape[0]):
       q = jax.tree.map(lambda a, layer=layer: a[layer], p["blocks"])
       shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = np.split(
-          dense(q["adaLN_modulation"], condition[b]), 6
+        dense(q["adaLN_modulation"], condition[b]), 6
       )
       qkv = dense(q["attn"]["qkv"], norm(h) * (1 + scale_a) + shift_a)
       query, key_, value = np.split(qkv, 3, axis=1)
@@ -124,7 +123,7 @@ def test_remat_and_unrolling_change_neither_output_nor_gradient(key, changes):
   network, other = model.SiT(config(), 10, True), model.SiT(config(**changes), 10, True)
   params = random_params(network, (8, 8, 1), key)
   f = lambda net: jax.jit(
-      jax.value_and_grad(lambda p: jnp.sum(model.velocity_function(net, p)(*inputs(key)) ** 2))
+    jax.value_and_grad(lambda p: jnp.sum(model.velocity_function(net, p)(*inputs(key)) ** 2))
   )
   for a, b in zip(*map(jax.tree.leaves, (f(network)(params), f(other)(params))), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
@@ -139,7 +138,7 @@ def test_bfloat16_blocks_stay_near_float32_and_keep_float32_outside(key):
   error = jnp.linalg.norm(full - low) / jnp.linalg.norm(full)
   assert 1e-5 < error < 0.05
   assert {a.dtype for a in jax.tree.leaves(shapes_of(config(dtype="bfloat16")))} == {
-      jnp.dtype("float32")
+    jnp.dtype("float32")
   }
 
 
@@ -154,7 +153,9 @@ def test_without_intrinsic_guidance_there_is_no_w_embedder(key):
 
 def test_neighbouring_step_sizes_are_told_apart(key):
   """The embedding of d = 0 differs from that of 1/64 as much as 1/2 from 1, or the finest blurs."""
-  embedding = model.sinusoid(jax.vmap(lambda d: model.paths.level(d))(jnp.array([0, 1 / 64, 1 / 2, 1])))
+  embedding = model.sinusoid(
+    jax.vmap(lambda d: model.paths.level(d))(jnp.array([0, 1 / 64, 1 / 2, 1]))
+  )
   gap = lambda i, j: jnp.linalg.norm(embedding[i] - embedding[j])
   assert 0.5 < gap(0, 1) / gap(2, 3) < 2
 

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import experiment
-from ism_jax import objectives
-from ism_jax import paths
+from ism_jax import experiment, objectives, paths
 
 NULL = 10
 ISM = experiment.parse(tiny_config("ism"))
@@ -96,7 +94,7 @@ def test_a_linear_flow_is_its_own_two_step_target():
   t, d, one = jnp.array([0.0, 0.25, 0.5]), jnp.array([0.5, 0.0, 0.25]), jnp.ones(3)
   s = velocity(x, t, one, d, one)
   np.testing.assert_allclose(
-      objectives.consistency_target(s, velocity, x, t, one, d, one), speed, rtol=1e-6
+    objectives.consistency_target(s, velocity, x, t, one, d, one), speed, rtol=1e-6
   )
 
 
@@ -121,7 +119,7 @@ def test_ism_targets_are_their_equations_in_numpy(parameters, clip):
   y = objectives.regression_targets(online, ema, x0, x1, x_t, given, c, cfg, NULL)
   e = lambda a: a.reshape(-1, 1, 1, 1)
   x_t, expected = np.asarray(x_t), np.array(x1 - x0)
-  velocity, guidance, consistency = objectives.deal_rows(64, cfg.shares)
+  _velocity, guidance, consistency = objectives.deal_rows(64, cfg.shares)
   who = online if parameters == "online" else ema
   for i in guidance:
     row = lambda a, i=i: a[i : i + 1]
@@ -153,7 +151,7 @@ def sm_loss_in_numpy(velocity, ema, x0, x1, c, given, rows, every_level):
   scale, errors, x0, x1 = 1.5, [], np.asarray(x0), np.asarray(x1)
   as_d = lambda dt_base: 0.0 if dt_base == 7 else 2.0**-dt_base
   ask = lambda f, x, t, label, dt_base: f(
-      x[None], np.array([t]), np.array([label]), np.array([as_d(dt_base)]), np.zeros(1), np
+    x[None], np.array([t]), np.array([label]), np.array([as_d(dt_base)]), np.zeros(1), np
   )[0]
   for i in range(len(c)):
     t, label = float(given.t[i]), given.c[i]
@@ -198,7 +196,7 @@ def test_each_loss_is_a_mean_over_its_rows_times_its_weight():
   args = (toy(1.0), toy(0.6), x0, x1, c, given)
   loss, parts = objectives.losses(*args, cfg, ISM.wavelet, NULL, 64)
   np.testing.assert_allclose(
-      loss, 2 * parts["velocity"] + 3 * parts["guidance"] + 5 * parts["consistency"], rtol=1e-6
+    loss, 2 * parts["velocity"] + 3 * parts["guidance"] + 5 * parts["consistency"], rtol=1e-6
   )
   x_t = paths.interpolate(x0, x1, given.t)
   e = toy(1.0)(x_t, *given) - (x1 - x0)
@@ -212,7 +210,7 @@ def test_no_gradient_flows_through_a_target():
 
   def total(scale):
     y = objectives.regression_targets(
-        toy(scale), toy(scale), x0, x1, x_t, given, c, ISM.objective, NULL
+      toy(scale), toy(scale), x0, x1, x_t, given, c, ISM.objective, NULL
     )
     return jnp.sum(y**2)
 
@@ -220,17 +218,17 @@ def test_no_gradient_flows_through_a_target():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"guidance": "cfg"}, "known are intrinsic"),
-        ({"shares": (0, 1, 1)}, "at least 1"),
-        ({"guidance": "fixed_finest"}, "set the second share to 0"),
-        ({"w_max": -1.0}, "never negative"),
-        ({"w_max": 3.6}, "multiple of w_spacing"),
-        ({"t_interval": 1.5}, "t_interval=1.5"),
-        ({"clip": -4.0}, "clip=-4.0"),
-        ({"times": "logit"}, "known are grid, uniform"),
-    ],
+  ("change", "message"),
+  [
+    ({"guidance": "cfg"}, "known are intrinsic"),
+    ({"shares": (0, 1, 1)}, "at least 1"),
+    ({"guidance": "fixed_finest"}, "set the second share to 0"),
+    ({"w_max": -1.0}, "never negative"),
+    ({"w_max": 3.6}, "multiple of w_spacing"),
+    ({"t_interval": 1.5}, "t_interval=1.5"),
+    ({"clip": -4.0}, "clip=-4.0"),
+    ({"times": "logit"}, "known are grid, uniform"),
+  ],
 )
 def test_values_that_mean_nothing_are_refused(change, message):
   with pytest.raises(ValueError, match=message):

@@ -10,9 +10,9 @@ def test_the_path_starts_at_noise_ends_at_data_and_moves_at_the_velocity(key):
   x0, x1 = jax.random.normal(key, (2, 3, 4, 4, 1))
   np.testing.assert_allclose(paths.interpolate(x0, x1, jnp.zeros(3)), x0)
   np.testing.assert_allclose(paths.interpolate(x0, x1, jnp.ones(3)), x1)
-  derivative = jax.jvp(
-      lambda t: paths.interpolate(x0, x1, t), (jnp.full(3, 0.3),), (jnp.ones(3),)
-  )[1]
+  derivative = jax.jvp(lambda t: paths.interpolate(x0, x1, t), (jnp.full(3, 0.3),), (jnp.ones(3),))[
+    1
+  ]
   np.testing.assert_allclose(derivative, paths.velocity(x0, x1), rtol=1e-6)
 
 
@@ -41,12 +41,12 @@ def test_jumps_cover_every_level_alike_and_start_at_multiples_of_themselves(key)
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"),
-    [
-        (1, [(0, 1)]),
-        ("4", [(0, 0.25), (0.25, 0.25), (0.5, 0.25), (0.75, 0.25)]),
-        ("1/2,1/4,1/4", [(0, 0.5), (0.5, 0.25), (0.75, 0.25)]),
-    ],
+  ("steps", "expected"),
+  [
+    (1, [(0, 1)]),
+    ("4", [(0, 0.25), (0.25, 0.25), (0.5, 0.25), (0.75, 0.25)]),
+    ("1/2,1/4,1/4", [(0, 0.5), (0.5, 0.25), (0.75, 0.25)]),
+  ],
 )
 def test_a_schedule_lists_when_each_step_starts_and_its_size(steps, expected):
   assert list(paths.parse_schedule(steps)) == expected
@@ -59,16 +59,16 @@ def test_the_finest_schedule_tells_the_network_zero():
 
 
 @pytest.mark.parametrize(
-    ("steps", "message"),
-    [
-        (3, "off the trained grid"),
-        (256, "off the trained grid"),
-        (0, "no schedule"),
-        ("many", "no schedule"),
-        ("1/2,1/4", "adds up to 3/4"),
-        ("1/4,1/2,1/4", "multiples of 1/2"),
-        ("1/2,1/2,1/2", "adds up to 3/2"),
-    ],
+  ("steps", "message"),
+  [
+    (3, "off the trained grid"),
+    (256, "off the trained grid"),
+    (0, "no schedule"),
+    ("many", "no schedule"),
+    ("1/2,1/4", "adds up to 3/4"),
+    ("1/4,1/2,1/4", "multiples of 1/2"),
+    ("1/2,1/2,1/2", "adds up to 3/2"),
+  ],
 )
 def test_a_schedule_off_the_grid_is_refused_with_the_remedy(steps, message):
   with pytest.raises(ValueError, match=message):

@@ -4,17 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import evaluate
-from ism_jax import experiment
-from ism_jax import guidance
-from ism_jax import model
-from ism_jax import paths
-from ism_jax import sampling
-from ism_jax import sharding
+from ism_jax import evaluate, experiment, guidance, model, paths, sampling, sharding
 
 
 def test_steps_of_the_mean_velocity_reach_the_exact_solution_of_an_ode(key):
-  """x' = a x. Its mean velocity over a step h is x (e^{a h} - 1) / h: any schedule is then exact."""
+  """x' = a x has the mean velocity x (e^{a h} - 1) / h over a step h: any schedule is exact."""
   a = -1.3
 
   def velocity(x, t, c, d, w):
@@ -36,7 +30,7 @@ def test_every_step_is_one_call_with_its_own_time_size_and_guidance():
 
   w = jnp.array([0.0, 1.5])
   sampling.sample(
-      velocity, jnp.zeros((2, 1, 1, 1)), jnp.array([3, 4]), w, paths.parse_schedule("1/2,1/4,1/4")
+    velocity, jnp.zeros((2, 1, 1, 1)), jnp.array([3, 4]), w, paths.parse_schedule("1/2,1/4,1/4")
   )
   jax.effects_barrier()
   assert [(float(t[0]), float(d[0])) for t, d, *_ in calls] == [(0, 0.5), (0.5, 0.25), (0.75, 0.25)]
@@ -46,8 +40,8 @@ def test_every_step_is_one_call_with_its_own_time_size_and_guidance():
 
 
 def test_fixed_guidance_is_two_passes_at_the_finest_step_and_none_at_jumps():
-  velocity = lambda x, t, c, d, w: jnp.ones_like(x) * paths.expand(
-      jnp.where(c == 10, 1.0, 3.0) + 0 * w, x
+  velocity = lambda x, t, c, d, w: (
+    jnp.ones_like(x) * paths.expand(jnp.where(c == 10, 1.0, 3.0) + 0 * w, x)
   )
   guided = guidance.fixed(velocity, null_class=10, t_interval=0.3, every_level=False)
   x, c, w = jnp.zeros((4, 1, 1, 1)), jnp.zeros(4, int), jnp.full(4, 0.5)
@@ -65,7 +59,7 @@ def test_a_sample_depends_on_its_number_not_on_batch_size_or_devices():
   eight = sharding.data_mesh()
   one = sharding.data_mesh(jax.devices()[:1])
   draw = lambda mesh, n, batch: evaluate.generate(
-      exp, mesh, params, num_images=n, steps=2, w=0.5, seed=7, batch_size=batch
+    exp, mesh, params, num_images=n, steps=2, w=0.5, seed=7, batch_size=batch
   )
   images, labels = draw(one, 21, 21)
   np.testing.assert_array_equal(labels, np.arange(21) % 10)
@@ -83,12 +77,12 @@ def test_unit_range_maps_to_grey_values_as_the_data_does():
 
 
 @pytest.mark.parametrize(
-    ("variant", "steps", "w", "message"),
-    [
-        ("ism", 3, 0.5, "off the trained grid"),
-        ("ism", 4, -0.5, "negative"),
-        ("sm", 4, 1.0, "fixed guidance w=0.5"),
-    ],
+  ("variant", "steps", "w", "message"),
+  [
+    ("ism", 3, 0.5, "off the trained grid"),
+    ("ism", 4, -0.5, "negative"),
+    ("sm", 4, 1.0, "fixed guidance w=0.5"),
+  ],
 )
 def test_what_a_network_cannot_sample_is_refused(variant, steps, w, message):
   with pytest.raises(ValueError, match=message):

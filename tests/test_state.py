@@ -68,17 +68,21 @@ def test_the_schedules_are_their_formulas():
 
 def test_clipping_bounds_the_norm_before_adam():
   tx = state.optimizer(dataclasses.replace(ADAM, clip_norm=1.0, b1=0.0), 10)
-  _, opt_state = tx.update({"a": jnp.full(4, 10.0)}, tx.init({"a": jnp.zeros(4)}), {"a": jnp.zeros(4)})
+  _, opt_state = tx.update(
+    {"a": jnp.full(4, 10.0)}, tx.init({"a": jnp.zeros(4)}), {"a": jnp.zeros(4)}
+  )
   (mu,) = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.shape == (4,) and leaf[0] > 0.1]
   np.testing.assert_allclose(mu, 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"schedule": "step"}, {"learning_rate": 0.0}, {"clip_norm": -1.0}])
+@pytest.mark.parametrize(
+  "change", [{"schedule": "step"}, {"learning_rate": 0.0}, {"clip_norm": -1.0}]
+)
 def test_optimizer_values_that_mean_nothing_are_refused(change):
   with pytest.raises(ValueError, match=f"optimizer.{next(iter(change))}"):
     dataclasses.replace(ADAM, **change)
 
 
 def test_a_decay_of_one_is_refused():
-  with pytest.raises(ValueError, match="ema.target_decay=1"):
+  with pytest.raises(ValueError, match=r"ema\.target_decay=1"):
     state.EmaConfig(inference_decay=0.9, target_decay=1.0, warmup=False)

@@ -7,13 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ism_jax import checkpoints
-from ism_jax import data
-from ism_jax import evaluate
-from ism_jax import experiment
-from ism_jax import logs
-from ism_jax import sharding
-from ism_jax import train
+from ism_jax import checkpoints, data, evaluate, experiment, logs, sharding, train
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +32,7 @@ def run(tmp_path_factory, one_device):
   patch = pytest.MonkeyPatch()
   for name in ("couple_function", "steps_function"):
     original = getattr(train, name)
-    patch.setattr(
-        train, name, lambda *a, original=original: made.append(original(*a)) or made[-1]
-    )
+    patch.setattr(train, name, lambda *a, original=original: made.append(original(*a)) or made[-1])
   state = train.train(tiny_config(), str(workdir), one_device)
   patch.undo()
   return workdir, jax.device_get(state), made
@@ -71,7 +63,7 @@ def test_a_run_leaves_checkpoints_metrics_and_events(run):
                "steps_per_second", "coupling/attained_gain", "coupling/class_shift"):  # fmt: skip
     assert np.isfinite(last[name]), name
   np.testing.assert_allclose(
-      last["loss"], last["velocity"] + last["guidance"] + last["consistency"], rtol=1e-5
+    last["loss"], last["velocity"] + last["guidance"] + last["consistency"], rtol=1e-5
   )
   assert list(workdir.glob("events.out.tfevents.*"))
   with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
@@ -80,10 +72,10 @@ def test_a_run_leaves_checkpoints_metrics_and_events(run):
 
 
 def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
-    run, tmp_path, one_device, monkeypatch
+  run, tmp_path, one_device, monkeypatch
 ):
   """Bit for bit, and with the metrics of what it did again written once."""
-  workdir, whole, _ = run
+  _workdir, whole, _ = run
   config = tiny_config()
   config.checkpoint.every = 2  # a pool has 4 steps
   steps_function = train.steps_function
@@ -177,7 +169,7 @@ def test_an_evaluation_leaves_numbers_tables_and_grids(run, one_device):
   from PIL import Image
 
   with Image.open(workdir / "samples_steps1_w0.5.png") as grid:
-    assert grid.size == (10 * 8 * 8, 8 * 8 * 8)
+    assert grid.size == (10 * 9 * 8, 8 * 9 * 8)
 
 
 def test_a_checkpoint_of_another_model_is_refused(run, one_device):

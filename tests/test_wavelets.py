@@ -9,7 +9,7 @@ import pywt
 from ism_jax import wavelets
 
 NORM = wavelets.WaveletConfig(
-    form="norm", family="haar", levels=-1, weights=(), losses=("consistency",), epsilon=1e-3
+  form="norm", family="haar", levels=-1, weights=(), losses=("consistency",), epsilon=1e-3
 )
 WEIGHTED = dataclasses.replace(NORM, form="weighted")
 L2 = dataclasses.replace(NORM, form="l2")
@@ -19,7 +19,9 @@ def distance(cfg, e, loss="consistency"):
   return jax.jit(lambda e: wavelets.distance(e, cfg, loss))(e)
 
 
-@pytest.mark.parametrize(("family", "levels", "size"), [("haar", 5, 32), ("haar", 3, 8), ("db2", 3, 32)])
+@pytest.mark.parametrize(
+  ("family", "levels", "size"), [("haar", 5, 32), ("haar", 3, 8), ("db2", 3, 32)]
+)
 def test_the_bands_are_those_of_pywavelets(key, family, levels, size):
   e = jax.random.normal(key, (2, size, size, 3))
   bands = jax.jit(lambda e: [b for _, b in wavelets.bands(e, family, levels)])(e)
@@ -51,7 +53,9 @@ def test_the_norm_is_its_formula_in_numpy(key):
   bands = [approximation] + [band for triple in details for band in triple]
   root_n = [np.sqrt(band.size) for band in bands]
   norms = [np.sqrt(np.mean(band**2) + 1e-3) for band in bands]
-  np.testing.assert_allclose(distance(NORM, e)[0], np.dot(root_n, norms) / np.sum(root_n), rtol=1e-5)
+  np.testing.assert_allclose(
+    distance(NORM, e)[0], np.dot(root_n, norms) / np.sum(root_n), rtol=1e-5
+  )
 
 
 def band_error(coarse: bool):
@@ -91,12 +95,12 @@ def test_zero_levels_are_one_band(key):
 
 
 @pytest.mark.parametrize(
-    ("change", "size", "message"),
-    [
-        ({"levels": 4}, 8, "at most 3"),
-        ({"family": "db2", "levels": 4}, 32, "at most 3"),
-        ({"form": "weighted", "weights": (1.0, 2.0)}, 8, "3 levels need 4"),
-    ],
+  ("change", "size", "message"),
+  [
+    ({"levels": 4}, 8, "at most 3"),
+    ({"family": "db2", "levels": 4}, 32, "at most 3"),
+    ({"form": "weighted", "weights": (1.0, 2.0)}, 8, "3 levels need 4"),
+  ],
 )
 def test_more_levels_than_size_and_family_allow_are_refused(change, size, message):
   with pytest.raises(ValueError, match=message):
@@ -104,8 +108,8 @@ def test_more_levels_than_size_and_family_allow_are_refused(change, size, messag
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"form": "l1"}, {"family": "mexh"}, {"losses": ("all",)}, {"levels": -2}, {"epsilon": 0.0}],
+  "change",
+  [{"form": "l1"}, {"family": "mexh"}, {"losses": ("all",)}, {"levels": -2}, {"epsilon": 0.0}],
 )
 def test_values_that_mean_nothing_are_refused(change):
   with pytest.raises(ValueError, match=f"wavelet.{next(iter(change))}"):

@@ -93,9 +93,7 @@ def load_source(cfg):
   return builder.as_data_source(split="train")
 
 
-def pools(
-  source, *, batch_size, pool_size, seed, process_index=0, process_count=1, num_threads=4
-):
+def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count=1, num_threads=4):
   """An endless iterator over pools of training batches, each image exactly once per epoch.
 
   Args:
