@@ -6,8 +6,8 @@ x_t + d * s(x_t, t, c, d, w).
 
 Step sizes are dyadic: 1/128, 1/64, ..., 1/2, 1. The network never sees d = 1/128: it sees d = 0,
 the instantaneous velocity, which stands for the finest step (the Shortcut Models code ties the two
-in the same way). So `length(d)` is the distance that a step travels and d is what the network is told.
-Steps of length l start at multiples of l.
+in the same way). So `length(d)` is the distance that a step travels, and d is what the network is
+told. Steps of length l start at multiples of l.
 
 Axes: B batch, H/W image size, C channels.
 """
