@@ -106,8 +106,8 @@ class Writer:
     self._lines.flush()
     for name, value in entry.items():
       self._events.add_scalar(name, value, step)
-    shown = {k: v for k, v in entry.items() if k in ("loss", "velocity", "guidance", "consistency")}
-    losses = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    names = [n for n in ("loss", "velocity", "guidance", "consistency") if n in entry]
+    losses = ", ".join(f"{name} {entry[name]:.4f}" for name in names)
     if self._bar is not None:
       self._bar.set_postfix_str(losses)
       return

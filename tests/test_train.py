@@ -190,3 +190,13 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(run, one_d
     train.train(config, str(workdir), one_device)
   with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
     assert manager.latest_step() == 8
+
+
+def test_eight_devices_train_the_same_run_as_one(run, tmp_path):
+  """Two pools end to end: draws, pairs, gradients, update. (Adam magnifies rounding a little.)"""
+  _, one, _ = run
+  eight = jax.device_get(train.train(tiny_config(), str(tmp_path)))
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(one.params), jax.tree.leaves(eight.params), strict=True
+  ):
+    np.testing.assert_allclose(b, a, atol=2e-4, err_msg=jax.tree_util.keystr(path))
