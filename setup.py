@@ -7,7 +7,7 @@ setuptools.setup(
   version="0.1.0",
   description='JAX reference implementation of "Improved Training Technique for Shortcut Models"',
   license="Apache-2.0",
-  python_requires=">=3.11",
+  python_requires=">=3.11,<3.13",
   packages=setuptools.find_packages(include=["ism_jax*", "configs*"]),
   install_requires=[
     # Lower bounds are the versions the tests run on.

@@ -18,7 +18,7 @@ def get_config(variant: str = "ism"):
           "name": "digits", "image_size": 8, "channels": 1, "num_classes": 10, "num_threads": 2,
       },
       "model": {"size": "SiT-XXS/4", "dtype": "float32", "remat": "none"},
-      "coupling": {"pool_size": 4, "class_penalty": 2.0},
+      "coupling": {"pool_size": 4, "class_penalty": 5.0},
       "optimizer": {"learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 200},
       # 7,000 steps are too short for 0.9999.
       "ema": {"inference_decay": 0.999, "target_decay": 0.95, "warmup": True},

@@ -32,7 +32,7 @@ def open_manager(workdir, *, keep, read_only=False):
   if "://" not in workdir:
     workdir = os.path.abspath(os.path.expanduser(workdir))
     if not read_only:
-      _check_writable(workdir)
+      check_writable(workdir)
   state, json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
   handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
   handlers.add("state", ocp.args.StandardSave, state)
@@ -132,16 +132,23 @@ def read_config(manager, step=None):
   return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
 
 
-def _check_writable(workdir):
+def check_writable(folder):
+  """Raises OSError unless `folder` can be made and written; leaves nothing behind.
+
+  A path with a scheme, such as gs://, is not checked.
+  """
+  folder = os.fspath(folder)
+  if "://" in folder:
+    return
+  folder = existing = os.path.abspath(os.path.expanduser(folder))
+  while not os.path.exists(existing):
+    existing = os.path.dirname(existing)
   # Writing is the test: permission bits say nothing about read-only mounts, quotas or root.
   try:
-    os.makedirs(workdir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
+    with tempfile.TemporaryFile(dir=existing):
       pass
   except OSError as e:
-    raise OSError(
-      f"workdir {workdir} cannot be written ({e.strerror}); pass a --workdir that can."
-    ) from e
+    raise OSError(f"{folder} cannot be written ({e.strerror}); name a folder that can.") from e
 
 
 def _existing_step(manager, step):

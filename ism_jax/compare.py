@@ -2,8 +2,9 @@
 
   python -m ism_jax.compare --out=DIR WORKDIR [WORKDIR ...]
 
-Runs of one variant are seeds of it. Writes comparison.md (Fréchet distance and accuracy over NFE
-and w), comparison.json, effective_guidance.png (see `compounding`) and grids.png, the samples.
+Runs whose configs differ in the seed alone are one row. Writes comparison.md (Fréchet distance and
+accuracy over NFE and w), comparison.json, effective_guidance.png (see `compounding`) and grids.png,
+the samples.
 """
 
 import collections
@@ -44,8 +45,9 @@ def read_report(workdir: str) -> dict:
 
 def effective_guidance(workdir: str, report: dict, w: float, examples: int) -> list[float]:
   """The effective CFG scale of the jumps `JUMPS` of a run's inference EMA, told w."""
-  exp = experiment_lib.parse(ml_collections.ConfigDict(report["config"]))
-  _, params = evaluate.restore_ema(workdir, exp, sharding.data_mesh(jax.devices()[:1]))
+  config = ml_collections.ConfigDict(report["config"])
+  exp = experiment_lib.parse(config)
+  _, params = evaluate.restore_ema(workdir, config, sharding.data_mesh(jax.devices()[:1]))
   images, labels = data.all_images(data.load_source(exp.data))
   chosen = np.random.default_rng(0).permutation(len(images))[:examples]
   key_noise, key_start = jax.random.split(jax.random.key(0))
@@ -66,30 +68,54 @@ def effective_guidance(workdir: str, report: dict, w: float, examples: int) -> l
   return scales
 
 
+def row_names(reports: list[dict]) -> list[str]:
+  """A name for each run: its variant and decays, and what sets it apart within its variant."""
+  results_only = ("seed", "steps", "log.", "checkpoint.", "sample.", "evaluation.")
+  flat = [
+    {k: v for k, v in experiment_lib.flatten(r["config"]).items() if not k.startswith(results_only)}
+    for r in reports
+  ]
+  names = []
+  for config in flat:
+    kin = [other for other in flat if other["variant"] == config["variant"]]
+    apart = [k for k in config if any(other[k] != config[k] for other in kin)]
+    overrides = "".join(f", {k.rpartition('.')[2]}={config[k]}" for k in apart)
+    names.append(f"`{config['variant']}`{overrides}")
+  return names
+
+
+def decays(report: dict) -> str:
+  """The decays of a run's averages: of inference and target, or of the one EMA."""
+  ema = report["config"]["ema"]
+  both = dict.fromkeys([ema["inference_decay"], ema["target_decay"]])
+  return " / ".join(map(str, both))
+
+
 def table(reports: dict[str, list[dict]]) -> str:
-  """Fréchet distance as multiples of the floor, and accuracy: rows variants, columns settings."""
-  settings = sorted({(r["steps"], r["w"]) for runs in reports.values() for r in runs[0]["results"]})
-  ws = sorted({w for _, w in settings})
-  nfes = sorted({steps for steps, _ in settings})
+  """Fréchet distance as multiples of the floor, and accuracy: a row a config, a column an NFE."""
+  every = [r for runs in reports.values() for run in runs for r in run["results"]]
+  nfes = sorted({r["steps"] for r in every})
   spread = lambda v: f"{np.mean(v):.2f}" + (f" ± {np.std(v, ddof=1):.2f}" if len(v) > 1 else "")
-  lines = []
-  for w in ws:
+  lines = [
+    "Fréchet distance, as a multiple of the floor: mean ± standard deviation over seeds.",
+    "",
+  ]
+  for w in sorted({r["w"] for r in every}):
     lines += [
       f"w = {w:g} (CFG {1 + w:g})",
       "",
-      "| variant | " + " | ".join(f"NFE {n}" for n in nfes) + " | accuracy, NFE 1 |",
-      "|---" * (len(nfes) + 2) + "|",
+      f"| | EMA decay | {' | '.join(f'NFE {n}' for n in nfes)} | accuracy, NFE 1 |",
+      "|---" * (len(nfes) + 3) + "|",
     ]
-    for variant, runs in reports.items():
+    for name, runs in reports.items():
       found = collections.defaultdict(list)
       for result in (r for run in runs for r in run["results"] if r["w"] == w):
         found[result["steps"]].append(result)
-      if not found:
-        continue
-      cells = [spread([r["times_floor"] for r in found[n]]) if n in found else "–" for n in nfes]
-      one = [r["accuracy"] for r in found.get(1, [])]
-      accuracy = f"{np.mean(one):.3f}" if one else "–"
-      lines.append(f"| `{variant}` | " + " | ".join(cells) + f" | {accuracy} |")
+      if found:
+        cells = [spread([r["times_floor"] for r in found[n]]) if n in found else "–" for n in nfes]
+        accuracy = np.mean([r["accuracy"] for r in found[1]]) if 1 in found else np.nan
+        cells = [name, decays(runs[0]), *cells, f"{accuracy:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
   return "\n".join(lines)
 
@@ -98,9 +124,10 @@ def figure(scales: dict[str, list[list[float]]], w: float, path: str) -> None:
   """Effective guidance against the jump, a line a run."""
   fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
   colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-  for (variant, runs), colour in zip(scales.items(), colours, strict=False):
+  for n, (name, runs) in enumerate(scales.items()):
     for i, run in enumerate(runs):
-      ax.plot(JUMPS, run, "o-", color=colour, label=None if i else variant)
+      label = None if i else name.replace("`", "")
+      ax.plot(JUMPS, run, "o-", color=colours[n % len(colours)], label=label)
   levels = np.log2(np.array(JUMPS) * paths.FINEST)
   ax.plot(JUMPS, (1 + w) ** levels, "k:", label=f"(1 + w)^level = {1 + w:g}^level")
   ax.axhline(1 + w, color="k", lw=0.5)
@@ -126,7 +153,7 @@ def grids(workdirs: dict[str, str], w: float, path: str) -> None:
   fig, axes = plt.subplots(len(found), len(nfes), figsize=size, layout="constrained", squeeze=False)
   for row, (variant, files) in zip(axes, found.items(), strict=True):
     for ax, nfe in zip(row, nfes, strict=True):
-      ax.set(xticks=[], yticks=[], title=f"{variant}, NFE {nfe}")
+      ax.set(xticks=[], yticks=[], title=f"{variant.replace(chr(96), '')}, NFE {nfe}")
       if nfe in files:
         with Image.open(os.path.join(workdirs[variant], files[nfe])) as image:
           ax.imshow(image.convert("RGB"))
@@ -141,41 +168,44 @@ def save_figure(fig, path: str) -> None:
   logs.write_whole(path, png.getvalue())
 
 
-def main(argv):
-  """Reads the runs, then writes."""
-  workdirs = argv[1:]
-  if not workdirs:
-    raise app.UsageError("name the workdirs of evaluated runs.")
-  logs.only_ours()
-  matplotlib.use("Agg")
-  try:
-    reports = [read_report(workdir) for workdir in workdirs]
-  except FileNotFoundError as error:
-    raise SystemExit(f"Error: {error}") from None
-  by_variant, scales = collections.defaultdict(list), collections.defaultdict(list)
-  for workdir, report in zip(workdirs, reports, strict=True):
-    by_variant[report["variant"]].append(report)
-    scales[report["variant"]].append(effective_guidance(workdir, report, _W.value, _EXAMPLES.value))
-  os.makedirs(_OUT.value, exist_ok=True)
-  path = lambda name: os.path.join(_OUT.value, name)
-  lines = [table(by_variant), f"Effective CFG scale of a jump told w = {_W.value:g}:", ""]
-  lines += ["| variant | " + " | ".join(f"d = 1/{1 / d:.0f}" for d in JUMPS) + " |"]
-  lines += ["|---" * (len(JUMPS) + 1) + "|"]
-  for variant, runs in scales.items():
-    lines += [f"| `{variant}` | " + " | ".join(f"{s:.2f}" for s in run) + " |" for run in runs]
+def compare(workdirs: list[str], out: str, w: float, examples: int) -> None:
+  """Writes the comparison of these runs to the folder `out`."""
+  reports = [read_report(workdir) for workdir in workdirs]
+  rows, scales, first = collections.defaultdict(list), collections.defaultdict(list), {}
+  for name, workdir, report in zip(row_names(reports), workdirs, reports, strict=True):
+    rows[name].append(report)
+    first.setdefault(name, workdir)
+    scales[name].append(effective_guidance(workdir, report, w, examples))
+  path = lambda name: os.path.join(out, name)
+  lines = [
+    table(rows),
+    f"Effective CFG scale of a jump told w = {w:g}:",
+    "",
+    "| | " + " | ".join(f"d = 1/{1 / d:.0f}" for d in JUMPS) + " |",
+    "|---" * (len(JUMPS) + 1) + "|",
+  ]
+  for name, runs in scales.items():
+    lines += [f"| {name} | " + " | ".join(f"{s:.2f}" for s in run) + " |" for run in runs]
   logs.write_whole(path("comparison.md"), "\n".join(lines) + "\n")
   results = {
-    v: [{"seed": r["config"]["seed"], "results": r["results"]} for r in runs]
-    for v, runs in by_variant.items()
+    name: [{"seed": r["config"]["seed"], "results": r["results"]} for r in runs]
+    for name, runs in rows.items()
   }
   content = {"results": results, "jumps": JUMPS, "effective_scale": scales}
   logs.write_whole(path("comparison.json"), json.dumps(content, indent=2))
-  figure(scales, _W.value, path("effective_guidance.png"))
-  first = {
-    report["variant"]: w for w, report in reversed(list(zip(workdirs, reports, strict=True)))
-  }
-  grids(dict(reversed(first.items())), _W.value, path("grids.png"))
+  figure(scales, w, path("effective_guidance.png"))
+  grids(first, w, path("grids.png"))
   logging.info("Wrote %s.", path("comparison.md"))
+
+
+def main(argv):
+  """Compares the runs named on the command line."""
+  if not argv[1:]:
+    raise app.UsageError("Name the workdirs of evaluated runs.")
+  logs.only_ours()
+  matplotlib.use("Agg")
+  with logs.one_line_errors():
+    compare(argv[1:], _OUT.value, _W.value, _EXAMPLES.value)
 
 
 if __name__ == "__main__":

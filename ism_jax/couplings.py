@@ -70,7 +70,8 @@ def transport_cost(x1, x0):
 def centred_deviation(cost):
   """Standard deviation of the double-centred cost: row and column terms do not affect a plan."""
   centred = cost - cost.mean(0, keepdims=True) - cost.mean(1, keepdims=True) + cost.mean()
-  return jnp.sqrt(jnp.mean(jnp.square(centred)))
+  # Never zero: images that are all alike cost the same in any order, and are not divided by it.
+  return jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(centred))), 1e-12)
 
 
 def crossing_penalty(c, penalty):
@@ -103,9 +104,11 @@ def greedy_permutation(score):
 
   In rounds: each free row asks for its best free column, and a column that is asked goes to the row
   that scores it highest. Every round assigns at least one pair, so it ends with a permutation.
+  Scores that are not finite count as the worst: a solve that failed gives some permutation.
   """
   n = score.shape[0]
   rows = jnp.arange(n)
+  score = jnp.nan_to_num(score, nan=-1e30, posinf=1e30, neginf=-1e30)
 
   def assign(carry):
     permutation, free_column = carry
@@ -143,7 +146,7 @@ def attained_gain(cost, pairs, potential):
   c_random = jnp.mean(cost)
   c_pairs = jnp.mean(cost[jnp.arange(len(pairs)), pairs])
   c_bound = jnp.mean(jnp.min(cost - potential[None, :], axis=1)) + jnp.mean(potential)
-  return (c_random - c_pairs) / (c_random - c_bound)
+  return (c_random - c_pairs) / jnp.maximum(c_random - c_bound, 1e-12)
 
 
 def renormalised_entropy(log_plan):

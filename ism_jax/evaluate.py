@@ -32,29 +32,36 @@ def to_uint8(x):
   return jnp.clip(jnp.round(127.5 * (x + 1)), 0, 255).astype(jnp.uint8)
 
 
-def restore_ema(workdir: str, exp: Experiment, mesh):
+def restore_ema(workdir: str, config, mesh):
   """(step, inference EMA) of the newest checkpoint, without reading the rest of the state."""
-  manager = checkpoints.open_manager(workdir, keep=exp.checkpoint.keep, read_only=True)
-  like = train.abstract_state(exp, mesh).ema
-  return manager.latest_step(), checkpoints.restore_tree(manager, "ema", like)
+  exp = experiment_lib.parse(config)
+  with checkpoints.open_manager(workdir, keep=exp.checkpoint.keep, read_only=True) as manager:
+    experiment_lib.check_continues(checkpoints.read_config(manager), logs.as_dict(config))
+    like = train.abstract_state(exp, mesh).ema
+    return manager.latest_step(), checkpoints.restore_tree(manager, "ema", like)
 
 
 @functools.lru_cache
 def sample_function(exp: Experiment, mesh, steps):
-  """draw(params, key, indices [B], c [B], w [B]) -> uint8 [B, H, W, C], compiled for a schedule."""
+  """draw(params, key, indices [B], c [B], w [B]) -> (uint8 [B, H, W, C], whether all is finite).
+
+  Compiled for one schedule; the rows are split over the mesh, whose arguments are whole everywhere.
+  """
   schedule, network = paths.parse_schedule(steps), exp.network()
   sample = sampling.sample
   if not exp.objective.intrinsic:
-    sample = functools.partial(sampling.sample_fixed, cfg=exp.objective, null_class=exp.null_class)
+    sample = functools.partial(
+      sampling.sample_fixed, t_interval=exp.objective.t_interval, null_class=exp.null_class
+    )
 
-  def draw(params, key, indices, c, w):
+  def draw(params, key, *per_sample):
+    indices, c, w = jax.lax.with_sharding_constraint(per_sample, sharding.rows(mesh))
     x0 = sampling.draw_noise(key, indices, exp.image_shape)
-    return to_uint8(sample(model_lib.velocity_function(network, params), x0, c, w, schedule))
+    x1 = sample(model_lib.velocity_function(network, params), x0, c, w, schedule)
+    return to_uint8(x1), jnp.isfinite(x1).all()
 
-  rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
-  return jax.jit(
-    draw, in_shardings=(everywhere, everywhere, rows, rows, rows), out_shardings=everywhere
-  )
+  everywhere = sharding.replicated(mesh)
+  return jax.jit(draw, in_shardings=everywhere, out_shardings=everywhere)
 
 
 def generate(exp: Experiment, mesh, params, *, num_images, steps, w, seed, batch_size, label=-1):
@@ -79,7 +86,12 @@ def generate(exp: Experiment, mesh, params, *, num_images, steps, w, seed, batch
     # The last batch wraps around to keep its size: one compilation for all.
     indices = np.arange(start, start + batch_size)
     given = (np.int32(labels[indices % num_images]), w[indices % num_images])
-    batch = draw(params, key, np.int32(indices), *given)
+    batch, finite = draw(params, key, np.int32(indices), *given)
+    if not finite:
+      raise FloatingPointError(
+        f"samples {start} to {start + batch_size - 1} of {steps} steps at w={np.unique(w)} are not "
+        "finite: the parameters are, so the network has diverged; use an earlier checkpoint."
+      )
     images.append(np.asarray(batch)[: num_images - start])
   return np.concatenate(images), labels
 
@@ -87,7 +99,8 @@ def generate(exp: Experiment, mesh, params, *, num_images, steps, w, seed, batch
 def grid_png(images, enlarge: int) -> bytes:
   """The first images [N, H, W, C] in rows of ten, each pixel enlarged, as PNG."""
   images = np.pad(images, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=128)  # thin lines
-  rows, columns = min(GRID[0], len(images) // GRID[1]), GRID[1]
+  columns = min(GRID[1], len(images))
+  rows = min(GRID[0], len(images) // columns)
   n, h, w, c = images[: rows * columns].shape
   grid = images[:n].reshape(rows, columns, h, w, c).transpose(0, 2, 1, 3, 4)
   grid = grid.reshape(rows * h, columns * w, c).repeat(enlarge, 0).repeat(enlarge, 1)
@@ -152,7 +165,8 @@ def evaluate(config, workdir: str, devices=None) -> dict:
   """
   exp = experiment_lib.parse(config)
   mesh = sharding.data_mesh(devices)
-  step, params = restore_ema(workdir, exp, mesh)
+  step, params = restore_ema(workdir, config, mesh)
+  checkpoints.check_writable(workdir)
   reference, ev = Reference(exp), exp.evaluation
   logging.info("The judge is right on %.3f of held-out images.", reference.judge.held_out_accuracy)
   results = []
@@ -220,7 +234,8 @@ def sample(config, workdir: str, out: str, devices=None) -> None:
   """Draws `config.sample` into an npz for ADM's evaluator: images arr_0, labels arr_1."""
   exp = experiment_lib.parse(config)
   mesh = sharding.data_mesh(devices)
-  step, params = restore_ema(workdir, exp, mesh)
+  checkpoints.check_writable(os.path.dirname(os.path.abspath(out)))
+  step, params = restore_ema(workdir, config, mesh)
   s = exp.sample
   images, labels = generate(
       exp, mesh, params,

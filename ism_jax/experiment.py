@@ -14,6 +14,22 @@ from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import pipeline
 
+# What a checkpoint depends on: with another value it is another run's.
+_FIXED = {
+  "variant",
+  "seed",
+  "batch_size",
+  "coupling.pool_size",
+  "data.name",
+  "data.seed",
+  "data.image_size",
+  "data.channels",
+  "data.num_classes",
+  "model.size",
+  "objective.guidance",
+  "objective.fixed_w",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
@@ -205,6 +221,32 @@ def check_guidance(exp: Experiment, steps, w: float) -> None:
       f"w={w} with steps={steps}: variant {exp.variant!r} has learnt the fixed guidance "
       f"w={objective.fixed_w} in its long steps. Use w={objective.fixed_w}, or 128 steps."
     )
+
+
+def check_continues(saved: dict, config: dict) -> None:
+  """Raises if a checkpoint made with `saved` is not of the run of `config`; logs what else differs.
+
+  Both are plain nested dicts.
+  """
+  before, now = flatten(saved), flatten(config)
+  differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+  told = lambda keys: ", ".join(f"{k}={before.get(k)!r}, now {now.get(k)!r}" for k in keys)
+  if fixed := [k for k in differ if k in _FIXED]:
+    raise ValueError(
+      f"the checkpoint was made with {told(fixed)}. Pass the --config and variant it was trained "
+      "with, or another --workdir."
+    )
+  if differ:
+    logging.info("Differs from the checkpoint's config: %s.", told(differ))
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+  """{"a": {"b": 1}} -> {"a.b": 1}."""
+  flat = {}
+  for name, value in tree.items():
+    below = isinstance(value, dict)
+    flat |= flatten(value, f"{prefix}{name}.") if below else {prefix + name: _plain(value)}
+  return flat
 
 
 def check_devices(exp: Experiment, devices: int) -> None:

@@ -1,10 +1,12 @@
 """What a run says: a progress line, metrics.jsonl and TensorBoard events, of the same values."""
 
+import contextlib
 import datetime
 import json
 import os
 import sys
 import time
+import traceback
 
 from absl import logging
 import jax
@@ -18,10 +20,12 @@ def as_dict(config) -> dict:
   return json.loads(config.to_json())
 
 
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
 def only_ours() -> None:
   """Lets the project's own messages through, and of libraries their warnings: Orbax says a lot."""
-  package = os.path.dirname(os.path.abspath(__file__))
-  ours = lambda record: record.pathname.startswith(package)
+  ours = lambda record: record.pathname.startswith(_PACKAGE)
   logging.set_verbosity(logging.INFO)
   # It also warns that a checkpoint opened for reading is opened for reading.
   expected = lambda record: any(s in str(record.msg) for s in ("read_only=True", "read only"))
@@ -30,10 +34,22 @@ def only_ours() -> None:
   )
 
 
+@contextlib.contextmanager
+def one_line_errors():
+  """Ends the process in one line for our own errors; those of libraries keep their trace."""
+  try:
+    yield
+  except (ValueError, OSError, FloatingPointError) as error:
+    if traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE):
+      raise SystemExit(f"Error: {error}") from None
+    raise
+
+
 def write_whole(path: str, data: str | bytes) -> None:
   """Writes a file that is either all there or not there, from the first process alone."""
   if jax.process_index() != 0:
     return
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
   temporary = f"{path}.tmp"
   with open(temporary, "wb") as f:
     f.write(data.encode() if isinstance(data, str) else data)
@@ -45,19 +61,14 @@ def write_whole(path: str, data: str | bytes) -> None:
 class Writer:
   """Averages the metrics of steps and writes them every so often, from the first process alone.
 
-  Attributes of an entry: the mean of each metric since the entry before, the newest diagnostics of
-  the coupling as "coupling/...", "steps_per_second", and "data_wait", the share of time spent
-  waiting for the input pipeline.
+  An entry holds means since the entry before: the metrics, the diagnostics of the couplings as
+  "coupling/..." (so "coupling/converged" is the share of solves that did), "steps_per_second", and
+  "data_wait", the share of time spent waiting for the input pipeline.
   """
 
   def __init__(self, workdir: str, *, start: int, total: int, every: int):
     self._step, self._total, self._every = start, total, every
-    self._window, self._since, self._window_start, self._waited = (
-      [],
-      time.perf_counter(),
-      start,
-      0.0,
-    )
+    self._start_window(start)
     self._bar = self._events = self._lines = None
     if jax.process_index() != 0:
       return
@@ -80,13 +91,17 @@ class Writer:
       if sink is not None:
         sink.close()
 
+  def _start_window(self, step: int) -> None:
+    self._window, self._window_start = [], step
+    self._since, self._waited = time.perf_counter(), 0.0
+
   def waited(self, seconds: float) -> None:
     """Counts time spent waiting for data."""
     self._waited += seconds
 
   def add(self, last_step: int, metrics: dict[str, np.ndarray], info: dict) -> None:
     """Takes the metrics [S] of the S steps up to `last_step`, and the coupling's diagnostics."""
-    self._window.append(metrics)
+    self._window.append((metrics, info))
     if self._bar is not None:
       self._bar.update(last_step - self._step)
     self._step = last_step
@@ -94,10 +109,12 @@ class Writer:
       return
     now = time.perf_counter()
     rate = (last_step - self._window_start) / (now - self._since)
-    entry = {name: float(np.mean([m[name] for m in self._window])) for name in metrics}
-    entry |= {f"coupling/{name}": float(value) for name, value in info.items()}
+    entry = {name: float(np.mean([m[name] for m, _ in self._window])) for name in metrics}
+    entry |= {
+      f"coupling/{name}": float(np.mean([i[name] for _, i in self._window])) for name in info
+    }
     entry |= {"steps_per_second": rate, "data_wait": self._waited / (now - self._since)}
-    self._window, self._since, self._window_start, self._waited = [], now, last_step, 0.0
+    self._start_window(last_step)
     if self._lines is not None:
       self._write(last_step, entry)
 

@@ -1,6 +1,8 @@
 """Trains, evaluates or samples: python -m ism_jax.main --config=configs/digits.py --workdir=W."""
 
-from absl import app, flags, logging
+import traceback
+
+from absl import app, flags
 from ml_collections import config_flags
 
 from ism_jax import logs
@@ -16,7 +18,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv):
-  """Runs the mode; what the user can mend is one line, not a traceback."""
+  """Runs the mode."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   if (_MODE.value == "sample") != (_OUT.value is not None):
@@ -26,23 +28,25 @@ def main(argv):
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
   from ism_jax import evaluate, train
 
-  try:
+  with logs.one_line_errors():
     if _MODE.value == "train":
       train.train(_CONFIG.value, _WORKDIR.value)
     elif _MODE.value == "evaluate":
       evaluate.evaluate(_CONFIG.value, _WORKDIR.value)
     else:
       evaluate.sample(_CONFIG.value, _WORKDIR.value, _OUT.value)
-  except (ValueError, OSError, FloatingPointError) as error:
-    logging.debug("Traceback:", exc_info=True)
-    raise SystemExit(f"Error: {error}") from None
 
 
 def parse_flags(argv):
-  """The flags; an unknown `--config.` key is one line too."""
+  """The flags; what is wrong with them is one line."""
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    # A config file's own error, such as an unknown variant, comes with its trace: its last line.
+    raise SystemExit(f"Error: {str(error).strip().splitlines()[-1].strip()}") from None
   except (AttributeError, KeyError) as error:
+    if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+      raise
     reason = str(error.args[0]).replace("\n", " ")
     raise SystemExit(
       f"Error: a --config.KEY=VALUE names a key that the config does not have: {reason} "

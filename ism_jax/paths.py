@@ -1,7 +1,7 @@
 """The straight path between noise and data, and the dyadic grid of steps on it.
 
 Conventions (iSM, Sec. 3): x0 is noise, x1 is data, and time runs from noise (t=0) to data (t=1).
-This is the only module that knows the direction of time. A step of size d moves x_t to
+Times are made and moved in this module alone. A step of size d moves x_t to
 x_t + d * s(x_t, t, c, d, w).
 
 Step sizes are dyadic: 1/128, 1/64, ..., 1/2, 1. The network never sees d = 1/128: it sees d = 0,

@@ -8,7 +8,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from ism_jax import guidance, objectives, paths
+from ism_jax import guidance, paths
 
 
 def sample(velocity, x0, c, w, schedule):
@@ -30,14 +30,12 @@ def sample(velocity, x0, c, w, schedule):
   return jax.lax.scan(step, x0, times_and_sizes)[0]
 
 
-def sample_fixed(velocity, x0, c, w, schedule, *, cfg: objectives.ObjectiveConfig, null_class: int):
+def sample_fixed(velocity, x0, c, w, schedule, *, t_interval: float, null_class: int):
   """`sample` for a network with fixed guidance: w guides its finest steps, in two passes each.
 
-  The longer steps have learnt `cfg.fixed_w` and ignore w.
+  The longer steps have learnt theirs in training and ignore w.
   """
-  guided = guidance.fixed(
-    velocity, null_class=null_class, t_interval=cfg.t_interval, every_level=False
-  )
+  guided = guidance.fixed(velocity, null_class=null_class, t_interval=t_interval, every_level=False)
   x = x0
   for finest, steps in itertools.groupby(schedule, lambda step: step[1] == 0):
     x = sample(guided if finest else velocity, x, c, w, tuple(steps))

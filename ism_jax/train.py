@@ -152,10 +152,15 @@ def steps_function(exp: Experiment, mesh) -> Callable:
   return jax.jit(train_steps, donate_argnames="state", out_shardings=everywhere)
 
 
-def check_finite(metrics: dict[str, np.ndarray], last_step: int) -> None:
-  """Raises FloatingPointError naming the first step with a metric that is not finite."""
+def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> None:
+  """Raises FloatingPointError naming the first step with a metric that is not finite.
+
+  Args:
+    metrics: [S] of the S steps up to `last_step`. info: the coupling's, of their pool.
+  """
+  bad_info = [f"coupling/{name}" for name, value in info.items() if not np.isfinite(value)]
   for i in range(len(metrics["loss"])):
-    if bad := [name for name, values in metrics.items() if not np.isfinite(values[i])]:
+    if bad := bad_info + [name for name, values in metrics.items() if not np.isfinite(values[i])]:
       step = last_step - len(metrics["loss"]) + i + 1
       raise FloatingPointError(
         f"{', '.join(bad)} not finite at step {step}. The checkpoints of earlier steps are intact:"
@@ -175,6 +180,7 @@ def train(config, workdir: str, devices=None) -> state_lib.TrainState:
   exp = experiment_lib.parse(config)
   mesh = sharding.data_mesh(devices)
   experiment_lib.check_devices(exp, mesh.size)
+  checkpoints.check_writable(workdir)
   source = data.load_source(exp.data)
   if exp.total_steps != exp.steps:
     logging.info(
@@ -202,6 +208,12 @@ def _train(exp: Experiment, config, workdir: str, mesh, source, manager) -> stat
   if manager.latest_step() is None:
     state = init_function(exp, mesh)(keys.init)
   else:
+    experiment_lib.check_continues(checkpoints.read_config(manager), logs.as_dict(config))
+    if manager.latest_step() % pool_size % exp.scan_steps:
+      raise ValueError(
+        f"scan_steps={exp.scan_steps} does not reach step {manager.latest_step()}, where the "
+        f"checkpoint is, in a pool of {pool_size}: continue with the scan_steps it was made with."
+      )
     state, pools_state = checkpoints.restore(manager, abstract_state(exp, mesh))
     pools.set_state(pools_state)
     logging.info("Continuing from step %d of %s.", manager.latest_step(), workdir)
@@ -223,7 +235,7 @@ def _train(exp: Experiment, config, workdir: str, mesh, source, manager) -> stat
       last_step, metrics, info = pending
       pending = None
       metrics, info = jax.device_get((metrics, info))
-      check_finite(metrics, last_step)
+      check_finite(metrics, info, last_step)
       writer.add(last_step, metrics, info)
 
   with logs.Writer(workdir, start=start, total=total, every=exp.log.every) as writer:

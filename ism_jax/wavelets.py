@@ -105,13 +105,11 @@ def distance(e, cfg: WaveletConfig, loss: str):
   energies = [jnp.mean(jnp.square(c_b), axis=-1) for _, c_b in decomposition]
   if cfg.form == "norm":
     root_n = [math.sqrt(c_b.shape[-1]) for _, c_b in decomposition]
-    norms = (
-      r * jnp.sqrt(energy + cfg.epsilon) for r, energy in zip(root_n, energies, strict=False)
-    )
+    norms = (r * jnp.sqrt(energy + cfg.epsilon) for r, energy in zip(root_n, energies, strict=True))
     return sum(norms) / sum(root_n)
   weights = cfg.weights or (1.0,) * (levels + 1)
   n = e[0].size
   return sum(
     weights[level] * c_b.shape[-1] / n * energy
-    for (level, c_b), energy in zip(decomposition, energies, strict=False)
+    for (level, c_b), energy in zip(decomposition, energies, strict=True)
   )

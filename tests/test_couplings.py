@@ -115,6 +115,8 @@ def test_row_sampling_draws_each_noise_from_its_images_row(pool):
   expected = jnp.exp(log_plan) / jnp.exp(log_plan).sum(1, keepdims=True)
   assert jnp.abs(counted - expected).max() < 5 * 0.5 / np.sqrt(4000)
   drawn, _ = pair(pool, dataclasses.replace(OT, pairing="rows"))
+  # In expectation the drawn noises are still standard normal.
+  assert abs(drawn.mean()) < 0.05 and 0.9 < drawn.var() < 1.1
   assert 0.5 * N < len(np.unique(which(drawn, pool))) < N
 
 
@@ -137,6 +139,18 @@ def test_the_greedy_permutation_gives_a_column_to_the_best_that_asks_and_settles
   np.testing.assert_array_equal(
     np.sort(jax.jit(couplings.greedy_permutation)(jnp.zeros((37, 37)))), np.arange(37)
   )
+
+
+@pytest.mark.parametrize("pairing", couplings.PAIRINGS)
+def test_images_that_are_all_alike_or_not_finite_still_end(pairing):
+  """No cost to tell pairs apart, or none at all: the pairing ends, and a NaN is reported as one."""
+  cfg = dataclasses.replace(OT, pairing=pairing)
+  x0 = np.asarray(jax.random.normal(jax.random.key(0), (32, 4)))
+  c = np.zeros(32, np.int32)
+  same, info = pair((x0, np.ones((32, 4), np.float32), c), cfg)
+  assert np.isfinite(same).all() and np.isfinite(list(info.values())).all()
+  _, info = pair((x0, np.full((32, 4), np.nan, np.float32), c), cfg)
+  assert np.isnan(info["attained_gain"])
 
 
 def test_the_pairs_are_the_same_on_one_device_and_on_eight(pool):

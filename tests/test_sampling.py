@@ -1,7 +1,10 @@
+import io
+
 from conftest import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from ism_jax import evaluate, experiment, guidance, model, paths, sampling, sharding
@@ -68,6 +71,28 @@ def test_a_sample_depends_on_its_number_not_on_batch_size_or_devices():
     # One grey value of 255 either way: float sums differ in order.
     assert np.abs(others.astype(int) - images[:n].astype(int)).max() <= 1
   assert len(np.unique(images.reshape(21, -1), axis=0)) == 21
+
+
+def test_samples_that_are_not_finite_are_reported_and_not_drawn_black():
+  exp = experiment.parse(tiny_config())
+  params = model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
+  params["final_linear"]["bias"] += jnp.nan
+  with pytest.raises(FloatingPointError, match="2 steps at w="):
+    evaluate.generate(
+      exp, sharding.data_mesh(), params, num_images=4, steps=2, w=0.5, seed=0, batch_size=8
+    )
+
+
+@pytest.mark.parametrize("n", [3, 25, 100])
+def test_a_grid_shows_images_in_rows_of_ten(n):
+  images = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
+  with Image.open(io.BytesIO(evaluate.grid_png(images, enlarge=2))) as grid:
+    pixels = np.asarray(grid)
+  rows, columns = min(8, max(1, n // 10)), min(10, n)
+  assert pixels.shape == (rows * 10, columns * 10)  # 4 pixels and a line, enlarged twice
+  for row in range(rows):
+    for column in range(columns):
+      assert pixels[row * 10 + 5, column * 10 + 5] == row * 10 + column
 
 
 def test_unit_range_maps_to_grey_values_as_the_data_does():

@@ -1,6 +1,7 @@
 """The loop on real digits: what it leaves, that it continues, and that it stops when it should."""
 
 import json
+import shutil
 
 from conftest import tiny_config
 import jax
@@ -132,7 +133,9 @@ def test_the_step_may_take_its_states_buffers(one_device):
 def test_the_first_step_that_is_not_finite_is_named():
   metrics = {"loss": np.array([1.0, 2.0, np.nan]), "velocity": np.array([1.0, np.inf, 1.0])}
   with pytest.raises(FloatingPointError, match="velocity not finite at step 11"):
-    train.check_finite(metrics, last_step=12)
+    train.check_finite(metrics, {"entropy": 0.1}, last_step=12)
+  with pytest.raises(FloatingPointError, match="coupling/entropy not finite at step 10"):
+    train.check_finite(metrics, {"entropy": np.nan}, last_step=12)
 
 
 def test_samples_are_written_for_adms_evaluator(run, tmp_path, one_device):
@@ -172,24 +175,45 @@ def test_an_evaluation_leaves_numbers_tables_and_grids(run, one_device):
     assert grid.size == (10 * 9 * 8, 8 * 9 * 8)
 
 
-def test_a_checkpoint_of_another_model_is_refused(run, one_device):
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"model": {"size": "SiT-XS/4"}}, r"model\.size='SiT-XXS/4', now 'SiT-XS/4'"),
+    ({"batch_size": 128, "seed": 1}, r"batch_size=64, now 128, seed=0, now 1"),
+    ({"variant": "sot"}, r"variant='ism', now 'sot'"),
+  ],
+)
+def test_a_checkpoint_of_another_run_is_refused(run, one_device, change, message):
   workdir, _, _ = run
   config = tiny_config()
-  config.model.size = "SiT-XS/4"
-  config.steps = 16
+  config.update({"steps": 16, **change})
   for mode in (train.train, evaluate.evaluate):
-    with pytest.raises(ValueError, match=r"checkpoint of another model:(.|\n)*--config"):
+    with pytest.raises(ValueError, match=rf"{message}.*--config"):
       mode(config, str(workdir), one_device)
 
 
-def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(run, one_device):
-  workdir, _, _ = run
+def test_scan_steps_that_cannot_reach_the_checkpoint_are_refused(tmp_path, one_device):
   config = tiny_config()
-  config.update({"steps": 16, "optimizer": {"learning_rate": 1e30}, "checkpoint": {"every": 2}})
-  with pytest.raises(FloatingPointError, match=r"not finite at step 9\. .* learning_rate"):
+  config.update({"steps": 4, "scan_steps": 1, "checkpoint": {"every": 1, "keep": 9}})
+  train.train(config, str(tmp_path), one_device)
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  config.scan_steps = 2
+  with pytest.raises(ValueError, match="scan_steps=2 does not reach step 3"):
+    train.train(config, str(tmp_path), one_device)
+
+
+def test_a_run_that_diverges_stops_keeps_its_last_good_checkpoint_and_continues_clipped(
+  run, tmp_path, one_device
+):
+  workdir = shutil.copytree(run[0], tmp_path / "work")
+  config = tiny_config()
+  config.update({"steps": 12, "optimizer": {"learning_rate": 1e30}, "checkpoint": {"every": 2}})
+  with pytest.raises(FloatingPointError, match=r"not finite at step 9\. .* clip_norm"):
     train.train(config, str(workdir), one_device)
   with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
     assert manager.latest_step() == 8
+  config.optimizer.update({"learning_rate": 1e-3, "clip_norm": 1.0})
+  assert train.train(config, str(workdir), one_device).step == 12
 
 
 def test_eight_devices_train_the_same_run_as_one(run, tmp_path):

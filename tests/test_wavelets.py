@@ -81,6 +81,24 @@ def test_a_small_error_beside_a_large_one_weighs_more_under_the_norm_and_not_und
     assert ratio > 20 * small / large
 
 
+@pytest.mark.parametrize(
+  ("cfg", "ratio"),
+  [
+    (L2, 1.0),
+    (WEIGHTED, 1.0),
+    (dataclasses.replace(WEIGHTED, weights=(4.0, 1.0, 1.0, 1.0)), 4.0),
+    # n_b = 16 against 1: an error of the same energy is in the norm's gradient
+    # n_b^(1/2) a / (n_b rms_b), rms_b = sqrt(a^2 / n_b + epsilon).
+    (NORM, np.sqrt((1 + 1e-3) / (1 / 16 + 1e-3)) / 4),
+  ],
+)
+def test_the_gradient_of_a_fine_error_against_a_coarse_one_is_that_of_the_form(cfg, ratio):
+  """For an error of unit energy in the finest diagonal band alone, and in the coarsest alone."""
+  slope = lambda e: jax.grad(lambda a: distance(cfg, a * e)[0])(1.0)
+  fine, coarse = slope(band_error(False)), slope(band_error(True))
+  np.testing.assert_allclose(fine / coarse, ratio, rtol=1e-4)
+
+
 def test_only_the_losses_it_covers_use_the_wavelet_distance(key):
   e = jax.random.normal(key, (2, 8, 8, 1))
   for loss in ("velocity", "guidance"):
