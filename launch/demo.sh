@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Trains iSM on the bundled handwritten digits and judges it: bash launch/demo.sh [WORKDIR]
-# Run again in the same WORKDIR, it continues where it stopped.
+# Run again in the same WORKDIR (default runs/digits), it continues where it stopped.
 set -euo pipefail
-workdir="$(realpath -m "${1:-"$(dirname "$0")/../runs/digits"}")"
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+workdir="${1:+$(absolute "$1")}"
+workdir="${workdir:-$PWD/runs/digits}"
 ensure_env test
 run=(python -m ism_jax.main --config=configs/digits.py --workdir="$workdir")
 "${run[@]}" --mode=train

@@ -1,25 +1,35 @@
-# Sourced by the scripts beside it: enters the checkout and an environment that setup.py made.
+# Sourced by the scripts beside it, which then work from the checkout, whatever folder they are
+# called from.
 #
-#   ensure_env EXTRAS     creates .venv (or uses $ISM_JAX_VENV) and installs the package with EXTRAS
+#   absolute PATH         PATH, seen from the folder the script was called in
+#   ensure_env EXTRAS     makes .venv (or uses $ISM_JAX_VENV), with the package and EXTRAS installed
 #
-# PYTHON names the interpreter for a new environment (default python3; 3.11 or newer).
+# PYTHON names the interpreter of a new environment (default python3; 3.11 or 3.12).
+called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${ISM_JAX_VENV:-$PWD/.venv}"
 
+absolute() {
+  case "$1" in
+    /* | *://*) echo "$1" ;;
+    *) echo "$called_from/$1" ;;
+  esac
+}
+
 ensure_env() {
-  local extras="$1" stamp wanted
-  if [ ! -x "$VENV/bin/python" ]; then
-    local python="${PYTHON:-python3}"
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-      echo "Error: $("$python" --version) is too old; set PYTHON to a Python 3.11 or newer." >&2
+  local extras="$1" python="${PYTHON:-python3}" stamp wanted
+  # Also mends an environment whose making was interrupted.
+  if ! "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then
+    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
+      echo "Error: $("$python" --version) is not 3.11 or 3.12; set PYTHON to one that is." >&2
       exit 1
     }
     "$python" -m venv "$VENV"
   fi
   # Installed already, by this setup.py, with these extras: nothing to do.
   stamp="$VENV/.installed-$extras"
-  wanted="$(cksum setup.py)"
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  wanted="$PWD $(cksum < setup.py)"
+  if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
     echo "Installing ism_jax[$extras] into $VENV ..."
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
     echo "$wanted" > "$stamp"

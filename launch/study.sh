@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# The digits study of the README: bash launch/study.sh [OUT] [VARIANT ...]
-# Trains and judges each variant with two seeds (default sm, sm_compounding, ism), then compares.
-# About 5 minutes a run on 2 cores; run again, it continues where it stopped.
+# Trains and judges variants of the digits config with two seeds each, and compares them:
+#
+#   bash launch/study.sh [OUT] ["VARIANT [--config.KEY=VALUE ...]" ...]
+#
+# OUT defaults to runs/study, the variants to sm, sm_compounding and ism. About 4 minutes a run on
+# 2 cores; run again, it goes on where it was.
 set -euo pipefail
-out="$(realpath -m "${1:-"$(dirname "$0")/../runs/study"}")"
-variants=("${@:2}")
-[ ${#variants[@]} -gt 0 ] || variants=(sm sm_compounding ism)
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+out="${1:+$(absolute "$1")}"
+out="${out:-$PWD/runs/study}"
+runs=("${@:2}")
+[ ${#runs[@]} -gt 0 ] || runs=(sm sm_compounding ism)
 ensure_env test
 workdirs=()
-for variant in "${variants[@]}"; do
+for run in "${runs[@]}"; do
+  read -r variant overrides <<< "$run"
   for seed in 0 1; do
-    workdir="$out/$variant-$seed"
+    workdir="$out/$variant$(echo "$overrides" | tr -cs '[:alnum:]._=\n' -)-$seed"
     workdirs+=("$workdir")
     [ ! -e "$workdir/evaluation.json" ] || continue
     for mode in train evaluate; do
+      # shellcheck disable=SC2086 # the overrides are words
       python -m ism_jax.main --config="configs/digits.py:$variant" --workdir="$workdir" \
-        --mode="$mode" --config.seed="$seed" --config.evaluation.seeds="($seed,)"
+        --mode="$mode" --config.seed="$seed" --config.evaluation.seeds="($seed,)" $overrides
     done
   done
 done

@@ -259,7 +259,7 @@ def test_reading_writes_nothing(tmp_path):
 
 def test_an_unwritable_workdir_is_refused_before_anything_is_written(tmp_path):
   (tmp_path / "file").write_text("not a folder")
-  with pytest.raises(OSError, match=r"workdir .*/file/run cannot be written .*--workdir"):
+  with pytest.raises(OSError, match=r"/file/run cannot be written \(Not a directory\); name"):
     checkpoints.open_manager(tmp_path / "file" / "run", keep=1)
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
