@@ -143,20 +143,23 @@ def grids(workdirs: dict[str, str], w: float, path: str) -> None:
   """The sample grids side by side: a row a variant, a column an NFE."""
   pattern = re.compile(rf"samples_steps(\d+)_w{w:g}\.png")
   found = {
-    variant: {int(m[1]): m[0] for m in map(pattern.fullmatch, os.listdir(workdir)) if m}
-    for variant, workdir in workdirs.items()
+    name: {int(m[1]): m[0] for m in map(pattern.fullmatch, os.listdir(workdir)) if m}
+    for name, workdir in workdirs.items()
   }
   nfes = sorted(set().union(*found.values()))
   if not nfes:
     return
   size = (2.2 * len(nfes), 1.9 * len(found))
   fig, axes = plt.subplots(len(found), len(nfes), figsize=size, layout="constrained", squeeze=False)
-  for row, (variant, files) in zip(axes, found.items(), strict=True):
+  for row, (name, files) in zip(axes, found.items(), strict=True):
+    row[0].set_ylabel(name.replace("`", "").replace(", ", "\n"))
     for ax, nfe in zip(row, nfes, strict=True):
-      ax.set(xticks=[], yticks=[], title=f"{variant.replace(chr(96), '')}, NFE {nfe}")
+      ax.set(xticks=[], yticks=[])
       if nfe in files:
-        with Image.open(os.path.join(workdirs[variant], files[nfe])) as image:
+        with Image.open(os.path.join(workdirs[name], files[nfe])) as image:
           ax.imshow(image.convert("RGB"))
+  for ax, nfe in zip(axes[0], nfes, strict=True):
+    ax.set_title(f"NFE {nfe}")
   save_figure(fig, path)
 
 
