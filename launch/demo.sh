@@ -2,6 +2,7 @@
 # Trains iSM on the bundled handwritten digits and judges it: bash launch/demo.sh [WORKDIR]
 # Run again in the same WORKDIR (default runs/digits), it continues where it stopped.
 set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 workdir="${1:+$(absolute "$1")}"
 workdir="${workdir:-$PWD/runs/digits}"

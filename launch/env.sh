@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it, which then work from the checkout, whatever folder they are
 # called from.
 #
@@ -6,7 +7,7 @@
 #
 # PYTHON names the interpreter of a new environment (default python3; 3.11 or 3.12).
 called_from="$PWD"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 VENV="${ISM_JAX_VENV:-$PWD/.venv}"
 
 absolute() {

@@ -6,6 +6,7 @@
 # OUT defaults to runs/study, the variants to sm, sm_compounding and ism. About 4 minutes a run on
 # 2 cores; run again, it goes on where it was.
 set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 out="${1:+$(absolute "$1")}"
 out="${out:-$PWD/runs/study}"
