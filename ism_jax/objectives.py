@@ -196,6 +196,15 @@ def consistency_target(s_first, velocity, x_t, t, c, d, w, clip=0.0):
   return jnp.clip(target, -clip, clip) if clip else target
 
 
+def in_one_call(velocity, *inputs):
+  """The velocities of several lists of rows (x_t, t, c, d, w), in one call, or none for no rows."""
+  sizes = [len(x_t) for x_t, *_ in inputs]
+  if not sum(sizes):
+    return [x_t for x_t, *_ in inputs]
+  s = velocity(*map(jnp.concatenate, zip(*inputs, strict=True)))
+  return jnp.split(s, np.cumsum(sizes)[:-1])
+
+
 def regression_targets(online, target, x0, x1, x_t, given: Conditions, c, cfg, null_class):
   """What the network must predict for each row, [B, H, W, C]; gradients are stopped.
 
@@ -204,42 +213,28 @@ def regression_targets(online, target, x0, x1, x_t, given: Conditions, c, cfg, n
     x0, x1, x_t: [B, H, W, C].
     given: the conditions of each row; c: [B] the labels before dropout.
   """
-  rows = deal_rows(len(c), cfg.shares)
-  v = paths.velocity(x0, x1)
-  y = v
-  # The calls: conditional and unconditional velocity of the guidance rows, first half-steps.
-  pair = half = None
-  if rows.guidance.size:
-    g = jnp.concatenate([rows.guidance, rows.guidance])
-    null = jnp.full(rows.guidance.size, null_class)
-    zero = jnp.zeros(g.size)
-    pair = (x_t[g], given.t[g], jnp.concatenate([c[rows.guidance], null]), zero, zero)
-  if rows.consistency.size:
-    k = rows.consistency
-    half = (x_t[k], given.t[k], given.c[k], paths.halve(given.d[k]), given.w[k])
-    if not cfg.intrinsic:
-      half = (*half[:-1], jnp.full(k.size, cfg.fixed_w))
-      target = guidance.fixed(
-        target,
-        null_class=null_class,
-        t_interval=cfg.t_interval,
-        every_level=cfg.guidance == "fixed_every_level",
-      )
-  s_pair = s_first = None
-  if pair is not None and half is not None and cfg.guidance_parameters == "target":
-    both = target(*(jnp.concatenate(ab) for ab in zip(pair, half, strict=True)))
-    s_pair, s_first = both[: len(pair[0])], both[len(pair[0]) :]
+  _, g, k = deal_rows(len(c), cfg.shares)
+  zero, null = jnp.zeros(g.size), jnp.full(g.size, null_class)
+  cond = (x_t[g], given.t[g], c[g], zero, zero)
+  uncond = (x_t[g], given.t[g], null, zero, zero)
+  half = (x_t[k], given.t[k], given.c[k], paths.halve(given.d[k]), given.w[k])
+  if not cfg.intrinsic:
+    half = (*half[:-1], jnp.full(k.size, cfg.fixed_w))
+    target = guidance.fixed(
+      target,
+      null_class=null_class,
+      t_interval=cfg.t_interval,
+      every_level=cfg.guidance == "fixed_every_level",
+    )
+  if cfg.guidance_parameters == "online":
+    s_cond, s_uncond = in_one_call(online, cond, uncond)
+    (s_first,) = in_one_call(target, half)
   else:
-    if pair is not None:
-      s_pair = (online if cfg.guidance_parameters == "online" else target)(*pair)
-    if half is not None:
-      s_first = target(*half)
-  if pair is not None:
-    s_cond, s_uncond = jnp.split(s_pair, 2)
-    g = rows.guidance
-    y = y.at[g].set(guidance_target(v[g], s_cond, s_uncond, given.w[g], given.t[g], cfg.t_interval))
-  if half is not None:
-    y = y.at[rows.consistency].set(consistency_target(s_first, target, *half, clip=cfg.clip))
+    s_cond, s_uncond, s_first = in_one_call(target, cond, uncond, half)
+  v = paths.velocity(x0, x1)
+  y = v.at[g].set(guidance_target(v[g], s_cond, s_uncond, given.w[g], given.t[g], cfg.t_interval))
+  if k.size:
+    y = y.at[k].set(consistency_target(s_first, target, *half, clip=cfg.clip))
   return jax.lax.stop_gradient(y)
 
 

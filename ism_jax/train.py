@@ -69,13 +69,14 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
     params = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
     if exp.micro_batches == 1:
       return jax.lax.psum(share_and_gradient(params, target_params, *rows), AXIS)
-    split = lambda a: a.reshape(exp.micro_batches, -1, *a.shape[1:])
-    first, *others = (jax.tree.map(lambda a, i=i: split(a)[i], rows) for i in (0, slice(1, None)))
+    micro_batches = jax.tree.map(lambda a: a.reshape(exp.micro_batches, -1, *a.shape[1:]), rows)
+    first = jax.tree.map(lambda a: a[0], micro_batches)
+    others = jax.tree.map(lambda a: a[1:], micro_batches)
 
     def add(total, micro):
       return jax.tree.map(jnp.add, total, share_and_gradient(params, target_params, *micro)), None
 
-    total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, *first), others[0])
+    total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, *first), others)
     return jax.lax.psum(total, AXIS)
 
   rows = P(AXIS)
