@@ -22,13 +22,12 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from ism_jax import compounding, data, evaluate, logs, paths, sharding
+from ism_jax import compounding, data, evaluate, logs, paths
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write to.")
 _W = flags.DEFINE_float("w", 0.5, "Guidance of the jumps whose effective guidance is measured.")
-
 _EXAMPLES = flags.DEFINE_integer("examples", 256, "Jumps per size whose guidance is measured.")
 
 JUMPS = tuple(2.0**-k for k in range(6, 0, -1))  # d = 1/64 ... 1/2
@@ -46,12 +45,11 @@ def read_report(workdir: str) -> dict:
 def effective_guidance(workdir: str, report: dict, w: float, examples: int) -> list[float]:
   """The effective CFG scale of the jumps `JUMPS` of a run's inference EMA, told w."""
   config = ml_collections.ConfigDict(report["config"])
-  exp = experiment_lib.parse(config)
-  _, params = evaluate.restore_ema(workdir, config, sharding.data_mesh(jax.devices()[:1]))
+  exp, _, _, params = evaluate.restore_ema(config, workdir, jax.devices()[:1])
   images, labels = data.all_images(data.load_source(exp.data))
   chosen = np.random.default_rng(0).permutation(len(images))[:examples]
   key_noise, key_start = jax.random.split(jax.random.key(0))
-  x1 = jnp.asarray(images[chosen] / 127.5 - 1, jnp.float32)
+  x1 = jnp.asarray(data.to_unit_range(images[chosen]))
   x0 = jax.random.normal(key_noise, x1.shape)
   velocity = model_lib.velocity_function(exp.network(), params)
   scales = []

@@ -83,7 +83,7 @@ def sinkhorn_plan(cost, cfg: CouplingConfig, deviation):
   """Entropic plan between uniform marginals.
 
   Returns:
-    (log_plan [N, N], whose exponential sums to 1; potentials (f [N], g [N]); converged; iterations)
+    (log_plan [N, N], whose exponential sums to 1; column potential g [N]; converged; iterations)
   """
   # ott mixes ranks freely; a global "raise" on rank promotion must not reach it.
   with jax.numpy_rank_promotion("allow"):
@@ -96,7 +96,7 @@ def sinkhorn_plan(cost, cfg: CouplingConfig, deviation):
     )
     out = solver(linear_problem.LinearProblem(geom))
   log_plan = (out.f[:, None] + out.g[None, :] - cost) / (cfg.epsilon * deviation)
-  return log_plan, (out.f, out.g), out.converged, out.n_iters
+  return log_plan, out.g, out.converged, out.n_iters
 
 
 def greedy_permutation(score):
@@ -184,7 +184,7 @@ def pair(x0, x1, c, key, cfg: CouplingConfig, num_classes: int):
   dot = transport_cost(flat1, flat0)
   deviation = centred_deviation(dot)
   cost = dot + crossing_penalty(c, cfg.class_penalty * deviation)
-  log_plan, (_, g), converged, iterations = sinkhorn_plan(cost, cfg, deviation)
+  log_plan, g, converged, iterations = sinkhorn_plan(cost, cfg, deviation)
   pairs = (
     greedy_permutation(log_plan) if cfg.pairing == "permutation" else sample_rows(log_plan, key)
   )

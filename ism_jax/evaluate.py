@@ -32,13 +32,17 @@ def to_uint8(x):
   return jnp.clip(jnp.round(127.5 * (x + 1)), 0, 255).astype(jnp.uint8)
 
 
-def restore_ema(workdir: str, config, mesh):
-  """(step, inference EMA) of the newest checkpoint, without reading the rest of the state."""
-  exp = experiment_lib.parse(config)
+def restore_ema(config, workdir: str, devices=None):
+  """The newest checkpoint's inference EMA, without reading the rest of the state.
+
+  Returns:
+    (experiment, mesh of the devices, step, parameters)
+  """
+  exp, mesh = experiment_lib.parse(config), sharding.data_mesh(devices)
   with checkpoints.open_manager(workdir, keep=exp.checkpoint.keep, read_only=True) as manager:
     experiment_lib.check_continues(checkpoints.read_config(manager), logs.as_dict(config))
     like = train.abstract_state(exp, mesh).ema
-    return manager.latest_step(), checkpoints.restore_tree(manager, "ema", like)
+    return exp, mesh, manager.latest_step(), checkpoints.restore_tree(manager, "ema", like)
 
 
 @functools.lru_cache
@@ -163,9 +167,7 @@ def evaluate(config, workdir: str, devices=None) -> dict:
   Returns:
     The contents of evaluation.json.
   """
-  exp = experiment_lib.parse(config)
-  mesh = sharding.data_mesh(devices)
-  step, params = restore_ema(workdir, config, mesh)
+  exp, mesh, step, params = restore_ema(config, workdir, devices)
   checkpoints.check_writable(workdir)
   reference, ev = Reference(exp), exp.evaluation
   logging.info("The judge is right on %.3f of held-out images.", reference.judge.held_out_accuracy)
@@ -215,8 +217,9 @@ def as_markdown(report: dict) -> str:
     " held-out images. Floor: Fréchet distance of a bootstrap resample of the real images, "
     f"{report['floor']:.3f} ± {report['floor_sd']:.3f} (mean and standard deviation of "
     f"{FLOOR_REPEATS}). Nearest neighbour: mean distance to the nearest real image, of real images"
-    " to the nearest other one; below theirs it means copying. Accuracy alone says little: "
-    "over-guided samples reach 1.",
+    " to the nearest other one; far below theirs means copying (a little below, samples that are "
+    "more typical than real ones, as class means are). Accuracy alone says little: over-guided "
+    "samples reach 1.",
     "",
     "| steps | w | seed | Fréchet distance | × floor | accuracy | nearest neighbour |",
     "|---|---|---|---|---|---|---|",
@@ -232,10 +235,8 @@ def as_markdown(report: dict) -> str:
 
 def sample(config, workdir: str, out: str, devices=None) -> None:
   """Draws `config.sample` into an npz for ADM's evaluator: images arr_0, labels arr_1."""
-  exp = experiment_lib.parse(config)
-  mesh = sharding.data_mesh(devices)
   checkpoints.check_writable(os.path.dirname(os.path.abspath(out)))
-  step, params = restore_ema(workdir, config, mesh)
+  exp, mesh, step, params = restore_ema(config, workdir, devices)
   s = exp.sample
   images, labels = generate(
       exp, mesh, params,

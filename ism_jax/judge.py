@@ -124,7 +124,7 @@ def load_judge(images, labels, *, num_classes, cache_dir):
   if os.path.exists(path):
     try:
       return _read(path, images.shape[1:], num_classes)
-    # Damage shows as any of BadZipFile, KeyError, ValueError, OSError, NotImplementedError, ...
+    # A cache may never stop a run, and zipfile and NumPy have many errors for damage.
     except Exception as error:
       logging.warning("The cached judge %s is damaged (%s); training it again.", path, error)
   judge = train_judge(images, labels, num_classes=num_classes)

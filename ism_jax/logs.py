@@ -70,6 +70,7 @@ class Writer:
     self._step, self._total, self._every = start, total, every
     self._start_window(start)
     self._bar = self._events = self._lines = None
+    self._sinks = contextlib.ExitStack()
     if jax.process_index() != 0:
       return
     path = os.path.join(workdir, "metrics.jsonl")
@@ -78,18 +79,18 @@ class Writer:
       with open(path) as f:
         kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
       write_whole(path, "".join(kept))
-    self._lines = open(path, "a")  # noqa: SIM115, closed in __exit__
+    self._lines = self._sinks.enter_context(open(path, "a"))
     self._events = tensorboardX.SummaryWriter(workdir, purge_step=start + 1, flush_secs=30)
+    self._sinks.callback(self._events.close)
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+      self._sinks.callback(self._bar.close)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    for sink in (self._bar, self._events, self._lines):
-      if sink is not None:
-        sink.close()
+    self._sinks.close()
 
   def _start_window(self, step: int) -> None:
     self._window, self._window_start = [], step

@@ -19,7 +19,7 @@ import numpy as np
 from ism_jax import paths
 
 REMATS = ("none", "dots", "full")
-_WIDTHS = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
+_SIZES = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
   "XL": (28, 1152, 16),
   "L": (24, 1024, 16),
   "B": (12, 768, 12),
@@ -34,8 +34,8 @@ class ModelConfig:
   """The network.
 
   Attributes:
-    size: "SiT-{S,B,L,XL}/{2,4,8}" of the published sizes, and the small "SiT-{XXS,XS}/{...}"; the
-      number is the patch size in pixels.
+    size: "SiT-{S,B,L,XL}/{2,4,8}" of the published sizes, and small "SiT-{XXS,XS}"; the number is
+      the patch size in pixels, and may be 1 too.
     dtype: of the blocks' activations and matrix products, "float32" or "bfloat16"; parameters, the
       conditioning, softmax and output are float32 always.
     remat: what a block keeps for the backward pass: "none" keeps all, "dots" the matrix products,
@@ -50,9 +50,9 @@ class ModelConfig:
 
   def __post_init__(self):
     name, _, patch = self.size.removeprefix("SiT-").partition("/")
-    if not self.size.startswith("SiT-") or name not in _WIDTHS or patch not in ("1", "2", "4", "8"):
+    if not self.size.startswith("SiT-") or name not in _SIZES or patch not in ("1", "2", "4", "8"):
       raise ValueError(
-        f"model.size={self.size!r} is unknown; known are SiT-{{{','.join(_WIDTHS)}}}/{{1,2,4,8}}."
+        f"model.size={self.size!r} is unknown; known are SiT-{{{','.join(_SIZES)}}}/{{1,2,4,8}}."
       )
     if self.remat not in REMATS:
       raise ValueError(f"model.remat={self.remat!r} is unknown; known are {', '.join(REMATS)}.")
@@ -60,6 +60,16 @@ class ModelConfig:
       raise ValueError(f"model.dtype={self.dtype!r} is unknown; known are float32, bfloat16.")
     if self.unroll < 1:
       raise ValueError(f"model.unroll={self.unroll} must be at least 1.")
+
+  @property
+  def dimensions(self) -> tuple[int, int, int]:
+    """Depth, width and heads."""
+    return _SIZES[self.size.removeprefix("SiT-").partition("/")[0]]
+
+  @property
+  def patch(self) -> int:
+    """Side of a patch in pixels."""
+    return int(self.size.partition("/")[2])
 
 
 def sinusoid(a, dim: int = 256, max_period: float = 10_000.0):
@@ -160,9 +170,8 @@ class SiT(nn.Module):
   @nn.compact
   def __call__(self, x, t, c, d, w):
     """x [B, H, W, C]; t, c (int), d, w [B] -> [B, H, W, C] float32."""
-    name, _, patch = self.cfg.size.removeprefix("SiT-").partition("/")
-    depth, width, heads = _WIDTHS[name]
-    patch, dtype = int(patch), jnp.dtype(self.cfg.dtype)
+    depth, width, heads = self.cfg.dimensions
+    patch, dtype = self.cfg.patch, jnp.dtype(self.cfg.dtype)
     b, height, wide, channels = x.shape
     check_image_size(self.cfg, (height, wide))
     grid = (height // patch, wide // patch)
@@ -211,10 +220,9 @@ class SiT(nn.Module):
 
 def check_image_size(cfg: ModelConfig, size: tuple[int, int]) -> None:
   """Raises ValueError where the patch does not divide the image."""
-  patch = int(cfg.size.partition("/")[2])
-  if any(n % patch for n in size):
+  if any(n % cfg.patch for n in size):
     raise ValueError(
-      f"{size[0]}x{size[1]} images do not split into the {patch}x{patch} patches of "
+      f"{size[0]}x{size[1]} images do not split into the {cfg.patch}x{cfg.patch} patches of "
       f"model.size={cfg.size!r}: choose a patch size that divides them."
     )
 

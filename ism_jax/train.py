@@ -90,20 +90,14 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
 
 def init_function(exp: Experiment, mesh) -> Callable:
   """init(key) -> TrainState, on every device of the mesh."""
-  network, tx = exp.network(), state_lib.optimizer(exp.optimizer, exp.total_steps)
-
-  def init(key):
-    return model_lib.init_params(key, network, exp.image_shape)
-
-  init = jax.jit(init, out_shardings=sharding.replicated(mesh))
+  tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
+  init = jax.jit(lambda key: model_lib.init_params(key, exp.network(), exp.image_shape))
   return lambda key: jax.device_put(state_lib.create(init(key), tx), sharding.replicated(mesh))
 
 
 def abstract_state(exp: Experiment, mesh):
   """The TrainState as shapes with shardings, made without a computation."""
-  tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
-  init = lambda key: model_lib.init_params(key, exp.network(), exp.image_shape)
-  shapes = jax.eval_shape(lambda key: state_lib.create(init(key), tx), jax.random.key(0))
+  shapes = jax.eval_shape(init_function(exp, mesh), jax.random.key(0))
   everywhere = sharding.replicated(mesh)
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)
 

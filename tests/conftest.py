@@ -1,22 +1,18 @@
-"""Tests run on 8 forced host devices, before JAX starts."""
+"""Tests run on 8 forced host devices."""
 
-import os
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+import jax
+import pytest
 
+from configs import digits
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
 # Tests build the same functions again and again: within one run of pytest each compiles once.
 _cache = tempfile.TemporaryDirectory(prefix="ism_jax_compilation_cache_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-
-import jax  # noqa: E402
-import pytest  # noqa: E402
-
-from configs import digits  # noqa: E402
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture

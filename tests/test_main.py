@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,7 +19,8 @@ SMALL = ("--config.steps=8", "--config.batch_size=16", "--config.log.every=4",
 def environment(tmp_path_factory):
   """One device, and a data folder of its own."""
   return os.environ | {
-    "XLA_FLAGS": "",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     "TFDS_DATA_DIR": str(tmp_path_factory.mktemp("data")),
   }
 

@@ -41,10 +41,12 @@ def test_statistics_are_those_of_numpy_in_float64(rng):
 
 def test_too_few_samples_for_a_covariance_are_a_warning_with_both_numbers(rng):
   with pytest.warns(UserWarning, match=r"\b8 samples.*\b8 features"):
-    metrics.feature_statistics(rng.normal(size=(8, 8)))
+    singular = metrics.feature_statistics(rng.normal(size=(8, 8)))
   with warnings.catch_warnings():
     warnings.simplefilter("error")
-    metrics.feature_statistics(rng.normal(size=(9, 8)))
+    regular = metrics.feature_statistics(rng.normal(size=(9, 8)))
+  assert np.linalg.matrix_rank(singular.covariance) == 7
+  assert np.linalg.matrix_rank(regular.covariance) == 8
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

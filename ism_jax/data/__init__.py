@@ -1,5 +1,12 @@
 """Datasets and the input pipeline: from a name to a deterministic, resumable stream of pools."""
 
-from ism_jax.data.pipeline import DataConfig, all_images, directory, load_source, pools
+from ism_jax.data.pipeline import (
+  DataConfig,
+  all_images,
+  directory,
+  load_source,
+  pools,
+  to_unit_range,
+)
 
-__all__ = ["DataConfig", "all_images", "directory", "load_source", "pools"]
+__all__ = ["DataConfig", "all_images", "directory", "load_source", "pools", "to_unit_range"]

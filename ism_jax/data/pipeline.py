@@ -133,12 +133,17 @@ def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count
     epochs, places = np.divmod(np.arange(start, start + rows), size)
     keys = np.concatenate([order(e)[places[epochs == e]] for e in np.unique(epochs)])
     images, labels = _stack(source.__getitems__(keys.tolist()))
-    return {"x1": images.astype(np.float32) / 127.5 - 1, "c": labels}
+    return {"x1": to_unit_range(images), "c": labels}
 
   # One pool is read ahead while the one before it trains.
   options = grain.ReadOptions(num_threads, prefetch_buffer_size=max(pool_size, num_threads))
   batches = grain.MapDataset.range(sys.maxsize).map(read)
   return iter(batches.to_iter_dataset(options).batch(pool_size))
+
+
+def to_unit_range(images):
+  """uint8 0..255 -> float32 in [-1, 1]."""
+  return images.astype(np.float32) / 127.5 - 1
 
 
 def all_images(source):
