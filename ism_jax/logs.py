@@ -69,28 +69,26 @@ class Writer:
   def __init__(self, workdir: str, *, start: int, total: int, every: int):
     self._step, self._total, self._every = start, total, every
     self._start_window(start)
-    self._bar = self._events = self._lines = None
-    self._sinks = contextlib.ExitStack()
+    self._bar = self._events = None
+    self._lines_path = os.path.join(workdir, "metrics.jsonl")
     if jax.process_index() != 0:
       return
-    path = os.path.join(workdir, "metrics.jsonl")
-    if os.path.exists(path):
+    if os.path.exists(self._lines_path):
       # A run that continues from step `start` writes what came after it anew.
-      with open(path) as f:
+      with open(self._lines_path) as f:
         kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-      write_whole(path, "".join(kept))
-    self._lines = self._sinks.enter_context(open(path, "a"))
+      write_whole(self._lines_path, "".join(kept))
     self._events = tensorboardX.SummaryWriter(workdir, purge_step=start + 1, flush_secs=30)
-    self._sinks.callback(self._events.close)
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-      self._sinks.callback(self._bar.close)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    self._sinks.close()
+    for sink in (self._bar, self._events):
+      if sink is not None:
+        sink.close()
 
   def _start_window(self, step: int) -> None:
     self._window, self._window_start = [], step
@@ -116,12 +114,12 @@ class Writer:
     }
     entry |= {"steps_per_second": rate, "data_wait": self._waited / (now - self._since)}
     self._start_window(last_step)
-    if self._lines is not None:
+    if self._events is not None:
       self._write(last_step, entry)
 
   def _write(self, step: int, entry: dict[str, float]) -> None:
-    self._lines.write(json.dumps({"step": step} | entry) + "\n")
-    self._lines.flush()
+    with open(self._lines_path, "a") as f:
+      f.write(json.dumps({"step": step} | entry) + "\n")
     for name, value in entry.items():
       self._events.add_scalar(name, value, step)
     names = [n for n in ("loss", "velocity", "guidance", "consistency") if n in entry]
