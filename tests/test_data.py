@@ -1,17 +1,23 @@
-"""The input pipeline against scikit-learn's own arrays; killed, concurrent and resumed runs."""
+"""The input pipeline against scikit-learn's and hand-made arrays; killed and resumed runs."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
+from etils import epath
 import numpy as np
+from PIL import Image
 import pytest
+import sklearn.datasets
 from sklearn.datasets import load_digits
+import tensorflow_datasets as tfds
 
 from ism_jax import data
 from ism_jax.data.digits import Digits
+from ism_jax.data.photos import draw_places
 
 SIZE = 1797
 
@@ -23,10 +29,19 @@ def config(directory, **changes):
     image_size=8,
     channels=1,
     num_classes=10,
+    flip=False,
     seed=0,
     num_threads=2,
   )
   return data.DataConfig(**{**values, **changes})
+
+
+def photos_config(directory):
+  return config(directory, name="photos/crops16", image_size=16, channels=3, num_classes=2)
+
+
+def cifar10_config(directory):
+  return config(directory, name="cifar10", image_size=32, channels=3)
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +60,50 @@ def reference():
   digits = load_digits()
   grey = np.floor(digits.data * 255 / 16 + 0.5)
   return grey * 2 / 255 - 1, digits.target
+
+
+@pytest.fixture(scope="session")
+def photos(data_dir):
+  """The crops: {split: (images, labels)}."""
+  cfg = photos_config(data_dir)
+  return {split: data.all_images(data.load_source(cfg, split)) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory):
+  """A folder with a little `cifar10` as TFDS writes it, in PNGs, and {split: (images, labels)}."""
+  rng = np.random.default_rng(0)
+  made = {
+    split: (rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.permutation(n) % 10)
+    for split, n in (("train", 50), ("test", 20))
+  }
+  directory = tmp_path_factory.mktemp("cifar10")
+  version = tfds.builder_cls("cifar10").VERSION
+
+  with tfds.core.registered.skip_registration():  # TFDS's own code is to read it
+
+    class Cifar10(tfds.core.GeneratorBasedBuilder):
+      VERSION = version
+      code_path = epath.Path(__file__)
+
+      def _info(self):
+        features = {
+          "id": tfds.features.Text(),
+          "image": tfds.features.Image(shape=(32, 32, 3)),
+          "label": tfds.features.ClassLabel(num_classes=10),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+      def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in made}
+
+      def _generate_examples(self, split):
+        for i, (image, label) in enumerate(zip(*made[split], strict=True)):
+          # Of a PIL image, TFDS makes a PNG without TensorFlow.
+          yield i, {"id": f"{split}{i}", "image": Image.fromarray(image), "label": label}
+
+  Cifar10(data_dir=directory).download_and_prepare(file_format="array_record")
+  return directory, made
 
 
 def sorted_rows(images, labels):
@@ -89,7 +148,7 @@ def test_images_keep_their_grey_levels_in_minus_one_to_one(source, reference):
 
 def test_the_order_is_a_function_of_the_seed(source):
   first, same, other = (
-    next(data.pools(source, batch_size=64, pool_size=2, seed=seed, num_threads=threads))
+    next(data.pools(source, batch_size=64, pool_size=2, seed=seed, num_threads=threads, flip=True))
     for seed, threads in ((5, 0), (5, 4), (6, 4))
   )
   np.testing.assert_array_equal(first["x1"], same["x1"])
@@ -99,7 +158,7 @@ def test_the_order_is_a_function_of_the_seed(source):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_rows_of_all_processes_make_the_global_batch(source, processes):
-  settings = dict(batch_size=500, pool_size=3, seed=2)
+  settings = dict(batch_size=500, pool_size=3, seed=2, flip=True)
   whole = data.pools(source, **settings)
   parts = [
     data.pools(source, **settings, process_index=p, process_count=processes)
@@ -110,6 +169,24 @@ def test_rows_of_all_processes_make_the_global_batch(source, processes):
     for key in ("x1", "c"):
       assert rows[0][key].shape[:2] == (3, 500 // processes)
       np.testing.assert_array_equal(np.concatenate([r[key] for r in rows], axis=1), expected[key])
+
+
+def test_flips_mirror_half_of_the_images_anew_in_every_epoch(source):
+  plain, flipped = (
+    data.pools(source, batch_size=SIZE, pool_size=1, seed=4, flip=flip) for flip in (False, True)
+  )
+  coins = []
+  for _ in range(2):
+    before, after = next(plain), next(flipped)
+    np.testing.assert_array_equal(before["c"], after["c"])
+    images, seen = (pool["x1"].reshape(SIZE, 8, 8) for pool in (before, after))
+    mirrored = np.array([np.fliplr(image) for image in images])
+    same, mirror = ((seen == of).all(axis=(1, 2)) for of in (images, mirrored))
+    assert (same | mirror).all()
+    coins.append(dict(zip((image.tobytes() for image in images), mirror & ~same, strict=True)))
+    assert abs(np.mean(mirror & ~same) - 0.5) < 0.05  # 4 standard deviations
+  first, second = (np.array([coin[image] for image in coins[0]]) for coin in coins)
+  assert abs(np.mean(first == second) - 0.5) < 0.05
 
 
 def test_a_process_reads_its_own_rows_alone(source):
@@ -131,7 +208,7 @@ def test_a_process_reads_its_own_rows_alone(source):
 
 
 def test_a_resumed_iterator_continues_bit_exactly_from_its_json(source):
-  settings = dict(batch_size=100, pool_size=4, seed=3)
+  settings = dict(batch_size=100, pool_size=4, seed=3, flip=True)
   iterator = data.pools(source, **settings)
   for _ in range(3):
     next(iterator)
@@ -172,15 +249,133 @@ def test_an_indivisible_batch_names_the_nearest_that_splits(source):
     data.pools(source, batch_size=30, pool_size=1, seed=0, process_count=4)
 
 
-def test_an_unknown_dataset_lists_the_known_ones(tmp_path):
-  with pytest.raises(ValueError, match=r"'digit' .*known: digits"):
-    data.load_source(config(tmp_path, name="digit"))
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("digit", r"'digit' .*known: digits, photos/crops16, photos/crops32, .* such as digits\."),
+    ("cifar", r"'cifar' .*known: digits, .* such as cifar10, .*Dataset cifar not found"),
+    ("photos/crops8", r"known: .*photos/crops16, .*crops8 not found"),
+    ("cifar10:1.2.3", r"version 1\.2\.3, only"),
+    ("no name", r"known: digits"),
+  ],
+)
+def test_an_unknown_dataset_lists_the_known_ones(tmp_path, name, message):
+  with pytest.raises(ValueError, match=message):
+    data.load_source(config(tmp_path, name=name))
+
+
+@pytest.mark.parametrize(
+  ("name", "has"),
+  [
+    ("celeb_a", "'attributes'"),  # no label
+    ("imagenet2012", r"shape=\(None, None, 3\)"),  # of all sizes
+    ("binarized_mnist", "'image'"),
+    ("voc", "'labels'"),
+  ],
+)
+def test_a_dataset_not_of_classified_images_is_refused_with_what_it_has(tmp_path, name, has):
+  with pytest.raises(ValueError, match=f"{name}' does not fit.* has .*{has}"):
+    data.load_source(config(tmp_path, name=name))
 
 
 def test_a_dataset_of_another_shape_is_refused_before_it_is_prepared(tmp_path):
   with pytest.raises(ValueError, match=r"8x8 images of 1 .* 10 classes.*32x32 images of 3 .* 7 cl"):
     data.load_source(config(tmp_path, image_size=32, channels=3, num_classes=7))
   assert not list(tmp_path.iterdir())
+
+
+def test_a_png_dataset_of_tfds_is_read_bit_exactly_without_tensorflow(cifar10):
+  directory, made = cifar10
+  cfg = cifar10_config(directory)
+  for split, (images, labels) in made.items():
+    read = data.all_images(data.load_source(cfg, split))
+    assert read[0].dtype == np.uint8 and read[0].shape == images.shape
+    rows = sorted_rows(read[0] / 127.5 - 1, read[1])
+    np.testing.assert_array_equal(rows, sorted_rows(images / 127.5 - 1, labels))
+  assert data.directory(cfg) == str(directory / "cifar10")
+
+
+def test_a_split_that_does_not_exist_lists_those_that_do(cifar10):
+  directory, made = cifar10
+  cfg = cifar10_config(directory)
+  with pytest.raises(ValueError, match=r"'validation'.*\['train', 'test'\]"):
+    data.load_source(cfg, "validation")
+  assert len(data.load_source(cfg, "train[:20%]")) == len(made["train"][1]) // 5
+
+
+def test_a_dataset_of_tfds_that_is_not_prepared_says_how_to(tmp_path):
+  with pytest.raises(ValueError) as error:
+    data.load_source(cifar10_config(tmp_path))
+  for part in (
+    "TensorFlow",
+    "tfds.builder('cifar10', ",
+    "file_format='array_record'",
+    f"{tmp_path}.",
+  ):
+    assert part in str(error.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_dataset_of_tfds_in_another_format_is_as_good_as_none(cifar10, tmp_path):
+  shutil.copytree(cifar10[0], tmp_path, dirs_exist_ok=True)
+  (info,) = tmp_path.glob("cifar10/*/dataset_info.json")
+  text = info.read_text()
+  assert '"array_record"' in text
+  info.write_text(text.replace('"array_record"', '"tfrecord"'))
+  with pytest.raises(ValueError, match=r"not at .*cifar10/.* as ArrayRecord"):
+    data.load_source(cifar10_config(tmp_path))
+
+
+def test_no_pixel_of_a_test_crop_is_in_a_training_crop(photos, tmp_path, monkeypatch):
+  # Photographs in which every pixel tells its place.
+  y, x = np.mgrid[:427, :640]
+  names = ("china.jpg", "flower.jpg")
+  high = y // 256 + x // 256 * 2
+  coded = {n: np.stack([y % 256, x % 256, high + 8 * i], -1) for i, n in enumerate(names)}
+  with monkeypatch.context() as patch:
+    patch.setattr(sklearn.datasets, "load_sample_image", lambda n: coded[n].astype(np.uint8))
+    source = {split: data.load_source(photos_config(tmp_path), split) for split in photos}
+
+  folder = os.path.join(os.path.dirname(sklearn.datasets.__file__), "images")
+  real = np.stack([np.asarray(Image.open(os.path.join(folder, n))) for n in names])
+  covered = {}
+  for split, per_class in (("train", 16_384), ("test", 4_096)):
+    images, labels = data.all_images(source[split])
+    np.testing.assert_array_equal(np.bincount(labels), [per_class, per_class])
+    low_y, low_x, high = (images[..., i].astype(int) for i in range(3))
+    ys, xs, which = low_y + high % 2 * 256, low_x + high // 2 % 4 * 256, high // 8
+    np.testing.assert_array_equal(which, np.broadcast_to(labels[:, None, None], which.shape))
+    corner = np.stack([labels, ys[:, 0, 0], xs[:, 0, 0]], axis=1)
+    np.testing.assert_array_equal(ys, corner[:, 1, None, None] + np.arange(16)[:, None] + 0 * xs)
+    np.testing.assert_array_equal(xs, corner[:, 2, None, None] + np.arange(16) + 0 * ys)
+    assert len(np.unique(corner, axis=0)) == 2 * per_class
+    for axis in (1, 2):  # crops begin in all rows, and in all columns, about equally often
+      times = np.unique(corner[:, axis], return_counts=True)[1]
+      assert times.max() < 2.5 * times.mean() and times.min() > times.mean() / 4
+    covered[split] = np.zeros((2, 427, 640), bool)
+    covered[split][which, ys, xs] = True
+    # Another preparation has the same places, of the photographs that come with scikit-learn.
+    np.testing.assert_array_equal(photos[split][0], real[which, ys, xs])
+    np.testing.assert_array_equal(photos[split][1], labels)
+  held_out = np.zeros(640, bool)
+  for start in range(40, 640, 60):
+    held_out[start : start + 20] = True
+  np.testing.assert_array_equal(covered["test"].any(axis=(0, 1)), held_out)
+  np.testing.assert_array_equal(covered["train"].any(axis=(0, 1)), ~held_out)
+
+
+@pytest.mark.parametrize("size", [1, 16, 32, 64])
+def test_places_are_all_those_allowed(size):
+  mask = np.tile(np.repeat([0, 0, 1], size * 5 // 4), 640)[:640]
+  for held_out in (0, 1):
+    allowed = {
+      (y, x)
+      for y in range(70 - size + 1)
+      for x in range(640 - size + 1)
+      if (mask[x : x + size] == held_out).all()
+    }
+    drawn = draw_places(np.random.default_rng(0), (70, 640), size, bool(held_out), len(allowed))
+    assert set(map(tuple, drawn.tolist())) == allowed
 
 
 def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path, reference):
@@ -195,7 +390,7 @@ def dying(self):
       os.kill(os.getpid(), signal.SIGKILL)
     yield example
 Digits._generate_examples = dying
-data.load_source(data.DataConfig("digits", sys.argv[1], 8, 1, 10, 0, 0))
+data.load_source(data.DataConfig("digits", sys.argv[1], 8, 1, 10, False, 0, 0))
 """
   assert python(code, tmp_path).wait(60) == -signal.SIGKILL
   assert list((tmp_path / "digits").iterdir()), "the preparation had not begun"
@@ -221,18 +416,20 @@ def test_the_loser_of_a_race_to_prepare_reads_the_winners_files(tmp_path, monkey
     )
 
 
-def test_neither_preparing_nor_reading_imports_tensorflow(tmp_path):
+def test_neither_preparing_nor_reading_imports_tensorflow(tmp_path, cifar10):
   # An importable impostor: where TensorFlow is not installed, a guarded import would go unnoticed.
   (tmp_path / "tensorflow").mkdir()
   (tmp_path / "tensorflow" / "__init__.py").touch()
   code = """
 import sys
 from ism_jax import data
-source = data.load_source(data.DataConfig("digits", "", 8, 1, 10, 0, 1))
-next(data.pools(source, batch_size=8, pool_size=1, seed=0))
+for values in (("digits", "", 8, 1), ("cifar10", sys.argv[1], 32, 3)):
+  source = data.load_source(data.DataConfig(*values, 10, True, 0, 1))
+  next(data.pools(source, batch_size=8, pool_size=1, seed=0))
 assert "tensorflow" not in sys.modules
 """
   path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", ""), str(tmp_path)])
   # An empty `dir` is TFDS's own default.
-  assert python(code, PYTHONPATH=path, TFDS_DATA_DIR=str(tmp_path / "default")).wait(60) == 0
+  env = dict(PYTHONPATH=path, TFDS_DATA_DIR=str(tmp_path / "default"))
+  assert python(code, cifar10[0], **env).wait(60) == 0
   assert (tmp_path / "default" / "digits").is_dir()

@@ -1,24 +1,32 @@
 """From a dataset's name to pools of batches, the unit of work of training.
 
 A dataset is ArrayRecord files, prepared once by a TFDS builder and read at random; no TensorFlow
-anywhere. The stream is a function of the seed: epoch e is a permutation drawn from (seed, e),
-epochs follow each other without a gap, and batch b is the positions [b * B, (b + 1) * B) of that
-sequence. Processes cut rows out of the global batch, so their number changes who reads an image
-and never which batch it is in.
+anywhere. Our own datasets are prepared here, on first use; TFDS's are only read, because preparing
+them (encoding an image, for one) does need TensorFlow.
+
+The stream is a function of the seed: epoch e is a permutation and one coin per position, drawn from
+(seed, e), epochs follow each other without a gap, and batch b is the positions [b * B, (b + 1) * B)
+of that sequence. Processes cut rows out of the global batch, so their number changes who reads an
+image and never which batch it is in.
 Axes: K batches in a pool, M rows of one process, H/W image size, C channels.
 """
 
 import dataclasses
+import difflib
 import functools
 import os
 import sys
+import textwrap
 
 import grain
 import numpy as np
+import tensorflow_datasets as tfds
 
 from ism_jax.data.digits import Digits
+from ism_jax.data.photos import Photos
 
-_BUILDERS = {"digits": Digits}
+_OWN = (Digits, Photos)  # TFDS finds them by name, as all builders that are imported
+_OWN_NAMES = "digits, photos/crops16, photos/crops32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +34,15 @@ class DataConfig:
   """Which images to train on, and what the model is built for.
 
   Attributes:
-    name: of the dataset.
+    name: of the dataset: one of ours, or any of TFDS's ("cifar10", "imagenet_resized/32x32") that
+      has uint8 images of one size in "image" and classes in "label".
     dir: where TFDS datasets are kept; "" for TFDS's default, TFDS_DATA_DIR or else
       ~/tensorflow_datasets.
     image_size: height and width, in pixels.
     channels: of an image.
     num_classes: of the labels, the null class not counted.
-    seed: of the shuffle.
+    flip: whether training mirrors every other image, left to right, at random.
+    seed: of the shuffle and the flips.
     num_threads: that read and decode in each process; 0 reads when a pool is asked for.
   """
 
@@ -41,6 +51,7 @@ class DataConfig:
   image_size: int
   channels: int
   num_classes: int
+  flip: bool
   seed: int
   num_threads: int
 
@@ -54,12 +65,16 @@ class DataConfig:
 
 
 def _builder(cfg):
-  if cfg.name not in _BUILDERS:
+  try:
+    return tfds.builder(cfg.name, data_dir=cfg.dir or None)
+  except (ValueError, AssertionError, ImportError) as error:  # the name, config, version or code
+    name = cfg.name.partition("/")[0]
+    close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
     raise ValueError(
-      f"data.name={cfg.name!r} is not a dataset that can be read; known: "
-      f"{', '.join(sorted(_BUILDERS))}."
-    )
-  return _BUILDERS[cfg.name](data_dir=cfg.dir or None)
+      f"data.name={cfg.name!r} is not a dataset that can be read; known: {_OWN_NAMES}, and TFDS's "
+      f"by name or name/config, such as {', '.join(close or ['cifar10', 'mnist'])}. TFDS says: "
+      f"{str(error).splitlines()[0]}"
+    ) from error
 
 
 def directory(cfg):
@@ -67,33 +82,59 @@ def directory(cfg):
   return os.path.dirname(os.fspath(_builder(cfg).data_path))
 
 
-def load_source(cfg):
-  """Opens the training split, and prepares the dataset first where that has not been done.
+def load_source(cfg, split="train"):
+  """Opens a split, and prepares the dataset first where it is ours and that has not been done.
 
   Preparation writes into a folder of its own and renames it when complete. So one that was
   interrupted leaves nothing that counts, and of processes that prepare the same dataset at once
   the first to finish wins. Only file systems rename atomically: prepare a dataset in a bucket from
   one process.
 
+  Args:
+    cfg: a DataConfig.
+    split: as TFDS writes it: "test", "train[:90%]".
   Returns:
     A random access source of {"image": uint8 [H, W, C], "label": int}, with `__getitems__` to
-    read many at once.
+    read many at once. Records may hold more keys.
   Raises:
-    ValueError: the dataset is unknown, or not what the model is built for.
+    ValueError: the dataset is unknown, not of classified images, not what the model is built for,
+      TFDS's and not prepared, or without such a split.
   """
   make = functools.partial(_builder, cfg)
   builder = make()
   _check_fits(cfg, builder.info.features)
+  if isinstance(builder, _OWN):
+    try:
+      builder.download_and_prepare(file_format="array_record")
+    except OSError:
+      builder = make()  # knows what lies on the disk now
+      if not builder.data_path.exists():
+        raise
   try:
-    builder.download_and_prepare(file_format="array_record")
-  except OSError:
-    builder = make()  # knows what lies on the disk now
-    if not builder.data_path.exists():
-      raise
-  return builder.as_data_source(split="train")
+    return builder.as_data_source(split=split)
+  except NotImplementedError as error:  # another format; where there is nothing, TFDS assumes one
+    raise ValueError(
+      f"dataset {cfg.name!r} is not at {builder.data_path} as ArrayRecord, and preparing it takes "
+      "TensorFlow, which this project does without. In an environment of its own, `pip install "
+      'tensorflow-cpu tensorflow-datasets importlib_resources` and `python -c "import '
+      f"tensorflow_datasets as tfds; tfds.builder({cfg.name!r}, data_dir='DIR')"
+      ".download_and_prepare(file_format='array_record')\"`, with a DIR that does not have it in "
+      f"another format. Then set data.dir=DIR, or copy DIR/{builder.name} to "
+      f"{builder.data_dir_root}."
+    ) from error
 
 
-def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count=1, num_threads=4):
+def pools(
+  source,
+  *,
+  batch_size,
+  pool_size,
+  seed,
+  flip=False,
+  num_threads=4,
+  process_index=0,
+  process_count=1,
+):
   """An endless iterator over pools of training batches, each image exactly once per epoch.
 
   Args:
@@ -102,13 +143,14 @@ def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count
     batch_size: rows of the global batch, of which process p yields [p * M, (p + 1) * M) with
       M = batch_size / process_count.
     pool_size: batches in a pool, K.
-    seed: of the shuffle.
+    seed: of the shuffle and the flips.
+    flip: see DataConfig; does not change the order.
     num_threads: see DataConfig; does not change what is read.
   Returns:
     A grain DatasetIterator of {"x1": float32 [K, M, H, W, C] in [-1, 1], "c": int32 [K, M]}.
     Its get_state() is a small dict of JSON that counts global batches: the same in every process,
-    and valid for another process_count, pool_size or num_threads, but not for another source, seed
-    or batch_size, which it does not notice.
+    and valid for another process_count, pool_size, num_threads or flip, but not for another source,
+    seed or batch_size, which it does not notice.
   """
   if batch_size < 1 or pool_size < 1:
     raise ValueError(f"batch_size={batch_size} and pool_size={pool_size} must be at least 1.")
@@ -125,14 +167,18 @@ def pools(source, *, batch_size, pool_size, seed, process_index=0, process_count
 
   # grain's own shuffle works one index at a time, and costs as much again as reading the record.
   @functools.lru_cache(maxsize=2)
-  def order(epoch):
-    return np.random.default_rng((seed, epoch)).permutation(size)
+  def drawn(epoch):  # [2, size]: keys, and whether to mirror
+    rng = np.random.default_rng((seed, epoch))
+    return np.stack([rng.permutation(size), flip * rng.integers(2, size=size)])
 
   def read(batch):
     start = batch * batch_size + process_index * rows
     epochs, places = np.divmod(np.arange(start, start + rows), size)
-    keys = np.concatenate([order(e)[places[epochs == e]] for e in np.unique(epochs)])
+    parts = [drawn(e)[:, places[epochs == e]] for e in np.unique(epochs)]
+    keys, mirror = np.concatenate(parts, axis=1)
     images, labels = _stack(source.__getitems__(keys.tolist()))
+    mirror = mirror.astype(bool)
+    images[mirror] = images[mirror, :, ::-1]
     return {"x1": to_unit_range(images), "c": labels}
 
   # One pool is read ahead while the one before it trains.
@@ -157,7 +203,21 @@ def _stack(records):
 
 
 def _check_fits(cfg, features):
-  found = (*features["image"].shape, features["label"].num_classes)
+  has = dict(features.items())
+  image, label = has.get("image"), has.get("label")
+  # TFDS's `dtype` needs TensorFlow.
+  if (
+    image is None
+    or image.np_dtype != np.uint8
+    or len(image.shape) != 3
+    or None in image.shape
+    or not isinstance(label, tfds.features.ClassLabel)
+  ):
+    raise ValueError(
+      f"dataset {cfg.name!r} does not fit: needed are 'image', uint8 [H, W, C] of one size, and "
+      f"'label', a ClassLabel. It has {textwrap.shorten(str(features), 500)}."
+    )
+  found = (*image.shape, label.num_classes)
   wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
   if found != wanted:
     describe = "{}x{} images of {} channel(s) in {} classes".format
