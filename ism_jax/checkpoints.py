@@ -2,24 +2,36 @@
 
 A step counts once it is complete: a save that was killed leaves a temporary folder that no reader
 sees and the next writer removes. Arrays are restored to the placement the caller asks for, on any
-number of devices.
+number of devices. Every array and both JSON items have checksums: TensorStore returns flipped bytes
+without a word.
 """
 
+import contextlib
+import json
 import os
 import tempfile
+import zlib
 
+from absl import logging
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 _MAX_NAMED = 8  # differences spelt out in one error
 
 
-def open_manager(workdir, *, keep, read_only=False):
+class DamagedError(ValueError):
+  """A checkpoint that cannot be read, or whose content is not what was saved."""
+
+
+def open_manager(workdir, *, keep, keep_every=0, read_only=False):
   """Opens `<workdir>/checkpoints`; close(), or leaving `with`, waits for what is being written.
 
   Args:
     workdir: folder of the run. A path with a scheme, such as gs://, is taken as it is.
     keep: number of latest steps that stay on disk.
+    keep_every: steps that are a multiple of it stay as well; 0 for none.
     read_only: writes nothing, not even a folder; for a run that someone else may be training.
   Returns:
     An orbax CheckpointManager. For preemption: reached_preemption(step).
@@ -28,21 +40,24 @@ def open_manager(workdir, *, keep, read_only=False):
   """
   if keep < 1:
     raise ValueError(f"keep={keep} must be at least 1: training resumes from the latest.")
+  if keep_every < 0:
+    raise ValueError(f"keep_every={keep_every} must be a number of steps, or 0 for none.")
   workdir = os.fspath(workdir)
   if "://" not in workdir:
     workdir = os.path.abspath(os.path.expanduser(workdir))
     if not read_only:
       check_writable(workdir)
-  state, json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+  state, plain = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
   handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
   handlers.add("state", ocp.args.StandardSave, state)
   handlers.add("state", ocp.args.StandardRestore, state)
   handlers.add("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
-  for item in ("data", "config"):
-    handlers.add(item, ocp.args.JsonSave, json)
-    handlers.add(item, ocp.args.JsonRestore, json)
+  for item in ("data", "config", "checksums"):
+    handlers.add(item, ocp.args.JsonSave, plain)
+    handlers.add(item, ocp.args.JsonRestore, plain)
   options = ocp.CheckpointManagerOptions(
     max_to_keep=None if read_only else keep,
+    keep_period=None if read_only else keep_every or None,
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
   )
@@ -70,6 +85,11 @@ def save(manager, step, state, data_state, config):
       f"step {step} cannot follow the checkpoint of step {latest} in {manager.directory}; "
       "remove the later ones, or train in another --workdir."
     )
+  checksums = {
+    "state": _state_checksums(state),
+    "data": _json_checksum(data_state),
+    "config": _json_checksum(config),
+  }
   # The state may be donated as soon as this returns. On accelerators its values are in host memory
   # by then. On CPU, Orbax goes on reading the arrays' own buffers in the background; XLA does not
   # reuse a buffer that NumPy still refers to, and allocates another for the donated step.
@@ -77,10 +97,47 @@ def save(manager, step, state, data_state, config):
     state=ocp.args.StandardSave(state),
     data=ocp.args.JsonSave(data_state),
     config=ocp.args.JsonSave(config),
+    checksums=ocp.args.JsonSave(checksums),
   )
   if not manager.save(step, args=items):
     raise ValueError(f"step {step} was not saved: {manager.directory} was opened read_only.")
   return True
+
+
+def restore_newest(manager, read, *, move_damaged=False):
+  """Reads the newest checkpoint that is whole; logs what is wrong with those passed over.
+
+  Args:
+    read: read(step) returns what is wanted of a step, by the functions below. It is called for one
+      step after the other, from the newest on, until it raises no DamagedError.
+    move_damaged: for a writer, once a whole one is found: moves those passed over to
+      `<workdir>/checkpoints_damaged/<step>`, where Orbax does not look, so that they are not taken
+      for the latest and their steps can be saved again. All processes must ask for it alike.
+  Returns:
+    (step, what read(step) returned)
+  Raises:
+    FileNotFoundError: no checkpoint.
+    DamagedError: none is whole; all are named, and none is moved.
+    Whatever else `read` raises: another model's checkpoint is not passed over.
+  """
+  _existing_step(manager, None)
+  damaged = {}
+  for step in sorted(manager.all_steps(), reverse=True):
+    try:
+      result = read(step)
+    except DamagedError as e:
+      logging.error("%s", e)
+      damaged[step] = str(e)
+    else:
+      if damaged:
+        logging.warning("Using step %d of %s instead.", step, manager.directory)
+        if move_damaged:
+          _set_aside(manager, damaged)
+      return step, result
+  raise DamagedError(
+    f"no checkpoint in {manager.directory} is whole. Put back a copy of one, or train in another "
+    "--workdir.\n" + "\n".join(f"  {reason}" for reason in damaged.values())
+  )
 
 
 def restore(manager, like, step=None):
@@ -88,30 +145,34 @@ def restore(manager, like, step=None):
 
   Args:
     like: the pytree of the state, with jax.ShapeDtypeStruct leaves that carry shardings or with
-      arrays. Values are cast to its dtypes.
+      arrays.
     step: None for the latest.
   Returns:
     (state, data_state): arrays placed as `like` says, which may be donated; what set_state() takes.
   Raises:
     FileNotFoundError: no such checkpoint.
+    DamagedError: it cannot be read, or a checksum is not that of the save.
     ValueError: the checkpoint is one of another model; found before any array is read.
   """
   step = _existing_step(manager, step)
-  _check_same_tree(manager, step, _saved_tree(manager, step), like)
-  items = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
-  restored = manager.restore(step, args=items)
-  return restored.state, restored.data
+  saved, checksums = _contents(manager, step)
+  _check_same_tree(manager, step, saved, like)
+  args = ocp.args.StandardRestore(like)
+  with _reading(manager, step):
+    state = manager.restore(step, args=ocp.args.Composite(state=args)).state
+    _check_sums(_state_checksums(state), checksums["state"])
+  return state, _read_json(manager, step, "data", checksums)
 
 
 def restore_tree(manager, name, like, step=None):
-  """Reads one field of the state and no other, such as one EMA; otherwise as `restore`.
+  """Reads and checks one field of the state and no other, such as one EMA; otherwise as `restore`.
 
   Args:
     name: the field of the state.
     like: the pytree of that field.
   """
   step = _existing_step(manager, step)
-  saved, item = _saved_tree(manager, step), {name: like}
+  (saved, checksums), item = _contents(manager, step), {name: like}
   if name not in saved:
     raise ValueError(
       f"the state in {manager.directory}/{step} has no {name!r}; "
@@ -123,13 +184,16 @@ def restore_tree(manager, name, like, step=None):
     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
     partial_restore=True,
   )
-  return manager.restore(step, args=ocp.args.Composite(state=args)).state[name]
+  with _reading(manager, step):
+    tree = manager.restore(step, args=ocp.args.Composite(state=args)).state[name]
+    _check_sums(_state_checksums({name: tree}), checksums["state"])
+  return tree
 
 
 def read_config(manager, step=None):
-  """The config dict the checkpoint was saved with."""
+  """The config dict the checkpoint was saved with; raises as `restore` does."""
   step = _existing_step(manager, step)
-  return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+  return _read_json(manager, step, "config", _read_json(manager, step, "checksums"))
 
 
 def check_writable(folder):
@@ -166,16 +230,105 @@ def _existing_step(manager, step):
   return step
 
 
-def _saved_tree(manager, step):
-  return manager.item_metadata(step).state.tree
+@contextlib.contextmanager
+def _reading(manager, step):
+  # For damaged files Orbax and TensorStore raise nearly everything, bare Exceptions among it, with
+  # TensorStore's reason as their cause.
+  try:
+    yield
+  except Exception as e:
+    cause = e.__cause__ or e
+    if isinstance(cause, (jax.errors.JaxRuntimeError, MemoryError, PermissionError)):
+      raise  # says nothing of the files' content
+    reason = cause if isinstance(cause, (ValueError, OSError)) else repr(cause)
+    raise DamagedError(f"{manager.directory}/{step} is damaged: {reason}") from e
+
+
+def _read_json(manager, step, item, checksums=None):
+  with _reading(manager, step):
+    args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+    value = manager.restore(step, args=args)[item]
+    if value is None:
+      raise FileNotFoundError(f"its {item} is missing")
+    if checksums is not None:
+      _check_sums({item: _json_checksum(value)}, checksums)
+  return value
+
+
+def _contents(manager, step):
+  """(the shapes and dtypes of the saved state, the checksums)."""
+  checksums = _read_json(manager, step, "checksums")
+  with _reading(manager, step):
+    metadata = manager.item_metadata(step).state
+    if metadata is None:
+      raise FileNotFoundError("the metadata of its state is missing")
+    if _leaves(metadata.tree).keys() != checksums["state"].keys():
+      raise ValueError("its metadata and its checksums name different arrays")
+  return metadata.tree, checksums
+
+
+def _check_sums(found, saved):
+  if differ := [name for name in found if found[name] != saved[name]]:
+    more = f" and {len(differ) - _MAX_NAMED} more" if len(differ) > _MAX_NAMED else ""
+    raise ValueError(f"the checksums of {', '.join(differ[:_MAX_NAMED])}{more} differ")
+
+
+def _json_checksum(value):
+  return zlib.crc32(json.dumps(value).encode())
+
+
+def _state_checksums(state):
+  """{path: checksum} of a pytree of arrays."""
+  leaves = _leaves(state)
+  return dict(zip(leaves, np.asarray(_checksums(list(leaves.values()))).tolist(), strict=True))
+
+
+@jax.jit
+def _checksums(arrays):
+  """uint32 [len(arrays)]: of each array, sum_i mix(bits_i + i * odd) mod 2^32 over its elements.
+
+  Exact integers, so independent of how arrays are split over devices. `mix` (MurmurHash3's last
+  step) is a bijection: one changed element always changes the sum. It is not linear: of bits_i
+  times a weight, the sum would miss two swapped values that differ in their sign alone.
+  """
+
+  def checksum(x):
+    bits = jax.lax.bitcast_convert_type(x, f"uint{min(32, 8 * x.dtype.itemsize)}")
+    h = bits.astype(jnp.uint32)
+    stride = 0x9E3779B9
+    for axis in reversed(range(h.ndim)):  # indices by axis: flattening would gather shards
+      h += jax.lax.broadcasted_iota(jnp.uint32, h.shape, axis) * jnp.uint32(stride)
+      stride = stride * h.shape[axis] % 2**32
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+  return jnp.stack([checksum(x) for x in arrays])
+
+
+def _set_aside(manager, steps):
+  ocp.multihost.sync_global_processes("ism_jax:damaged_checkpoints_read")
+  if jax.process_index() == 0:
+    folder = manager.directory.parent / "checkpoints_damaged"
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+      target = folder / str(step)
+      while target.exists():  # damaged once before
+        target = folder / f"{target.name}_"
+      (manager.directory / str(step)).rename(target)
+      logging.warning("Moved the damaged step %d to %s.", step, target)
+  ocp.multihost.sync_global_processes("ism_jax:damaged_checkpoints_moved")
+  manager.reload()
+
+
+def _leaves(tree):
+  # Orbax stores dataclasses and named tuples as dicts and lists: paths agree, structures do not.
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 def _shapes(tree):
-  # Orbax stores dataclasses and named tuples as dicts and lists: paths agree, structures do not.
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves
-  }
+  return {name: f"{tuple(x.shape)} {np.dtype(x.dtype)}" for name, x in _leaves(tree).items()}
 
 
 def _check_same_tree(manager, step, saved, wanted):

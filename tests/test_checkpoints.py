@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from ism_jax import checkpoints
@@ -54,8 +55,8 @@ def assert_same(tree, expected):
   jax.tree.map(np.testing.assert_array_equal, tree, expected)
 
 
-def save_steps(workdir, *steps, keep=3):
-  with checkpoints.open_manager(workdir, keep=keep) as manager:
+def save_steps(workdir, *steps, keep=3, keep_every=0):
+  with checkpoints.open_manager(workdir, keep=keep, keep_every=keep_every) as manager:
     for step in steps:
       checkpoints.save(manager, step, make_state(step), {"next_index": step}, CONFIG)
 
@@ -144,7 +145,7 @@ def save_with_broken_params(workdir, state):
       path.write_bytes(content[:frame] + bytes(4) + content[frame + 4 :])
       found += 1
   assert found == 1
-  with reader(workdir) as manager, pytest.raises(Exception, match=r"(?s)while reading.*params\.w"):
+  with reader(workdir) as manager, pytest.raises(Exception, match=r"Error reading .params\.w"):
     checkpoints.restore_tree(manager, "params", abstract(state.params))
 
 
@@ -156,10 +157,156 @@ def test_one_tree_restores_although_the_others_are_unreadable(tmp_path):
   assert_same(ema, numpy_of(state.ema))
 
 
+def replace_on_disk(folder, old, new):
+  """Replaces bytes of the one file under `folder` that has them."""
+  (path,) = (p for p in folder.rglob("*") if p.is_file() and old in p.read_bytes())
+  path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+def checksum(array):
+  """What the checksums are by their definition, with NumPy, on the flattened array."""
+  array = np.array(array).ravel()
+  bits = array.view(f"u{array.itemsize}").astype(np.uint32)
+  h = bits + np.arange(bits.size, dtype=np.uint32) * np.uint32(0x9E3779B9)
+  h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+  return int((h ^ (h >> 16)).sum(dtype=np.uint64) % 2**32)
+
+
+def test_checksums_are_those_of_numpy_wherever_the_arrays_are(tmp_path):
+  mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+  shapes = {"": (), "v": (24,), "m": (8, 6), "t": (8, 2, 5)}
+  specs = {"v": ("a",), "m": ("b", None), "t": ("a", "b")}
+  state = {
+    f"{name}_{dtype}": jax.device_put(
+      jax.random.bits(jax.random.key(1), shape, jnp.uint32).astype(dtype),
+      NamedSharding(mesh, PartitionSpec(*specs.get(name, ()))),
+    )
+    for name, shape in shapes.items()
+    for dtype in ("float32", "bfloat16", "int32", "uint32")
+  }
+  with checkpoints.open_manager(tmp_path, keep=1) as manager:
+    checkpoints.save(manager, 1, state, DATA, CONFIG)
+  saved = json.loads((tmp_path / "checkpoints/1/checksums/metadata").read_text())["state"]
+  assert saved == {name: checksum(x) for name, x in state.items()}
+  with reader(tmp_path) as manager:
+    assert_same(checkpoints.restore(manager, abstract(state))[0], numpy_of(state))
+
+
+def test_a_changed_bit_or_two_swapped_values_on_disk_are_noticed(tmp_path):
+  state = make_noise()
+  w = np.array(state.params["w"])
+  w[5, 1] = w[5, 0] ^ np.uint32(1 << 31)  # these two differ by their sign alone
+  state = state.replace(params={"w": jnp.asarray(w)})
+  swapped, flipped = w.copy(), w.copy()
+  swapped[5, :2] = w[5, 1::-1]
+  flipped[7, 3] ^= 1 << 20
+  for name, wrong in (("swapped", swapped), ("flipped", flipped)):
+    with checkpoints.open_manager(tmp_path / name, keep=1) as manager:
+      checkpoints.save(manager, 1, state, DATA, CONFIG)
+    row = int(np.argwhere((wrong != w).any(1)).item())
+    replace_on_disk(tmp_path / name / "checkpoints" / "1", w[row].tobytes(), wrong[row].tobytes())
+    with reader(tmp_path / name) as manager:
+      read = manager.restore(1, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+      np.testing.assert_array_equal(read["params"]["w"], wrong)  # Orbax alone says nothing
+      damaged = pytest.raises(checkpoints.DamagedError, match=r"checkpoints/1 .* params/w differ")
+      with damaged:
+        checkpoints.restore(manager, abstract(state))
+      with damaged:
+        checkpoints.restore_tree(manager, "params", abstract(state.params))
+      assert_same(checkpoints.restore_tree(manager, "ema", abstract(state.ema)), state.ema)
+
+
+DAMAGES = {
+  "flipped array": lambda at, w: replace_on_disk(at, w.tobytes()[:8], bytes(8)),
+  "other position": lambda at, w: replace_on_disk(at / "data", b"7", b"6"),
+  "other config": lambda at, w: replace_on_disk(at / "config", b"ism", b"isn"),
+  "other checksums": lambda at, w: replace_on_disk(at / "checksums", b'"state"', b'"stale"'),
+  "no checksums": lambda at, w: shutil.rmtree(at / "checksums"),
+  "empty config": lambda at, w: (at / "config" / "metadata").write_bytes(b""),
+  "no position": lambda at, w: (at / "data" / "metadata").unlink(),
+  "no metadata": lambda at, w: (at / "state" / "_METADATA").unlink(),
+  "other metadata": lambda at, w: replace_on_disk(at, b'"params"', b'"porams"'),
+  "empty manifest": lambda at, w: (at / "state" / "manifest.ocdbt").write_bytes(b""),
+  "no arrays": lambda at, w: shutil.rmtree(at / "state" / "ocdbt.process_0"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_passed_over_for_the_checkpoint_before(tmp_path, caplog, damage):
+  state = make_noise()
+  with checkpoints.open_manager(tmp_path, keep=3) as manager:
+    for step in (3, 6):
+      checkpoints.save(manager, step, state.replace(step=jnp.int32(step)), DATA, CONFIG)
+  folder = tmp_path / "checkpoints"
+  DAMAGES[damage](folder / "6", np.array(state.params["w"]))
+
+  def read(step):
+    return checkpoints.read_config(manager, step), checkpoints.restore(
+      manager, abstract(state), step
+    )
+
+  expected = numpy_of(state.replace(step=jnp.int32(3)))
+  with reader(tmp_path) as manager:
+    step, (config, (restored, position)) = checkpoints.restore_newest(manager, read)
+  assert (step, config, position) == (3, CONFIG, DATA)
+  assert_same(restored, expected)
+  (told,) = (r.getMessage() for r in caplog.records if "damaged" in r.getMessage())
+  assert f"{folder}/6 is damaged: " in told
+  assert sorted(p.name for p in folder.iterdir()) == ["3", "6"]
+
+
+def test_a_writer_moves_damaged_steps_away_and_saves_them_again(tmp_path):
+  save_steps(tmp_path, 1, 2, 3)
+  like = abstract(make_state(1))
+  for times in (1, 2):
+    for step in ("2", "3"):
+      (tmp_path / "checkpoints" / step / "data" / "metadata").write_text("{}")
+    with checkpoints.open_manager(tmp_path, keep=3) as manager:
+      step, (state, _) = checkpoints.restore_newest(
+        manager, lambda step: checkpoints.restore(manager, like, step), move_damaged=True
+      )
+      assert step == 1 and manager.all_steps() == [1]
+      assert_same(state, numpy_of(make_state(1)))
+      for step in (2, 3):
+        assert checkpoints.save(manager, step, make_state(step), DATA, CONFIG)
+    moved = list((tmp_path / "checkpoints_damaged").iterdir())
+    assert len(moved) == 2 * times and all((p / "state" / "_METADATA").exists() for p in moved)
+    with checkpoints.open_manager(tmp_path, keep=3) as manager:
+      assert manager.all_steps() == [1, 2, 3]
+      assert_same(checkpoints.restore(manager, like)[0], numpy_of(make_state(3)))
+
+
+def test_where_all_are_damaged_all_are_named_and_left_where_they_are(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  for step in ("1", "2"):
+    (tmp_path / "checkpoints" / step / "data" / "metadata").write_text("{}")
+  like = abstract(make_state(1))
+  expected = pytest.raises(ValueError, match=r"(?s)--workdir.*/2 is damaged: .*/1 is damaged: ")
+  with checkpoints.open_manager(tmp_path, keep=3) as manager, expected:
+    checkpoints.restore_newest(
+      manager, lambda step: checkpoints.restore(manager, like, step), move_damaged=True
+    )
+  assert sorted(p.name for p in tmp_path.rglob("checkpoints*/?")) == ["1", "2"]
+  with reader(tmp_path / "none") as manager, pytest.raises(FileNotFoundError, match="--mode=train"):
+    checkpoints.restore_newest(manager, lambda step: None)
+
+
+def test_another_models_checkpoint_is_an_error_and_not_passed_over(tmp_path):
+  save_steps(tmp_path, 1)
+  with checkpoints.open_manager(tmp_path, keep=2) as manager:
+    checkpoints.save(manager, 2, make_state(2, width=24), DATA, CONFIG)
+    manager.wait_until_finished()
+    with pytest.raises(ValueError, match="checkpoints/2 is a checkpoint of another model"):
+      checkpoints.restore_newest(
+        manager, lambda step: checkpoints.restore(manager, abstract(make_state(1)), step)
+      )
+
+
 def test_another_models_checkpoint_is_refused_before_any_array_is_read(tmp_path):
   state = make_noise()
   save_with_broken_params(tmp_path, state)
-  expected = pytest.raises(ValueError, match=r"params/w: \(64, 32\) saved, \(48, 32\) wanted")
+  expected = pytest.raises(ValueError, match=r"params/w: \(64, 32\) uint32 saved, \(48, 32\)")
   with reader(tmp_path) as manager, expected:
     checkpoints.restore(manager, abstract(make_noise(48)))
 
@@ -171,14 +318,21 @@ def test_another_models_checkpoint_names_what_differs_and_what_to_do(tmp_path):
     with pytest.raises(ValueError) as error:
       checkpoints.restore(manager, same.replace(ema=other.ema))
     text = str(error.value)
-    assert "ema/block/b: (16,) saved, (24,) wanted" in text
-    assert "ema/block/w: (16, 32) saved, (24, 32) wanted" in text
+    assert "ema/block/b: (16,) float32 saved, (24,) float32 wanted" in text
+    assert "ema/block/w: (16, 32) float32 saved, (24, 32) float32 wanted" in text
     assert "params" not in text and "heads" not in text, "names what agrees"
     assert f"{tmp_path}/checkpoints/1" in text and "--config" in text and "--workdir" in text
-    with pytest.raises(ValueError, match=r"ema/block/b: \(16,\) saved, \(24,\) wanted"):
+    with pytest.raises(ValueError, match=r"ema/block/b: \(16,\) .* saved, \(24,\) .* wanted"):
       checkpoints.restore_tree(manager, "ema", other.ema)
+    with pytest.raises(ValueError, match=r"step: \(\) int32 saved, \(\) uint32 wanted"):
+      checkpoints.restore(
+        manager,
+        same.replace(step=jax.ShapeDtypeStruct((), jnp.uint32, sharding=same.step.sharding)),
+      )
     changed = same.replace(params={**same.params, "heads": [], "new": same.step})
-    with pytest.raises(ValueError, match=r"(?s)heads/0: \(3,\) saved, absent .*new: absent saved"):
+    with pytest.raises(
+      ValueError, match=r"(?s)heads/0: \(3,\) .* saved, absent .*new: absent saved"
+    ):
       checkpoints.restore(manager, changed)
     with pytest.raises(ValueError, match="and 9 more"):
       checkpoints.restore(manager, same.replace(params={}, optimizer=(), ema={}))
@@ -193,6 +347,13 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert sorted(manager.all_steps()) == [4, 5]
     with pytest.raises(FileNotFoundError, match=r"step 3 .* \[4, 5\]"):
       checkpoints.read_config(manager, 3)
+
+
+def test_multiples_of_keep_every_are_kept_as_well(tmp_path):
+  save_steps(tmp_path, *range(1, 12), keep=2, keep_every=4)
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 10, 11]
+  with pytest.raises(ValueError, match="keep_every=-1"):
+    checkpoints.open_manager(tmp_path, keep=1, keep_every=-1)
 
 
 def test_a_step_is_saved_once_and_none_before_the_latest(tmp_path):
@@ -214,8 +375,10 @@ import os, signal, sys
 import numpy as np
 from ism_jax import checkpoints
 class Deadly(dict):
-  def items(self):  # reached while the config is being written
-    os.kill(os.getpid(), signal.SIGKILL)
+  def items(self):
+    if len(os.listdir(sys.argv[1] + "/checkpoints")) > 1:  # it is being written
+      os.kill(os.getpid(), signal.SIGKILL)
+    return super().items()
 manager = checkpoints.open_manager(sys.argv[1], keep=3)
 checkpoints.save(manager, 1, {"w": np.ones(4)}, {}, {})
 manager.wait_until_finished()
