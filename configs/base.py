@@ -5,7 +5,13 @@
 
 import ml_collections
 
-VARIANTS = ("sm", "sm_compounding", "ig", "interval", "wavelet", "sot", "ism")
+# The techniques that each row of the ablation has: added one by one, as in the paper, and each one
+# alone taken out of iSM (without the twin EMA, iSM is the row `sot`).
+_TECHNIQUES = ("ig", "interval", "wavelet", "sot", "twin")
+_ROWS = {"sm": (), "sm_compounding": ()}
+_ROWS |= {name: _TECHNIQUES[: i + 1] for i, name in enumerate((*_TECHNIQUES[:-1], "ism"))}
+_ROWS |= {f"no_{out}": tuple(t for t in _TECHNIQUES if t != out) for out in _TECHNIQUES[:-1]}
+VARIANTS = tuple(_ROWS)
 
 
 def get_base() -> ml_collections.ConfigDict:
@@ -24,6 +30,7 @@ def get_base() -> ml_collections.ConfigDict:
         "image_size": 32,  # latents of sd-vae-ft-mse
         "channels": 4,
         "num_classes": 1000,
+        "flip": False,
         "seed": 0,
         "num_threads": 16,
       },
@@ -81,8 +88,8 @@ def get_base() -> ml_collections.ConfigDict:
         "target_decay": 0.95,  # paper
         "warmup": False,
       },
-      "log": {"every": 100},
-      "checkpoint": {"every": 10_000, "keep": 3},
+      "log": {"every": 100, "gradients_every": 1_000},
+      "checkpoint": {"every": 10_000, "keep": 3, "keep_every": 0},
       "sample": {
         "num_images": 64,
         "steps": "4",
@@ -91,41 +98,45 @@ def get_base() -> ml_collections.ConfigDict:
         "seed": 0,
         "batch_size": 64,
       },
+      "monitor": {"every": 0, "num_images": 500, "steps": (1, 4), "w": 0.5},
       "evaluation": {
         "num_images": 50_000,
         "steps": (1, 2, 4, 8, 128),
         "w": (0.0, 0.5, 1.0, 2.0),
-        "w_finest": 0.5,
         "seeds": (0,),
         "batch_size": 512,
         "enlarge": 1,
+        "features": "classifier",
+        "reference_split": "train",
       },
     }
   )
 
 
 def apply_variant(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
-  """Turns iSM into a row of its ablation: each row is the one after it less one technique."""
+  """Turns iSM into a row of its ablation."""
   if variant not in VARIANTS:
     raise ValueError(f"variant {variant!r} is unknown; known are {', '.join(VARIANTS)}.")
   config.variant = variant
-  rows_below = VARIANTS[VARIANTS.index(variant) + 1 :]
-  if "ism" in rows_below:  # one EMA
+  techniques = _ROWS[variant]
+  if "twin" not in techniques:  # one EMA
     config.ema.target_decay = config.ema.inference_decay
-  if "sot" in rows_below:
+  if "sot" not in techniques:
     config.coupling.coupling = "independent"
-  if "wavelet" in rows_below:
+  if "wavelet" not in techniques:
     config.wavelet.form = "l2"
-  if "interval" in rows_below:
+  if "interval" not in techniques:
     config.objective.t_interval = 0.0
-  if "ig" in rows_below:  # SM, with the shares, weights and clipping of its authors' code
-    compounding = variant == "sm_compounding"
-    config.objective.guidance = "fixed_every_level" if compounding else "fixed_finest"
+  if "ig" not in techniques:  # guidance of one strength, in the target's finest step
+    config.objective.guidance = "fixed_finest"
+    config.objective.shares = (3, 0, 1)  # the rows of the guidance loss go to the velocity
+    config.evaluation.w = (config.objective.fixed_w,)
+    config.sample.w = config.monitor.w = config.objective.fixed_w
+  if not techniques:  # SM, with the shares, weights and clipping of its authors' code
+    if variant == "sm_compounding":
+      config.objective.guidance = "fixed_every_level"
     config.objective.shares = (7, 0, 1)
     config.objective.alpha = 7 / 8  # one mean over the batch
     config.objective.gamma = 1 / 8
     config.objective.clip = 4.0
-    config.evaluation.w = (config.objective.fixed_w,)
-    config.evaluation.w_finest = config.objective.fixed_w
-    config.sample.w = config.objective.fixed_w
   return config

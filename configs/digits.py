@@ -1,7 +1,7 @@
 """iSM on scikit-learn's handwritten digits (1,797 real 8x8 images): minutes on two CPU cores.
 
-`--config=configs/digits.py:VARIANT` selects a row of the ablation: sm, sm_compounding, ig,
-interval, wavelet, sot, ism (the default).
+`--config=configs/digits.py:VARIANT` selects a row of the ablation, see `base.VARIANTS`; ism is the
+default.
 """
 
 from configs import base
@@ -17,7 +17,7 @@ def get_config(variant: str = "ism"):
       "data": {
           "name": "digits", "image_size": 8, "channels": 1, "num_classes": 10, "num_threads": 2,
       },
-      "model": {"size": "SiT-XXS/4", "dtype": "float32", "remat": "none"},
+      "model": {"size": "SiT-XXS/4", "dtype": "float32", "remat": "none", "unroll": 3},
       "coupling": {"pool_size": 4, "class_penalty": 5.0},
       "optimizer": {"learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 200},
       # 7,000 steps are too short for 0.9999.
@@ -25,10 +25,13 @@ def get_config(variant: str = "ism"):
       "log": {"every": 200},
       "checkpoint": {"every": 2_000, "keep": 2},
       "sample": {"steps": "1", "num_images": 100, "batch_size": 100},
-      "evaluation": {"num_images": 1_797, "batch_size": 600, "enlarge": 8},
+      "monitor": {"every": 1_000},
+      "evaluation": {
+          "num_images": 1_797, "batch_size": 600, "enlarge": 8, "w": (0.0, 0.25, 0.5, 1.0, 2.0),
+      },
   })  # fmt: skip
   base.apply_variant(config, variant)
-  if variant != "ism":
+  if config.ema.target_decay == config.ema.inference_decay:
     # One EMA: the best for sm of 0.95, 0.99 and 0.999 (5.7, 6.1 and 6.5 times the floor, one step).
     config.ema.inference_decay = config.ema.target_decay = 0.95
   return config

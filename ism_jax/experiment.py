@@ -6,6 +6,7 @@ is found here, before anything is compiled or written.
 """
 
 import dataclasses
+import itertools
 
 from absl import logging
 
@@ -13,6 +14,8 @@ from ism_jax import couplings, objectives, paths, wavelets
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import pipeline
+
+FEATURES = ("classifier", "random")
 
 # What a checkpoint depends on: with another value it is another run's.
 _FIXED = {
@@ -33,17 +36,31 @@ _FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """every: steps between entries of metrics.jsonl, TensorBoard and the progress line."""
+  """What is written down while training.
+
+  Attributes:
+    every: steps between entries of metrics.jsonl, TensorBoard and the progress line.
+    gradients_every: steps between measurements of the gradient norm of each loss alone, each of
+      which costs about three steps; 0 for none.
+  """
 
   every: int
+  gradients_every: int
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """every: steps between checkpoints (there is one at the end too). keep: how many are kept."""
+  """When checkpoints are written and which are kept.
+
+  Attributes:
+    every: steps between checkpoints (there is one at the end too).
+    keep: how many of the latest are kept.
+    keep_every: those of steps that are a multiple of it are kept as well; 0 for none.
+  """
 
   every: int
   keep: int
+  keep_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,33 +84,54 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+  """The small evaluation while training: the same noise, labels and w each time.
+
+  Attributes:
+    every: steps between them (there is one at the end too); 0 for none.
+    num_images: samples per number of steps. The first 80 are a grid in TensorBoard and `grids/`.
+    steps: numbers of steps. w: guidance.
+  """
+
+  every: int
+  num_images: int
+  steps: tuple[int, ...]
+  w: float
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
   """What `--mode=evaluate` measures.
 
   Attributes:
     num_images: samples per setting.
-    steps, w: every number of steps below 128 meets every w.
-    w_finest: the w of 128 steps (where `steps` has 128).
+    steps, w: every number of steps meets every w.
     seeds: of noise, one evaluation each.
     batch_size: images at a time, over all devices.
     enlarge: pixels of a grid's PNG per image pixel.
+    features: whose Fréchet distance is measured: "classifier", trained on the dataset, or "random",
+      a fixed network at random weights; see `judge`.
+    reference_split: the split that samples are compared with.
   """
 
   num_images: int
   steps: tuple[int, ...]
   w: tuple[float, ...]
-  w_finest: float
   seeds: tuple[int, ...]
   batch_size: int
   enlarge: int
+  features: str
+  reference_split: str
+
+  def __post_init__(self):
+    if self.features not in FEATURES:
+      raise ValueError(
+        f"evaluation.features={self.features!r} is unknown; known are {', '.join(FEATURES)}."
+      )
 
   def settings(self) -> list[tuple[int, float]]:
     """The (steps, w) pairs to measure."""
-    return [
-      (steps, w)
-      for steps in self.steps
-      for w in (self.w if steps < paths.FINEST else (self.w_finest,))
-    ]
+    return list(itertools.product(self.steps, self.w))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +163,7 @@ class Experiment:
   log: LogConfig
   checkpoint: CheckpointConfig
   sample: SampleConfig
+  monitor: MonitorConfig
   evaluation: EvaluationConfig
 
   @property
@@ -185,11 +224,15 @@ def parse(config) -> Experiment:
       raise ValueError(f"config.{name}={getattr(exp, name)} must be at least 1.")
   for section, name in (
       ("log", "every"), ("checkpoint", "every"), ("checkpoint", "keep"),
-      ("sample", "num_images"), ("sample", "batch_size"),
+      ("monitor", "num_images"), ("sample", "num_images"), ("sample", "batch_size"),
       ("evaluation", "num_images"), ("evaluation", "batch_size"), ("evaluation", "enlarge"),
   ):  # fmt: skip
     if (value := getattr(getattr(exp, section), name)) < 1:
       raise ValueError(f"config.{section}.{name}={value} must be at least 1.")
+  if exp.checkpoint.keep_every < 0:
+    raise ValueError(
+      f"config.checkpoint.keep_every={exp.checkpoint.keep_every} must not be negative; 0 is none."
+    )
   if exp.coupling.pool_size % exp.scan_steps:
     raise ValueError(
       f"scan_steps={exp.scan_steps} does not divide coupling.pool_size="
@@ -203,6 +246,9 @@ def parse(config) -> Experiment:
       "or -1 for all in turn."
     )
   check_guidance(exp, exp.sample.steps, exp.sample.w)
+  if exp.monitor.every:
+    for steps in exp.monitor.steps:
+      check_guidance(exp, steps, exp.monitor.w)
   for steps, w in exp.evaluation.settings():
     check_guidance(exp, steps, w)
   return exp

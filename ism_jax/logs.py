@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import fractions
+import io
 import json
 import os
 import sys
@@ -11,8 +13,11 @@ import traceback
 from absl import logging
 import jax
 import numpy as np
+from PIL import Image
 import tensorboardX
 import tqdm
+
+from ism_jax import paths
 
 
 def as_dict(config) -> dict:
@@ -62,13 +67,20 @@ class Writer:
   """Averages the metrics of steps and writes them every so often, from the first process alone.
 
   An entry holds means since the entry before: the metrics, the diagnostics of the couplings as
-  "coupling/..." (so "coupling/converged" is the share of solves that did), "steps_per_second", and
-  "data_wait", the share of time spent waiting for the input pipeline.
+  "coupling/..." (so "coupling/converged" is the share of solves that did), the consistency loss of
+  each d as "consistency/d_1_64", ..., "steps_per_second", and "data_wait", the share of time spent
+  waiting for the input pipeline. Entries fall on the same steps, with the same means, wherever a
+  run is stopped and continued.
+
+  Args:
+    start: steps done. state: of the writer then, as `state` returns it; None at the beginning.
+    total: steps of the whole run. every: steps between entries.
   """
 
-  def __init__(self, workdir: str, *, start: int, total: int, every: int):
+  def __init__(self, workdir: str, *, start: int, state: dict | None, total: int, every: int):
     self._step, self._total, self._every = start, total, every
-    self._start_window(start)
+    self._sums = dict(state or {})
+    self._start_clock()
     self._bar = self._events = None
     self._lines_path = os.path.join(workdir, "metrics.jsonl")
     if jax.process_index() != 0:
@@ -90,38 +102,66 @@ class Writer:
       if sink is not None:
         sink.close()
 
-  def _start_window(self, step: int) -> None:
-    self._window, self._window_start = [], step
-    self._since, self._waited = time.perf_counter(), 0.0
+  def _start_clock(self) -> None:
+    self._since, self._since_step, self._waited = time.perf_counter(), self._step, 0.0
 
   def waited(self, seconds: float) -> None:
     """Counts time spent waiting for data."""
     self._waited += seconds
 
+  def state(self) -> dict[str, list[float]]:
+    """What has been summed up for the next entry: JSON, exact."""
+    return dict(self._sums)
+
   def add(self, last_step: int, metrics: dict[str, np.ndarray], info: dict) -> None:
     """Takes the metrics [S] of the S steps up to `last_step`, and the coupling's diagnostics."""
-    self._window.append((metrics, info))
+    self._count(metrics | {f"coupling/{name}": np.array([value]) for name, value in info.items()})
     if self._bar is not None:
       self._bar.update(last_step - self._step)
-    self._step = last_step
-    if last_step - self._window_start < self._every and last_step < self._total:
+    before, self._step = self._step, last_step
+    if last_step // self._every == before // self._every and last_step < self._total:
       return
-    now = time.perf_counter()
-    rate = (last_step - self._window_start) / (now - self._since)
-    entry = {name: float(np.mean([m[name] for m, _ in self._window])) for name in metrics}
-    entry |= {
-      f"coupling/{name}": float(np.mean([i[name] for _, i in self._window])) for name in info
-    }
-    entry |= {"steps_per_second": rate, "data_wait": self._waited / (now - self._since)}
-    self._start_window(last_step)
-    if self._events is not None:
-      self._write(last_step, entry)
+    seconds = time.perf_counter() - self._since
+    entry = {name: total / count for name, (total, count) in self._sums.items()}
+    entry["steps_per_second"] = (last_step - self._since_step) / seconds
+    entry["data_wait"] = self._waited / seconds
+    self._sums = {}
+    self._start_clock()
+    self.write(last_step, entry)
+    self._show_progress(last_step, entry)
 
-  def _write(self, step: int, entry: dict[str, float]) -> None:
+  def _count(self, metrics: dict[str, np.ndarray]) -> None:
+    jumps = metrics.pop("jumps", None)
+    sums = {
+      name: (np.sum(values, dtype=np.float64), len(values)) for name, values in metrics.items()
+    }
+    if jumps is not None:
+      for d, total, count in zip(paths.JUMPS, *jumps.sum(0, dtype=np.float64), strict=True):
+        if count:
+          sums["consistency/d_" + str(fractions.Fraction(d)).replace("/", "_")] = total, count
+    for name, (total, count) in sums.items():
+      total_before, count_before = self._sums.get(name, (0.0, 0))
+      self._sums[name] = [float(total_before + total), int(count_before + count)]
+
+  def write(self, step: int, entry: dict[str, float]) -> None:
+    """Writes an entry of its own: numbers, by name."""
+    if self._events is None:
+      return
+    entry = {name: float(value) for name, value in entry.items()}
     with open(self._lines_path, "a") as f:
       f.write(json.dumps({"step": step} | entry) + "\n")
     for name, value in entry.items():
       self._events.add_scalar(name, value, step)
+
+  def image(self, step: int, name: str, png: bytes) -> None:
+    """Writes a picture to the event file."""
+    if self._events is not None:
+      pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+      self._events.add_image(name, pixels, step, dataformats="HWC")
+
+  def _show_progress(self, step: int, entry: dict[str, float]) -> None:
+    if self._events is None:
+      return
     names = [n for n in ("loss", "velocity", "guidance", "consistency") if n in entry]
     losses = ", ".join(f"{name} {entry[name]:.4f}" for name in names)
     if self._bar is not None:

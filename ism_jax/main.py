@@ -1,8 +1,20 @@
-"""Trains, evaluates or samples: python -m ism_jax.main --config=configs/digits.py --workdir=W."""
+"""Trains, evaluates or samples.
 
+  python -m ism_jax.main --config=configs/digits.py --workdir=W
+  python -m ism_jax.main --mode=evaluate --workdir=W
+  python -m ism_jax.main --mode=sample --workdir=W --out=FILE.npz --config.sample.steps=4
+
+--config.KEY=VALUE overrides a value of --config; without --config, which only training needs, of
+the config in the newest checkpoint. The same training command continues a run. Exit codes: 0 done,
+1 an error, 143 training that SIGTERM stopped after saving a checkpoint.
+"""
+
+import contextlib
+import re
 import traceback
 
 from absl import app, flags
+import ml_collections
 from ml_collections import config_flags
 
 from ism_jax import logs
@@ -14,33 +26,69 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
 _OUT = flags.DEFINE_string("out", None, "With --mode=sample: the npz file to write.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("workdir")
 
 
 def main(argv):
-  """Runs the mode."""
-  if len(argv) > 1:
+  """Runs the mode; without --config, `argv` holds the overrides of the checkpoint's config."""
+  if _CONFIG.value is not None and len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   if (_MODE.value == "sample") != (_OUT.value is not None):
     raise app.UsageError("--mode=sample needs --out=FILE.npz, and no other mode takes it.")
+  if _CONFIG.value is None and _MODE.value == "train":
+    raise SystemExit("Error: --mode=train needs --config, such as --config=configs/digits.py.")
   logs.only_ours()
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
-  from ism_jax import evaluate, train
+  from ism_jax import checkpoints, evaluate, train
 
   with logs.one_line_errors():
+    config = _CONFIG.value
+    if config is None:
+      with checkpoints.open_manager(_WORKDIR.value, keep=1, read_only=True) as manager:
+        _, saved = checkpoints.restore_newest(
+          manager, lambda step: checkpoints.read_config(manager, step)
+        )
+      config = override(saved, argv)
     if _MODE.value == "train":
-      train.train(_CONFIG.value, _WORKDIR.value)
+      train.train(config, _WORKDIR.value)
     elif _MODE.value == "evaluate":
-      evaluate.evaluate(_CONFIG.value, _WORKDIR.value)
+      evaluate.evaluate(config, _WORKDIR.value)
     else:
-      evaluate.sample(_CONFIG.value, _WORKDIR.value, _OUT.value)
+      evaluate.sample(config, _WORKDIR.value, _OUT.value)
+
+
+def override(saved: dict, argv) -> ml_collections.ConfigDict:
+  """A checkpoint's config with the --config.KEY=VALUE of `argv`, as a --config of these values."""
+  as_tuples = lambda v: tuple(map(as_tuples, v)) if isinstance(v, list) else v  # JSON has lists
+  nested = lambda d: {k: nested(v) if isinstance(v, dict) else as_tuples(v) for k, v in d.items()}
+  values = flags.FlagValues()
+  with one_line_flag_errors():
+    config = config_flags.DEFINE_config_dict(
+      "config", ml_collections.ConfigDict(nested(saved)), flag_values=values, sys_argv=argv
+    )
+    if rest := values(argv)[1:]:
+      raise flags.Error(f"Unknown arguments: {' '.join(rest)}.")
+  return config.value
 
 
 def parse_flags(argv):
-  """The flags; what is wrong with them is one line."""
+  """The flags; what is wrong with them is one line.
+
+  Returns:
+    The arguments that are no flags. Without --config, the flags that are unknown are among them,
+    since overrides are.
+  """
+  has_config = any(re.match("--?config(=|$)", argument) for argument in argv)
+  with one_line_flag_errors():
+    return flags.FLAGS(argv, known_only=not has_config)
+
+
+@contextlib.contextmanager
+def one_line_flag_errors():
+  """Ends the process in one line for a wrong flag."""
   try:
-    return flags.FLAGS(argv)
+    yield
   except flags.Error as error:
     # A config file's own error, such as an unknown variant, comes with its trace: its last line.
     raise SystemExit(f"Error: {str(error).strip().splitlines()[-1].strip()}") from None

@@ -248,7 +248,9 @@ def losses(online, target, x0, x1, c, given: Conditions, cfg, wavelet_cfg, null_
     batch_size: rows of the global batch. The sum of the results over all devices and micro-batches
       is the loss of the global batch.
   Returns:
-    (loss, {"velocity": .., "guidance": .., "consistency": ..}), scalars.
+    (loss, {"velocity": .., "guidance": .., "consistency": .., "jumps": ..}): scalars, and for each
+    d of `paths.JUMPS` the sum of the consistency distances and their number, [2, 7]. (The other
+    two losses are of d = 0 alone.)
   """
   x_t = paths.interpolate(x0, x1, given.t)
   y = regression_targets(online, target, x0, x1, x_t, given, c, cfg, null_class)
@@ -259,6 +261,10 @@ def losses(online, target, x0, x1, c, given: Conditions, cfg, wavelet_cfg, null_
   for name, weight, share, mine in zip(rows._fields, weights, cfg.shares, rows, strict=True):
     if share:
       count = batch_size * share // sum(cfg.shares)
-      parts[name] = jnp.sum(wavelets.distance(e[mine], wavelet_cfg, name)) / count
+      distances = wavelets.distance(e[mine], wavelet_cfg, name)
+      parts[name] = jnp.sum(distances) / count
       total += weight * parts[name]
+      if name == "consistency":
+        is_jump = given.d[mine] == jnp.array(paths.JUMPS)[:, None]
+        parts["jumps"] = jnp.stack([is_jump @ distances, is_jump.sum(1)])
   return total, parts

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 FINEST = 128  # steps of the finest schedule
 LEVELS = FINEST.bit_length()  # 8 step sizes: d in {0, 1/64, 1/32, ..., 1}
+JUMPS = tuple(2.0**k / FINEST for k in range(1, LEVELS))  # 1/64, 1/32, ..., 1
 
 
 def expand(a, like):

@@ -8,7 +8,10 @@ Axes: K batches of a pool, M rows of a global batch.
 """
 
 from collections.abc import Callable
-import functools
+import contextlib
+import dataclasses
+import signal
+import threading
 import time
 from typing import NamedTuple
 
@@ -22,9 +25,12 @@ import optax
 from ism_jax import checkpoints, couplings, data, logs, objectives, sharding
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
+from ism_jax import monitor as monitor_lib
 from ism_jax import state as state_lib
 from ism_jax.experiment import Experiment
 from ism_jax.sharding import AXIS, P
+
+PREEMPTED = 128 + signal.SIGTERM  # exit code, as of a process that SIGTERM kills: 143
 
 
 class Keys(NamedTuple):
@@ -88,6 +94,34 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
   )
 
 
+def gradient_norms_function(exp: Experiment, mesh) -> Callable:
+  """norms(state, pool, keys, index) -> {"gradient_norm/velocity": ..}: of each loss alone.
+
+  Of the weighted losses, on batch `index` of a pool, at the parameters of `state`.
+  """
+  cfg = exp.objective
+  weights = np.diag([cfg.alpha, cfg.beta, cfg.gamma]).astype(np.float32)
+
+  def norms(state, pool, keys: Keys, index):
+    batch = jax.tree.map(lambda a: a[index], pool)
+    given = draw_conditions(exp, state, batch, keys)
+
+    def norm(weights):
+      alone = dict(zip(("alpha", "beta", "gamma"), weights, strict=True))
+      gradient = gradient_function(
+        dataclasses.replace(exp, objective=dataclasses.replace(cfg, **alone)), mesh
+      )
+      _, grad = gradient(
+        state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
+      )
+      return optax.tree.norm(grad)
+
+    each = zip(objectives.Rows._fields, cfg.shares, jax.lax.map(norm, weights), strict=True)
+    return {f"gradient_norm/{name}": value for name, share, value in each if share}
+
+  return jax.jit(norms, out_shardings=sharding.replicated(mesh))
+
+
 def init_function(exp: Experiment, mesh) -> Callable:
   """init(key) -> TrainState, on every device of the mesh."""
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
@@ -121,14 +155,19 @@ def couple_function(exp: Experiment, mesh) -> Callable:
   return jax.jit(couple, donate_argnames="pool", out_shardings=(in_pool, sharding.replicated(mesh)))
 
 
+def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Conditions:
+  """The conditions of the step that follows `state`."""
+  key = jax.random.fold_in(keys.conditions, state.step)
+  return objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class)
+
+
 def steps_function(exp: Experiment, mesh) -> Callable:
   """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`."""
   gradient = gradient_function(exp, mesh)
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
 
   def train_step(state, batch, keys: Keys):
-    key = jax.random.fold_in(keys.conditions, state.step)
-    given = objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class)
+    given = draw_conditions(exp, state, batch, keys)
     (loss, parts), grad = gradient(
       state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
     )
@@ -155,7 +194,8 @@ def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> 
   """
   bad_info = [f"coupling/{name}" for name, value in info.items() if not np.isfinite(value)]
   for i in range(len(metrics["loss"])):
-    if bad := bad_info + [name for name, values in metrics.items() if not np.isfinite(values[i])]:
+    not_finite = lambda values: not np.isfinite(values[i]).all()
+    if bad := bad_info + [name for name, values in metrics.items() if not_finite(values)]:
       step = last_step - len(metrics["loss"]) + i + 1
       raise FloatingPointError(
         f"{', '.join(bad)} not finite at step {step}. The checkpoints of earlier steps are intact:"
@@ -163,14 +203,44 @@ def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> 
       )
 
 
+@contextlib.contextmanager
+def watch_for_preemption(manager):
+  """Yields preempted(first, last): whether to stop now, after the steps `first` to `last`.
+
+  A process alone is told by SIGTERM (while this context is open, in the main thread); a second
+  SIGTERM kills it, as usual. Of several processes, each answers the same at the same step once any
+  of them has got SIGTERM; there jax.distributed has a handler of its own, which must stay.
+  """
+  if jax.process_count() > 1:
+    # JAX agrees on the one step after the furthest that any process has asked about.
+    yield lambda first, last: any(map(manager.reached_preemption, range(first, last + 1)))
+    return
+  received = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda first, last: False
+    return
+
+  def receive(*_):
+    received.set()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+  before = signal.signal(signal.SIGTERM, receive)
+  try:
+    yield lambda first, last: received.is_set()
+  finally:
+    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def train(config, workdir: str, devices=None) -> state_lib.TrainState:
-  """Trains to the end of the config, from the newest checkpoint in `workdir` if there is one.
+  """Trains to the end of the config, from the newest whole checkpoint in `workdir` if there is one.
 
   Args:
     config: a ConfigDict, saved with every checkpoint.
     devices: default all.
   Returns:
     The final state.
+  Raises:
+    SystemExit: with PREEMPTED, once SIGTERM has come and a checkpoint of the last step is written.
   """
   exp = experiment_lib.parse(config)
   mesh = sharding.data_mesh(devices)
@@ -184,34 +254,58 @@ def train(config, workdir: str, devices=None) -> state_lib.TrainState:
     )  # fmt: skip
 
   # Leaving the manager waits for the checkpoint that is being written, whatever ends the run.
-  with checkpoints.open_manager(workdir, keep=exp.checkpoint.keep) as manager:
-    return _train(exp, config, workdir, mesh, source, manager)
+  kept = exp.checkpoint
+  manager = checkpoints.open_manager(workdir, keep=kept.keep, keep_every=kept.keep_every)
+  with watch_for_preemption(manager) as preempted, manager:
+    state = _train(exp, config, workdir, mesh, source, manager, preempted)
+  if (step := int(state.step)) < exp.total_steps:
+    logging.warning(
+        "Stopped by SIGTERM after step %d of %d, which is saved; the same command continues.",
+        step, exp.total_steps,
+    )  # fmt: skip
+    raise SystemExit(PREEMPTED)
+  return state
 
 
-def _train(exp: Experiment, config, workdir: str, mesh, source, manager) -> state_lib.TrainState:
+def _restore(exp: Experiment, config, mesh, manager):
+  """(step, (state, position in the data)) of the newest whole checkpoint of this run."""
+  like = abstract_state(exp, mesh)
+
+  def read(step):
+    experiment_lib.check_continues(checkpoints.read_config(manager, step), logs.as_dict(config))
+    if step % exp.coupling.pool_size % exp.scan_steps:
+      raise ValueError(
+        f"scan_steps={exp.scan_steps} does not reach step {step}, where the checkpoint is, in a "
+        f"pool of {exp.coupling.pool_size}: continue with the scan_steps it was made with."
+      )
+    return checkpoints.restore(manager, like, step)
+
+  return checkpoints.restore_newest(manager, read, move_damaged=True)
+
+
+def _train(
+  exp: Experiment, config, workdir: str, mesh, source, manager, preempted
+) -> state_lib.TrainState:
+  """To the end, or until preempted(..); see `train` and `watch_for_preemption`."""
   pool_size, total = exp.coupling.pool_size, exp.total_steps
   keys = base_keys(exp.seed)
   pools = data.pools(
     source,
     batch_size=exp.batch_size,
     pool_size=pool_size,
+    flip=exp.data.flip,
     seed=exp.data.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     num_threads=exp.data.num_threads,
   )
+  position = {"log": None}
   if manager.latest_step() is None:
     state = init_function(exp, mesh)(keys.init)
   else:
-    experiment_lib.check_continues(checkpoints.read_config(manager), logs.as_dict(config))
-    if manager.latest_step() % pool_size % exp.scan_steps:
-      raise ValueError(
-        f"scan_steps={exp.scan_steps} does not reach step {manager.latest_step()}, where the "
-        f"checkpoint is, in a pool of {pool_size}: continue with the scan_steps it was made with."
-      )
-    state, pools_state = checkpoints.restore(manager, abstract_state(exp, mesh))
-    pools.set_state(pools_state)
-    logging.info("Continuing from step %d of %s.", manager.latest_step(), workdir)
+    restored_step, (state, position) = _restore(exp, config, mesh, manager)
+    pools.set_state(position["pools"])
+    logging.info("Continuing from step %d of %s.", restored_step, workdir)
   step = start = int(state.step)
   if step >= total:
     logging.info("%s has all %d steps already.", workdir, total)
@@ -219,21 +313,38 @@ def _train(exp: Experiment, config, workdir: str, mesh, source, manager) -> stat
   logging.info("\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
 
   couple, train_steps = couple_function(exp, mesh), steps_function(exp, mesh)
-  save = functools.partial(checkpoints.save, manager, config=logs.as_dict(config))
   # Values are read one call late: the device is never waited for. Checkpoints wait, so that none
   # is written of a state that is not finite.
   pending = None
+  gradient_norms = gradient_norms_function(exp, mesh)
+  monitor = monitor_lib.Monitor(exp, mesh, workdir) if exp.monitor.every else None
+  due = lambda every: every and step % every < exp.scan_steps
 
   def take(writer):
     nonlocal pending
     if pending is not None:
-      last_step, metrics, info = pending
+      last_step, metrics, info, norms, drawn = pending
       pending = None
-      metrics, info = jax.device_get((metrics, info))
+      metrics, info, norms, drawn = jax.device_get((metrics, info, norms, drawn))
       check_finite(metrics, info, last_step)
       writer.add(last_step, metrics, info)
+      if norms:
+        writer.write(last_step, norms)
+      if drawn:
+        monitor.finish(last_step, drawn, writer)
 
-  with logs.Writer(workdir, start=start, total=total, every=exp.log.every) as writer:
+  def save(writer):
+    take(writer)
+    if monitor:
+      monitor.wait()
+    # A pool that is not finished is read and paired again on resumption.
+    pools_state = pools.get_state() if step % pool_size == 0 else pools_before
+    position = {"pools": pools_state, "log": writer.state()}
+    checkpoints.save(manager, step, state, position, logs.as_dict(config))
+
+  with logs.Writer(
+    workdir, start=start, state=position["log"], total=total, every=exp.log.every
+  ) as writer:
     while step < total:
       pools_before = pools.get_state()
       waited = time.perf_counter()
@@ -244,10 +355,13 @@ def _train(exp: Experiment, config, workdir: str, mesh, source, manager) -> stat
         state, metrics = train_steps(state, pool, keys, first)
         step += exp.scan_steps
         take(writer)
-        pending = step, metrics, info
-        since_checkpoint = step % exp.checkpoint.every
-        if step == total or since_checkpoint < exp.scan_steps:
-          take(writer)
-          # A pool that is not finished is read and paired again on resumption.
-          save(step, state, pools.get_state() if step % pool_size == 0 else pools_before)
+        last = first + exp.scan_steps - 1
+        norms = due(exp.log.gradients_every) and gradient_norms(state, pool, keys, last)
+        drawn = (due(exp.monitor.every) or (monitor and step == total)) and monitor.start(state.ema)
+        pending = step, metrics, info, norms, drawn
+        stop = preempted(step - exp.scan_steps + 1, step)
+        if stop or step == total or due(exp.checkpoint.every):
+          save(writer)
+        if stop:
+          return state
   return state

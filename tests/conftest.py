@@ -32,6 +32,7 @@ def tiny_config(variant: str = "ism"):
       "coupling": {"pool_size": 4},
       "optimizer": {"warmup_steps": 2},
       "log": {"every": 4},
+      "monitor": {"every": 0},
       "checkpoint": {"every": 4},
     }
   )

@@ -4,9 +4,11 @@ from conftest import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ism_jax import experiment, model, objectives, sharding, train
+from ism_jax import state as state_lib
 
 
 def randomised(params, key):
@@ -88,3 +90,31 @@ def test_the_gradient_is_that_of_the_loss_without_any_mesh(reference):
 def test_target_parameters_in_the_guidance_pair_change_the_gradient(reference):
   grad, _ = gradient_and_loss(1, 1, guidance_parameters="target")
   assert relative_difference(grad, reference[0]) > 1e-3
+
+
+def test_the_gradient_norm_of_each_loss_is_that_of_this_loss_alone():
+  """Weighted, on 8 devices, against the gradient of each part without any mesh."""
+  exp, (online, target, x0, x1, c, _) = problem(alpha=2.0, gamma=3.0)
+  mesh, keys = sharding.data_mesh(), train.base_keys(0)
+  state = state_lib.TrainState(jnp.int32(5), online, None, online, target)
+  pool = {name: jnp.stack([jnp.zeros_like(a), a]) for name, a in (("x0", x0), ("x1", x1))}
+  pool["c"] = jnp.stack([c, c])
+  norms = train.gradient_norms_function(exp, mesh)(state, pool, keys, 1)
+  given = train.draw_conditions(exp, state, {"c": c}, keys)
+  velocity = lambda params: model.velocity_function(exp.network(), params)
+
+  @jax.jit
+  @jax.jacrev
+  def parts(params):
+    _, parts = objectives.losses(
+        velocity(params), velocity(target), x0, x1, c, given,
+        exp.objective, exp.wavelet, exp.null_class, 128,
+    )  # fmt: skip
+    return {name: parts[name] for name in ("velocity", "guidance", "consistency")}
+
+  expected = {name: optax.tree.norm(tree) for name, tree in parts(online).items()}
+  np.testing.assert_allclose(norms["gradient_norm/velocity"], 2 * expected["velocity"], rtol=1e-4)
+  np.testing.assert_allclose(norms["gradient_norm/guidance"], expected["guidance"], rtol=1e-4)
+  np.testing.assert_allclose(
+    norms["gradient_norm/consistency"], 3 * expected["consistency"], rtol=1e-4
+  )

@@ -3,15 +3,23 @@
 import json
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from ism_jax import checkpoints
+
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = ("--config.steps=8", "--config.batch_size=16", "--config.log.every=4",
+SMALL = ("--config.steps=8", "--config.batch_size=16", "--config.scan_steps=2",
+         "--config.optimizer.schedule=constant",  # so that runs of any length compile once
+         "--config.log.every=4",
          "--config.evaluation.num_images=100", "--config.evaluation.steps=(1,)")  # fmt: skip
 
 
@@ -21,14 +29,15 @@ def environment(tmp_path_factory):
   return os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     "TFDS_DATA_DIR": str(tmp_path_factory.mktemp("data")),
   }
 
 
 def ism(environment, *arguments, config="configs/digits.py", module="main"):
-  """Runs a command of the package: (exit code, what it said)."""
+  """Runs a command of the package: (exit code, what it said). config=None leaves --config out."""
   command = [sys.executable, "-m", f"ism_jax.{module}"]
-  if module == "main":
+  if module == "main" and config is not None:
     command.append(f"--config={config}")  # before the flags that override it
   command += arguments
   done = subprocess.run(
@@ -44,21 +53,85 @@ def test_a_run_is_trained_continued_evaluated_sampled_and_compared(environment, 
   assert code == 0 and "step 8/8: " in said, said
   code, said = ism(environment, at, *SMALL, "--config.steps=12")
   assert code == 0 and "Continuing from step 8" in said and "step 12/12" in said, said
-  code, said = ism(environment, at, *SMALL, "--mode=evaluate")
+  # Without --config, the checkpoint's is used, with what is overridden.
+  once = ("--mode=evaluate", "--config.evaluation.w=(0.5,)")
+  code, said = ism(environment, at, *once, config=None)
   assert code == 0, said
-  assert json.loads((work / "evaluation.json").read_text())["step"] == 12
+  report = json.loads((work / "evaluation.json").read_text())
+  assert report["step"] == 12 and report["num_images"] == 100
+  assert [(r["steps"], r["w"]) for r in report["results"]] == [(1, 0.5)]
   out = tmp_path / "x.npz"
-  code, said = ism(
-    environment, at, *SMALL, "--mode=sample", f"--out={out}", "--config.sample.num_images=12"
-  )
+  sample = (at, "--mode=sample", f"--out={out}", "--config.sample.num_images")
+  code, said = ism(environment, *sample, "12", config=None)
   assert code == 0, said
   assert np.load(out)["arr_0"].shape == (12, 8, 8, 1)
+  code, said = ism(environment, *sample, "12", "--config.sample.seeds=1", config=None)
+  assert code != 0 and "a key that the config does not have" in said and "Traceback" not in said
   code, said = ism(
     environment, f"--out={tmp_path / 'c'}", "--examples=8", str(work), module="compare"
   )
   assert code == 0, said
   assert "| `ism` |" in (tmp_path / "c" / "comparison.md").read_text()
   assert (tmp_path / "c" / "effective_guidance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def saved_state(work, step):
+  """The arrays of a checkpoint, read by Orbax alone."""
+  with checkpoints.open_manager(work, keep=1, read_only=True) as manager:
+    assert manager.latest_step() == step
+    args = ocp.args.Composite(state=ocp.args.StandardRestore())
+    return manager.restore(step, args=args).state
+
+
+def entries(work):
+  """metrics.jsonl without what depends on the clock."""
+  clock = ("steps_per_second", "data_wait")
+  lines = map(json.loads, (work / "metrics.jsonl").read_text().splitlines())
+  return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_then_terminated_and_continued_is_the_same_run(environment, tmp_path):
+  """Bit for bit, with all cores: the same computation on XLA's CPU threads gives the same bits."""
+  work, whole, log = tmp_path / "work", tmp_path / "whole", tmp_path / "log"
+  small = (*SMALL, "--config.monitor.every=0", "--config.log.gradients_every=0")
+
+  def stop(number, when, *arguments):
+    """Trains without end until when(), then sends a signal: (exit code, what it said)."""
+    command = [sys.executable, "-m", "ism_jax.main", "--config=configs/digits.py", *small,
+               f"--workdir={work}", "--config.steps=1000000", *arguments]  # fmt: skip
+    with open(log, "w") as file:
+      process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+    try:
+      while not when():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+      process.send_signal(number)
+      return process.wait(timeout=60), log.read_text()
+    finally:
+      process.kill()
+      process.wait()
+
+  folders = lambda: [p.name for p in work.glob("checkpoints/*")]
+  saving = lambda: "8" in folders() and any("tmp" in name for name in folders())
+  code, _ = stop(signal.SIGKILL, saving, "--config.checkpoint.every=4")
+  assert code == -signal.SIGKILL
+  code, said = stop(
+    signal.SIGTERM,
+    lambda: re.search(r"step \d+/", log.read_text()),
+    "--config.checkpoint.every=100000",
+  )
+  assert code == 143 and "the same command continues" in said, said
+  before, last = (int(re.search(rf"{x} step (\d+)", said)[1]) for x in ("from", "after"))
+  assert 8 <= before < last, said
+  assert saved_state(work, last)["step"] == last
+  total = last // 4 * 4 + 8
+  for folder in (work, whole):
+    code, said = ism(environment, *small, f"--workdir={folder}", f"--config.steps={total}")
+    assert code == 0, said
+  jax.tree.map(np.testing.assert_array_equal, saved_state(work, total), saved_state(whole, total))
+  assert entries(work) == entries(whole)
+  assert len(entries(whole)) == total // 4
 
 
 @pytest.mark.parametrize(
@@ -78,6 +151,20 @@ def test_what_the_user_got_wrong_is_one_line_and_nothing_is_written(
   code, said = ism(environment, f"--workdir={work}", *arguments)
   assert code != 0 and message in said, said
   assert "Traceback" not in said
+  assert not work.exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ((), "--mode=train needs --config"),
+    (("--mode=evaluate", "--config.sample.w=1"), "no checkpoint in"),
+  ],
+)
+def test_what_needs_a_config_or_a_checkpoint_says_so(environment, tmp_path, arguments, message):
+  work = tmp_path / "work"
+  code, said = ism(environment, f"--workdir={work}", *arguments, config=None)
+  assert code != 0 and message in said and "Traceback" not in said, said
   assert not work.exists()
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import experiment, objectives, paths
+from ism_jax import experiment, objectives, paths, wavelets
 
 NULL = 10
 ISM = experiment.parse(tiny_config("ism"))
@@ -233,3 +233,26 @@ def test_no_gradient_flows_through_a_target():
 def test_values_that_mean_nothing_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(ISM.objective, **change)
+
+
+def test_the_consistency_loss_is_the_mean_of_its_jumps(key):
+  """Sums and counts by d, against a loop over the rows."""
+  cfg = ISM.objective
+  x0, x1 = jax.random.normal(key, (2, 256, 8, 8, 1))
+  c = jnp.arange(256) % NULL
+  given = objectives.draw_conditions(jax.random.key(1), c, cfg, NULL)
+  velocity = lambda x, t, c, d, w: x * paths.expand(t + d, x)
+  _, parts = objectives.losses(velocity, velocity, x0, x1, c, given, cfg, ISM.wavelet, NULL, 256)
+  rows = objectives.deal_rows(256, cfg.shares).consistency
+  x_t = paths.interpolate(x0, x1, given.t)
+  y = objectives.regression_targets(velocity, velocity, x0, x1, x_t, given, c, cfg, NULL)
+  e = velocity(x_t, given.t, c, given.d, given.w) - y
+  distances = np.asarray(wavelets.distance(e[rows], ISM.wavelet, "consistency"))
+  sums, counts = np.zeros(7), np.zeros(7)
+  for row, distance in zip(rows, distances, strict=True):
+    k = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1].index(float(given.d[row]))
+    sums[k] += distance
+    counts[k] += 1
+  assert counts.min() > 0
+  np.testing.assert_allclose(parts["jumps"], [sums, counts], rtol=1e-5)
+  np.testing.assert_allclose(parts["consistency"], sums.sum() / 64, rtol=1e-5)

@@ -1,14 +1,26 @@
 """The loop on real digits: what it leaves, that it continues, and that it stops when it should."""
 
 import json
+import os
 import shutil
+import signal
 
 from conftest import tiny_config
 import jax
 import numpy as np
 import pytest
 
-from ism_jax import checkpoints, data, evaluate, experiment, logs, sharding, train
+from ism_jax import (
+  checkpoints,
+  data,
+  evaluate,
+  experiment,
+  generate,
+  logs,
+  reference,
+  sharding,
+  train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +61,14 @@ def assert_equal_trees(a, b):
     np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
+def assert_close_params(state, expected):
+  state = jax.device_get(state)
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(expected.params), jax.tree.leaves(state.params), strict=True
+  ):
+    np.testing.assert_allclose(b, a, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
 def test_a_whole_run_compiles_each_function_once(run):
   _, _, (couple, train_steps) = run
   assert couple._cache_size() == 1
@@ -70,6 +90,37 @@ def test_a_run_leaves_checkpoints_metrics_and_events(run):
   with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
     assert manager.all_steps() == [4, 8]
     assert checkpoints.read_config(manager) == logs.as_dict(tiny_config())
+
+
+def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):
+  """Samples of the same noise each time, scores and gradient norms; the training is as before."""
+  config = tiny_config()
+  config.monitor.update({"every": 4, "num_images": 30, "steps": (1, 2)})
+  config.log.gradients_every = 4
+  state = jax.device_get(train.train(config, str(tmp_path), one_device))
+  assert_equal_trees(state, run[1])
+  lines = entries(tmp_path)
+  scores = {e["step"]: e for e in lines if "monitor/steps_1/times_floor" in e}
+  assert list(scores) == [4, 8]
+  norms = [e for e in lines if "gradient_norm/consistency" in e]
+  assert [e["step"] for e in norms] == [4, 8] and norms[0] != norms[1]
+
+  # The numbers and the grid of the last step are those of the final state's samples.
+  exp = experiment.parse(config)
+  images, labels = generate.generate(
+      exp, sharding.data_mesh(one_device), state.ema,
+      num_images=30, steps=2, w=config.monitor.w, seed=0, batch_size=30,
+  )  # fmt: skip
+  with pytest.warns(UserWarning, match="30 samples"):
+    expected = reference.Reference(exp).score(images, labels)
+  for name in ("frechet_distance", "accuracy"):
+    np.testing.assert_allclose(scores[8][f"monitor/steps_2/{name}"], expected[name], rtol=1e-3)
+  png = (tmp_path / "grids" / "steps2_00000008.png").read_bytes()
+  assert png == generate.grid_png(images, exp.evaluation.enlarge)
+  assert png != (tmp_path / "grids" / "steps2_00000004.png").read_bytes()
+  (events,) = tmp_path.glob("events.out.tfevents.*")
+  content = events.read_bytes()
+  assert content.count(b"samples/steps_2") == 2 and b"monitor/steps_1/accuracy" in content
 
 
 def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
@@ -101,6 +152,61 @@ def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
   continued = jax.device_get(train.train(config, str(tmp_path), one_device))
   assert_equal_trees(continued, whole)
   assert [e["step"] for e in entries(tmp_path)] == [4, 8]
+
+
+def test_a_run_that_sigterm_stops_saves_where_it_is_and_continues_as_the_same_run(
+  run, tmp_path, one_device, monkeypatch
+):
+  _, whole, _ = run
+  steps_function = train.steps_function
+
+  def is_told_in_its_first_call(*args):
+    f, calls = steps_function(*args), []
+
+    def call(*a):
+      calls.append(None)
+      if len(calls) == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return f(*a)
+
+    return call
+
+  before = signal.getsignal(signal.SIGTERM)
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "steps_function", is_told_in_its_first_call)
+    with pytest.raises(SystemExit) as stopped:
+      train.train(tiny_config(), str(tmp_path), one_device)
+  assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+  with checkpoints.open_manager(tmp_path, keep=2, read_only=True) as manager:
+    assert manager.all_steps() == [2]
+  continued = jax.device_get(train.train(tiny_config(), str(tmp_path), one_device))
+  assert_equal_trees(continued, whole)
+
+
+def test_a_second_sigterm_kills():
+  with train.watch_for_preemption(None) as preempted:
+    assert not preempted(1, 2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preempted(3, 4)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_its_steps_are_trained_again(
+  run, tmp_path, one_device
+):
+  workdir = shutil.copytree(run[0], tmp_path / "work")
+  last = workdir / "checkpoints" / "8"
+  biggest = max(last.rglob("d/*"), key=lambda p: p.stat().st_size)
+  content = bytearray(biggest.read_bytes())
+  content[len(content) // 2] ^= 1
+  biggest.write_bytes(content)
+  assert_equal_trees(jax.device_get(train.train(tiny_config(), str(workdir), one_device)), run[1])
+  assert (workdir / "checkpoints_damaged" / "8").is_dir()
+  assert [e["step"] for e in entries(workdir)] == [4, 8]
+  with checkpoints.open_manager(workdir, keep=2, read_only=True) as manager:
+    assert manager.all_steps() == [4, 8]
+    like = train.abstract_state(experiment.parse(tiny_config()), sharding.data_mesh(one_device))
+    assert_equal_trees(jax.device_get(checkpoints.restore(manager, like, 8)[0]), run[1])
 
 
 def test_a_finished_run_is_left_alone(run, one_device):
@@ -216,11 +322,11 @@ def test_a_run_that_diverges_stops_keeps_its_last_good_checkpoint_and_continues_
   assert train.train(config, str(workdir), one_device).step == 12
 
 
-def test_eight_devices_train_the_same_run_as_one(run, tmp_path):
+def test_eight_devices_train_the_same_run_as_one_which_continues_theirs(run, tmp_path, one_device):
   """Two pools end to end: draws, pairs, gradients, update. (Adam magnifies rounding a little.)"""
   _, one, _ = run
-  eight = jax.device_get(train.train(tiny_config(), str(tmp_path)))
-  for (path, a), b in zip(
-    jax.tree_util.tree_leaves_with_path(one.params), jax.tree.leaves(eight.params), strict=True
-  ):
-    np.testing.assert_allclose(b, a, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+  assert_close_params(train.train(tiny_config(), str(tmp_path)), one)
+  shutil.rmtree(tmp_path / "checkpoints" / "8")
+  continued = train.train(tiny_config(), str(tmp_path), one_device)
+  assert continued.step == 8
+  assert_close_params(continued, one)

@@ -1,0 +1,71 @@
+"""The small evaluation while training: samples of the same noise, labels and w each time.
+
+Drawing is started and not waited for, and the numbers are made in a thread of its own, so that the
+devices go on training.
+"""
+
+from concurrent import futures
+import os
+
+import jax
+import numpy as np
+
+from ism_jax import generate, logs
+from ism_jax.experiment import Experiment
+from ism_jax.reference import Reference
+
+_SCORES = ("frechet_distance", "times_floor", "accuracy")
+
+
+class Monitor:
+  """Samples of `config.monitor`, scored against the reference. Their noise has seed 0."""
+
+  def __init__(self, exp: Experiment, mesh, workdir: str):
+    self._exp, self._mesh, self._workdir = exp, mesh, workdir
+    self._reference = Reference(exp)
+    # One call draws them all; samples beyond num_images fill the mesh and are dropped.
+    self._count = -(-exp.monitor.num_images // mesh.size) * mesh.size
+    self._labels = generate.class_labels(exp, self._count)
+    self._thread = futures.ThreadPoolExecutor(1)
+    self._scored = []
+
+  def start(self, params) -> dict:
+    """Starts drawing: {steps: (images, finite)} on the device."""
+    return {
+      steps: generate.batch(
+        self._exp,
+        self._mesh,
+        params,
+        numbers=np.arange(self._count),
+        labels=self._labels,
+        steps=steps,
+        w=np.full(self._count, self._exp.monitor.w),
+        seed=0,
+      )
+      for steps in self._exp.monitor.steps
+    }
+
+  def finish(self, step: int, drawn: dict, writer: logs.Writer) -> None:
+    """Starts scoring what was drawn at `step`, fetched, and writing numbers and grids."""
+    if jax.process_index() == 0:
+      self._scored.append(self._thread.submit(self._score, step, drawn, writer))
+
+  def wait(self) -> None:
+    """Waits until all that was drawn is written; raises what went wrong."""
+    while self._scored:
+      self._scored.pop(0).result()
+
+  def _score(self, step, drawn, writer):
+    values = {}
+    for steps, (images, finite) in drawn.items():
+      if not finite:
+        raise FloatingPointError(
+          f"samples of {steps} steps at step {step} are not finite: lower optimizer.learning_rate."
+        )
+      images = images[: self._exp.monitor.num_images]
+      scores = self._reference.score(images, self._labels[: len(images)])
+      values |= {f"monitor/steps_{steps}/{name}": scores[name] for name in _SCORES}
+      png = generate.grid_png(images, self._exp.evaluation.enlarge)
+      logs.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
+      writer.image(step, f"samples/steps_{steps}", png)
+    writer.write(step, values)

@@ -1,0 +1,64 @@
+"""The writer of metrics: means over windows, wherever a run is stopped."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ism_jax import logs
+
+
+def steps(first, count, rng_seed=0):
+  """(last step, metrics, info) of calls of two steps each."""
+  rng = np.random.default_rng(rng_seed)
+  calls = []
+  for last in range(first + 1, first + count, 2):
+    counts = rng.integers(0, 3, (2, 7))
+    jumps = np.stack([counts * rng.random((2, 7)), counts], axis=1).astype(np.float32)
+    metrics = {"loss": rng.random(2).astype(np.float32), "jumps": jumps}
+    calls.append((last, metrics, {"converged": np.float32(last % 4 == 0)}))
+  return calls
+
+
+def entries(workdir):
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [{k: v for k, v in line.items() if k not in ("steps_per_second", "data_wait")}
+          for line in lines]  # fmt: skip
+
+
+def write(workdir, calls, *, start=0, state=None, total=12, every=4):
+  with logs.Writer(workdir, start=start, state=state, total=total, every=every) as writer:
+    for last, metrics, info in calls:
+      writer.add(last, dict(metrics), info)
+    return json.loads(json.dumps(writer.state()))
+
+
+def test_an_entry_has_the_means_of_its_window(tmp_path):
+  calls = steps(1, 12)
+  write(tmp_path, calls)
+  found = entries(tmp_path)
+  assert [e["step"] for e in found] == [4, 8, 12]
+  window = calls[2:4]
+  loss = np.concatenate([m["loss"] for _, m, _ in window])
+  np.testing.assert_allclose(found[1]["loss"], loss.mean(), rtol=1e-6)
+  np.testing.assert_allclose(found[1]["coupling/converged"], 0.5)
+  sums, counts = np.concatenate([m["jumps"] for _, m, _ in window]).sum(0)
+  names = ["1_64", "1_32", "1_16", "1_8", "1_4", "1_2", "1"]
+  assert {k for k in found[1] if k.startswith("consistency/")} == {
+    f"consistency/d_{n}" for n, count in zip(names, counts, strict=True) if count
+  }
+  for name, total, count in zip(names, sums, counts, strict=True):
+    if count:
+      np.testing.assert_allclose(found[1][f"consistency/d_{name}"], total / count, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 10])
+def test_a_run_stopped_anywhere_writes_the_same_entries(tmp_path, stop):
+  """Also inside a window, and with entries that came after the checkpoint."""
+  whole, parted = tmp_path / "whole", tmp_path / "parted"
+  calls = steps(1, 12)
+  write(whole, calls)
+  state = write(parted, calls[: stop // 2])
+  write(parted, calls[stop // 2 :][:1], start=stop, state=state)  # killed before a checkpoint
+  write(parted, calls[stop // 2 :], start=stop, state=state)
+  assert entries(parted) == entries(whole)
