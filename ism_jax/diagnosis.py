@@ -1,8 +1,9 @@
-"""How much guidance a jump really carries: the diagnosis behind intrinsic guidance (iSM, Sec. 3).
+"""What a trained network does: the guidance its jumps carry, and how straight its paths are.
 
 With a fixed guidance inside the target at every level, a jump over N fine steps carries the
-guidance once per level: a classifier-free-guidance (CFG) scale of (1 + w)^(log2 N). The effective
-scale of a jump is measured here as the CFG scale whose rollout in steps of 1/128 best matches it.
+guidance once per level: a classifier-free-guidance (CFG) scale of (1 + w)^(log2 N) (iSM, Sec. 3).
+The effective scale of a jump is measured here as the CFG scale whose rollout in steps of 1/128 best
+matches it. Paths are straight where one step goes as far as many: what optimal transport is for.
 
 Axes: B batch.
 """
@@ -63,3 +64,26 @@ def effective_scale(velocity, x0, x1, c, key, *, d, w, null_class, t_interval):
     lambda s: float(mismatch(s)), bounds=bounds, method="bounded", options={"xatol": 1e-3}
   )
   return float(np.exp(best.x)), float(best.fun)
+
+
+def deviation_from_chord(velocity, x0, c, w):
+  """Mean square distance of the 128-step paths from x0 [B, ...] to the chords of their ends.
+
+  mean_{t, B, dims} (x_t - ((1 - t) x_0 + t x_1))^2 over t = 1/128, ..., 127/128: 0 for straight
+  paths at constant speed.
+
+  Args:
+    velocity: velocity(x_t, t, c, d, w), called at d = 0. c, w: [B].
+  Returns:
+    A scalar array.
+  """
+  zero = jnp.zeros(len(c))
+
+  def step(x, t):
+    t = jnp.full(len(c), t)
+    return paths.advance(x, velocity(x, t, c, zero, w), zero), x
+
+  times = jnp.arange(paths.FINEST) / paths.FINEST
+  x1, x_t = jax.lax.scan(step, x0, times)
+  chords = jax.vmap(lambda t: (1 - t) * x0 + t * x1)(times)
+  return jnp.mean(jnp.square(x_t - chords)[1:])

@@ -62,6 +62,18 @@ class _Classifier(nn.Module):
     return features, nn.Dense(self.num_classes)(features)
 
 
+class _RandomNetwork(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=nn.initializers.orthogonal(2))
+    x = first = nn.gelu(conv(32)(x))
+    x = second = nn.gelu(conv(64, strides=2)(x))
+    last = nn.gelu(conv(32, strides=2)(x))
+    h, w = last.shape[1] // 2, last.shape[2] // 2
+    quadrants = [last[:, i : i + h, j : j + w] for i in (0, h) for j in (0, w)]
+    return jnp.concatenate([a.mean((1, 2)) for a in (first, second, *quadrants)], axis=-1)
+
+
 def judge_features(judge, images):
   """What the judge sees in images.
 
@@ -86,6 +98,27 @@ def judge_features(judge, images):
     features[start : start + len(batch)] = f[: len(batch)]
     probabilities[start : start + len(batch)] = p[: len(batch)]
   return features, probabilities
+
+
+def random_features(images):
+  """Fixed features: a convolutional network at random weights, the same for ever.
+
+  Three GELU layers of 3x3 convolutions, of strides 1, 2 and 2: the means over the image of the
+  first two, and the last one's over each quadrant. A network that was never trained sees every
+  frequency; a classifier may ignore what does not tell the classes apart.
+
+  Args:
+    images: uint8 [N, H, W, C].
+  Returns:
+    float32 [N, 32 + 64 + 4 * 32].
+  """
+  images = np.asarray(images)
+  params = _init_random(images.shape[1:])
+  found = [
+    _random_forward(params, images[start : start + _EVAL_BATCH])
+    for start in range(0, len(images), _EVAL_BATCH)
+  ]
+  return np.concatenate(found)
 
 
 def train_judge(images, labels, *, num_classes, seed=0):
@@ -165,6 +198,16 @@ def _checked(images, labels, num_classes):
 
 def _init(key, image_shape, num_classes):
   return _Classifier(num_classes).init(key, jnp.zeros((1, *image_shape)))["params"]
+
+
+@functools.lru_cache
+def _init_random(image_shape):
+  return _RandomNetwork().init(jax.random.key(0), jnp.zeros((1, *image_shape)))
+
+
+@jax.jit
+def _random_forward(params, images):
+  return _RandomNetwork().apply(params, _to_unit_range(images))
 
 
 def _optimizer():

@@ -7,6 +7,7 @@ import os
 import jax
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.signal
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -238,3 +239,20 @@ def test_input_that_does_not_fit_is_an_error_that_says_what_does(digits, judge):
     judges.train_judge(images, labels[:-1], num_classes=10)
   with pytest.raises(ValueError, match="10 images leave none to hold out"):
     judges.train_judge(images[:10], labels[:10], num_classes=10)
+
+
+def test_random_features_see_blur_and_are_the_same_for_ever(digits):
+  images = digits[0]
+  features = judges.random_features(images)
+  assert features.shape == (len(images), 224)
+  np.testing.assert_allclose(judges.random_features(images[5:6]), features[5:6], rtol=1e-4)
+  # A value of the first version: numbers measured with it stay comparable.
+  np.testing.assert_allclose(features.mean(), 0.40209, rtol=1e-4)
+  scale = features.std(0)
+  statistics = metrics.feature_statistics(features / scale)
+  distance = lambda other: metrics.frechet_distance(
+    metrics.feature_statistics(judges.random_features(other) / scale), statistics
+  )
+  blurred = scipy.ndimage.uniform_filter(images, (0, 2, 2, 0))
+  floor, _ = metrics.bootstrap_floor(features / scale, seed=0, repeats=5)
+  assert distance(blurred) > 5 * floor
