@@ -1,51 +1,51 @@
-"""One table and one figure of several evaluated runs.
+"""Tables and figures of several evaluated runs of one dataset.
 
-  python -m ism_jax.compare --out=DIR WORKDIR [WORKDIR ...]
+  python -m ism_jax.compare --out=DIR [--against=CONFIG_KEY] [--pools=1,2,4] WORKDIR [WORKDIR ...]
 
-Runs whose configs differ in the seed alone are one row. Writes comparison.md (Fréchet distance and
-accuracy over NFE and w), comparison.json, effective_guidance.png (see `compounding`) and grids.png,
-the samples.
+Runs whose configs differ in the seed alone are one row. Writes comparison.md, the numbers of all
+tables and figures as comparison.json, and
+
+  spectrum.png            power and band energies of the samples over the real images'
+  frechet_against_w.png   Fréchet distance against the guidance
+  grids.png               samples
+  effective_guidance.png  see `diagnosis`; takes the checkpoints and minutes, --guidance=false: none
+  against_KEY.png         with --against: rows that differ in this key of the config alone
+  pools.png               with --pools: what pairing over larger pools gains, without training
 """
 
-import collections
-import io
+import dataclasses
 import json
 import os
-import re
 
 from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 import matplotlib
-import matplotlib.pyplot as plt
 import ml_collections
 import numpy as np
-from PIL import Image
+import scipy.optimize
 
-from ism_jax import compounding, data, evaluate, logs, paths
+from ism_jax import couplings, data, diagnosis, evaluate, figures, logs, summary
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
+from ism_jax.summary import Run
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write to.")
-_W = flags.DEFINE_float("w", 0.5, "Guidance of the jumps whose effective guidance is measured.")
+_W = flags.DEFINE_float("w", 0.5, "The guidance that is compared beside w = 0 and the best.")
+_GUIDANCE = flags.DEFINE_bool("guidance", True, "Whether to measure the jumps' effective guidance.")
 _EXAMPLES = flags.DEFINE_integer("examples", 256, "Jumps per size whose guidance is measured.")
+_AGAINST = flags.DEFINE_string("against", None, "A key of the config: ema.target_decay, ...")
+_POOLS = flags.DEFINE_list("pools", [], "Pool sizes K whose pairing is measured.")
 
 JUMPS = tuple(2.0**-k for k in range(6, 0, -1))  # d = 1/64 ... 1/2
+POOLS = 3  # drawn of each size
+LARGEST_ASSIGNMENT = 2048  # pairs whose optimum is computed: a minute at most
 
 
-def read_report(workdir: str) -> dict:
-  """evaluation.json of a run."""
-  path = os.path.join(workdir, "evaluation.json")
-  if not os.path.exists(path):
-    raise FileNotFoundError(f"{path} is missing; make it with --mode=evaluate --workdir={workdir}.")
-  with open(path) as f:
-    return json.load(f)
-
-
-def effective_guidance(workdir: str, report: dict, w: float, examples: int) -> list[float]:
+def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
   """The effective CFG scale of the jumps `JUMPS` of a run's inference EMA, told w."""
-  config = ml_collections.ConfigDict(report["config"])
-  exp, _, _, params = evaluate.restore_ema(config, workdir, jax.devices()[:1])
+  config = ml_collections.ConfigDict(run.config)
+  exp, _, _, params = evaluate.restore_ema(config, run.workdir, jax.devices()[:1])
   images, labels = data.all_images(data.load_source(exp.data))
   chosen = np.random.default_rng(0).permutation(len(images))[:examples]
   key_noise, key_start = jax.random.split(jax.random.key(0))
@@ -54,148 +54,255 @@ def effective_guidance(workdir: str, report: dict, w: float, examples: int) -> l
   velocity = model_lib.velocity_function(exp.network(), params)
   scales = []
   for d in JUMPS:
-    scale, residual = compounding.effective_scale(
+    scale, residual = diagnosis.effective_scale(
         velocity, x0, x1, jnp.asarray(labels[chosen]), key_start,
         d=d, w=w, null_class=exp.null_class, t_interval=exp.objective.t_interval,
     )  # fmt: skip
     logging.info(
         "%s: a jump of %g has effective CFG scale %.2f (residual %.4f).",
-        workdir, d, scale, residual,
+        run.workdir, d, scale, residual,
     )  # fmt: skip
     scales.append(scale)
   return scales
 
 
-def row_names(reports: list[dict]) -> list[str]:
-  """A name for each run: its variant and decays, and what sets it apart within its variant."""
-  results_only = ("seed", "steps", "log.", "checkpoint.", "sample.", "evaluation.")
-  flat = [
-    {k: v for k, v in experiment_lib.flatten(r["config"]).items() if not k.startswith(results_only)}
-    for r in reports
-  ]
-  names = []
-  for config in flat:
-    kin = [other for other in flat if other["variant"] == config["variant"]]
-    apart = [k for k in config if any(other[k] != config[k] for other in kin)]
-    overrides = "".join(f", {k.rpartition('.')[2]}={config[k]}" for k in apart)
-    names.append(f"`{config['variant']}`{overrides}")
-  return names
+def pool_gain(x0, x1, c, key, cfg: couplings.CouplingConfig, num_classes: int) -> dict:
+  """What `couplings.pair` gains on a pool of n noises and images [N, ...] of classes c [N].
+
+  Returns:
+    "gain": (mean cost of random pairs - mean cost of the pairs) / D: half of what pairing takes off
+    the mean squared distance, per dimension. "optimal_gain": that of SciPy's best assignment under
+    the same cost with its class penalty, or None where n is too large. (With a penalty, `gain` can
+    exceed it: pairs that cross classes are cheaper.) "attained_gain" and "class_shift": see
+    `couplings`.
+  """
+  paired, info = jax.jit(couplings.pair, static_argnames=("cfg", "num_classes"))(
+    x0, x1, c, key, cfg=cfg, num_classes=num_classes
+  )
+  flat0, flat1, flat_paired = (np.asarray(x).reshape(len(c), -1) for x in (x0, x1, paired))
+  dot = couplings.transport_cost(flat1, flat0)
+  random = float(jnp.mean(dot))
+  per_dimension = lambda cost: (random - float(cost)) / flat0.shape[1]
+  optimal = None
+  if len(c) <= LARGEST_ASSIGNMENT:
+    penalty = cfg.class_penalty * couplings.centred_deviation(dot)
+    rows, columns = scipy.optimize.linear_sum_assignment(
+      dot + couplings.crossing_penalty(c, penalty)
+    )
+    optimal = per_dimension(np.mean(np.asarray(dot)[rows, columns]))
+  return {
+    "gain": per_dimension(-np.mean(np.sum(flat1 * flat_paired, axis=1))),
+    "optimal_gain": optimal,
+    "attained_gain": float(info["attained_gain"]),
+    "class_shift": float(info["class_shift"]),
+  }
 
 
-def decays(report: dict) -> str:
+def pool_gains(config: dict, sizes: list[int]) -> list[dict]:
+  """`pool_gain` for each number of batches K, with the config's class penalty and none.
+
+  Means over `POOLS` pools, the first of a training with this config, with noise of their own.
+  """
+  exp = experiment_lib.parse(ml_collections.ConfigDict(config))
+  source, found = data.load_source(exp.data), []
+  for size in sizes:
+    pools = data.pools(
+        source, batch_size=exp.batch_size, pool_size=size, seed=exp.data.seed, flip=exp.data.flip,
+        num_threads=0,
+    )  # fmt: skip
+    drawn = [next(pools) for _ in range(POOLS)]
+    for penalty in dict.fromkeys((exp.coupling.class_penalty, 0.0)):
+      cfg = dataclasses.replace(exp.coupling, coupling="ot", pool_size=size, class_penalty=penalty)
+      each = []
+      for number, pool in enumerate(drawn):
+        key_noise, key_pairing = jax.random.split(jax.random.key(number))
+        x1, c = pool["x1"].reshape(-1, *exp.image_shape), pool["c"].reshape(-1)
+        x0 = jax.random.normal(key_noise, x1.shape)
+        each.append(pool_gain(x0, x1, c, key_pairing, cfg, exp.data.num_classes))
+      mean = lambda name: None if each[0][name] is None else float(np.mean([e[name] for e in each]))
+      n = size * exp.batch_size
+      found.append(
+        {"K": size, "n": n, "class_penalty": penalty} | {name: mean(name) for name in each[0]}
+      )
+      logging.info("A pool of %d, class penalty %g: gain %.4f.", n, penalty, found[-1]["gain"])
+  return found
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
+  """The lines of a table, with an empty one after it."""
+  row = lambda cells: f"| {' | '.join(cells)} |"
+  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
+
+
+def spread(values: list, form: str = ".2f") -> str:
+  """Mean ± standard deviation, or the one value, or "–" for none."""
+  if not values:
+    return "–"
+  deviation = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+  return f"{np.mean(values):{form}}{deviation}"
+
+
+def decays(config: dict) -> str:
   """The decays of a run's averages: of inference and target, or of the one EMA."""
-  ema = report["config"]["ema"]
-  both = dict.fromkeys([ema["inference_decay"], ema["target_decay"]])
+  both = dict.fromkeys([config["ema"]["inference_decay"], config["ema"]["target_decay"]])
   return " / ".join(map(str, both))
 
 
-def table(reports: dict[str, list[dict]]) -> str:
-  """Fréchet distance as multiples of the floor, and accuracy: a row a config, a column an NFE."""
-  every = [r for runs in reports.values() for run in runs for r in run["results"]]
-  nfes = sorted({r["steps"] for r in every})
-  spread = lambda v: f"{np.mean(v):.2f}" + (f" ± {np.std(v, ddof=1):.2f}" if len(v) > 1 else "")
+def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
+  """Fréchet distance in floors, and accuracy: a row a config, a column an NFE.
+
+  Args:
+    w: guidance, or None for each row's best at each NFE, which is then shown.
+  """
+  counts = summary.step_counts([run for runs in rows.values() for run in runs])
+
+  def cell(runs, name, steps, form=".2f"):
+    at = summary.best_w(runs, steps) if w is None else w
+    values = summary.measured(runs, name, steps, at)
+    return spread(values, form) + (f" ({at:g})" if w is None and values else "")
+
+  lines = []
+  for name, runs in rows.items():
+    distances = [cell(runs, "times_floor", n) for n in counts]
+    accuracy = cell(runs, "accuracy", 1, ".3f")
+    lines.append([name, decays(runs[0].config), *distances, accuracy])
+  return markdown(["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"], lines)
+
+
+def spectrum_table(rows: dict[str, list[Run]], w: float) -> list[str]:
+  """High frequencies and wavelet bands of one-step and of the finest samples, over the real."""
+  counts = summary.step_counts([run for runs in rows.values() for run in runs])
+  ends = list(dict.fromkeys((counts[0], counts[-1])))
+  header, lines = [""], [[name] for name in rows]
+  for n in ends:
+    header += [f"finest octave, NFE {n}", f"bands, finest first, NFE {n}"]
+    for line, runs in zip(lines, rows.values(), strict=True):
+      bands = summary.measured(runs, "bands", n, w)
+      line.append(spread(summary.measured(runs, "finest_octave", n, w)))
+      line.append(", ".join(f"{b:.2f}" for b in np.mean(bands, axis=0)) if bands else "–")
+  return markdown(header, lines)
+
+
+def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
+  """How straight the paths are, what the coupling did, and how hard the consistency loss pulls."""
+  strengths = dict.fromkeys((0.0, w))
+  header = ["", *(f"1000 × deviation from the chord, w = {s:g}" for s in strengths)]
+  header += ["attained gain of OT", "class shift", "gradient norm of the consistency loss"]
+  lines = []
+  for name, runs in rows.items():
+    deviations = ([1000 * v for v in summary.straightness(runs, s)] for s in strengths)
+    line = [name, *map(spread, deviations)]
+    line.append(spread(summary.trained(runs, "coupling/attained_gain"), ".3f"))
+    line.append(spread(summary.trained(runs, "coupling/class_shift"), "z.4f"))
+    line.append(spread(summary.trained(runs, "gradient_norm/consistency"), ".3f"))
+    lines.append(line)
+  return markdown(header, lines)
+
+
+def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
+  """comparison.md of the contents of comparison.json."""
+  w, yardsticks = content["w"], content["yardsticks"]
   lines = [
-    "Fréchet distance, as a multiple of the floor: mean ± standard deviation over seeds.",
+    f"# {content['dataset']}",
+    "",
+    f"Fréchet distance on {content['features']}, as a multiple of the floor, the distance of "
+    f"{content['floor_is']}: {content['floor']:.3f}. Mean ± standard deviation over training "
+    "seeds.",
     "",
   ]
-  for w in sorted({r["w"] for r in every}):
+  for s in dict.fromkeys((0.0, w)):
+    lines += [f"w = {s:g} (CFG {1 + s:g}):", "", *frechet_table(rows, s)]
+  lines += ["The best w (in parentheses) of each row and NFE, by the mean over the seeds:", ""]
+  lines += frechet_table(rows, None)
+  told = (f"{name} {score['times_floor']:.2f}" for name, score in yardsticks.items())
+  lines += [f"Yardsticks, in floors: {', '.join(told)}.", ""]
+  lines += [
+    f"Power of the highest octave of frequencies, and energy of each wavelet band, w = {w:g}, over "
+    "those of the real images:",
+    "",
+    *spectrum_table(rows, w),
+    "Straightness (mean squared distance of 128-step paths to their chords), and means over the "
+    "training; gradient norms are of the weighted loss:",
+    "",
+    *training_table(rows, w),
+  ]
+  if scales := content["effective_scale"]:
+    lines += [f"Effective CFG scale of a jump told w = {w:g}, a line a seed:", ""]
+    each = [[name, *(f"{s:.2f}" for s in run)] for name, runs in scales.items() for run in runs]
+    lines += markdown(["", *(f"d = 1/{1 / d:.0f}" for d in JUMPS)], each)
+  if content["pools"]:
     lines += [
-      f"w = {w:g} (CFG {1 + w:g})",
+      "Pairing of real images with noise, without training. Gain: transport cost of random pairs "
+      "less that of the pairs, per pair and dimension (half of what the mean squared distance "
+      f"loses); optimal: of an exact assignment under the same class penalty. Means of {POOLS} "
+      "pools.",
       "",
-      f"| | EMA decay | {' | '.join(f'NFE {n}' for n in nfes)} | accuracy, NFE 1 |",
-      "|---" * (len(nfes) + 3) + "|",
     ]
-    for name, runs in reports.items():
-      found = collections.defaultdict(list)
-      for result in (r for run in runs for r in run["results"] if r["w"] == w):
-        found[result["steps"]].append(result)
-      if found:
-        cells = [spread([r["times_floor"] for r in found[n]]) if n in found else "–" for n in nfes]
-        accuracy = np.mean([r["accuracy"] for r in found[1]]) if 1 in found else np.nan
-        cells = [name, decays(runs[0]), *cells, f"{accuracy:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
+    names = ("gain", "optimal_gain", "attained_gain", "class_shift")
+    number = lambda value: "–" if value is None else f"{value:z.4f}"
+    lines += markdown(
+      ["K", "n", "class penalty", "gain", "optimal gain", "attained gain", "class shift"],
+      [
+        [str(f["K"]), str(f["n"]), f"{f['class_penalty']:g}", *(number(f[name]) for name in names)]
+        for f in content["pools"]
+      ],
+    )
   return "\n".join(lines)
 
 
-def figure(scales: dict[str, list[list[float]]], w: float, path: str) -> None:
-  """Effective guidance against the jump, a line a run."""
-  fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-  colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-  for n, (name, runs) in enumerate(scales.items()):
-    for i, run in enumerate(runs):
-      label = None if i else name.replace("`", "")
-      ax.plot(JUMPS, run, "o-", color=colours[n % len(colours)], label=label)
-  levels = np.log2(np.array(JUMPS) * paths.FINEST)
-  ax.plot(JUMPS, (1 + w) ** levels, "k:", label=f"(1 + w)^level = {1 + w:g}^level")
-  ax.axhline(1 + w, color="k", lw=0.5)
-  ax.set_xscale("log", base=2)
-  ax.set_yscale("log", base=2)
-  ax.set_xlabel("jump d")
-  ax.set_ylabel("effective CFG scale")
-  ax.legend()
-  save_figure(fig, path)
-
-
-def grids(workdirs: dict[str, str], w: float, path: str) -> None:
-  """The sample grids side by side: a row a variant, a column an NFE."""
-  pattern = re.compile(rf"samples_steps(\d+)_w{w:g}\.png")
-  found = {
-    name: {int(m[1]): m[0] for m in map(pattern.fullmatch, os.listdir(workdir)) if m}
-    for name, workdir in workdirs.items()
-  }
-  nfes = sorted(set().union(*found.values()))
-  if not nfes:
-    return
-  size = (2.2 * len(nfes), 1.9 * len(found))
-  fig, axes = plt.subplots(len(found), len(nfes), figsize=size, layout="constrained", squeeze=False)
-  for row, (name, files) in zip(axes, found.items(), strict=True):
-    row[0].set_ylabel(name.replace("`", "").replace(", ", "\n"))
-    for ax, nfe in zip(row, nfes, strict=True):
-      ax.set(xticks=[], yticks=[])
-      if nfe in files:
-        with Image.open(os.path.join(workdirs[name], files[nfe])) as image:
-          ax.imshow(image.convert("RGB"))
-  for ax, nfe in zip(axes[0], nfes, strict=True):
-    ax.set_title(f"NFE {nfe}")
-  save_figure(fig, path)
-
-
-def save_figure(fig, path: str) -> None:
-  """Writes a figure as PNG, whole or not at all."""
-  png = io.BytesIO()
-  fig.savefig(png, format="png", dpi=120)
-  plt.close(fig)
-  logs.write_whole(path, png.getvalue())
-
-
-def compare(workdirs: list[str], out: str, w: float, examples: int) -> None:
-  """Writes the comparison of these runs to the folder `out`."""
-  reports = [read_report(workdir) for workdir in workdirs]
-  rows, scales, first = collections.defaultdict(list), collections.defaultdict(list), {}
-  for name, workdir, report in zip(row_names(reports), workdirs, reports, strict=True):
-    rows[name].append(report)
-    first.setdefault(name, workdir)
-    scales[name].append(effective_guidance(workdir, report, w, examples))
+def compare(
+  workdirs: list[str],
+  out: str,
+  *,
+  w: float,
+  guidance: bool,
+  examples: int,
+  against: str | None,
+  pools: list[int],
+) -> None:
+  """Writes the comparison of these runs to the folder `out`; see the flags."""
+  reports = {workdir: summary.read_report(workdir) for workdir in workdirs}
+  summary.check_comparable(reports)
+  runs = [summary.read_run(workdir, report) for workdir, report in reports.items()]
+  rows, report = summary.group(runs), reports[workdirs[0]]
   path = lambda name: os.path.join(out, name)
-  lines = [
-    table(rows),
-    f"Effective CFG scale of a jump told w = {w:g}:",
-    "",
-    "| | " + " | ".join(f"d = 1/{1 / d:.0f}" for d in JUMPS) + " |",
-    "|---" * (len(JUMPS) + 1) + "|",
-  ]
-  for name, runs in scales.items():
-    lines += [f"| {name} | " + " | ".join(f"{s:.2f}" for s in run) + " |" for run in runs]
-  logs.write_whole(path("comparison.md"), "\n".join(lines) + "\n")
-  results = {
-    name: [{"seed": r["config"]["seed"], "results": r["results"]} for r in runs]
-    for name, runs in rows.items()
+  if w not in (evaluated := sorted({r["w"] for run in runs for r in run.results})):
+    raise ValueError(f"no run was evaluated at --w={w:g}; there are {evaluated}.")
+  # Before what takes minutes: it may have nothing to show.
+  points = summary.against(runs, against) if against else {}
+  counts = summary.step_counts(runs)
+  few = [n for n in counts if n <= 8] or counts
+  spectra = {n: summary.spectra(rows, n, w) for n in dict.fromkeys((few[0], few[-1]))}
+  measure = lambda run: effective_guidance(run, w, examples)
+  content = {
+    "dataset": report["config"]["data"]["name"],
+    "w": w,
+    **{name: report[name] for name in ("features", "floor_is", "floor", "floor_sd")},
+    "yardsticks": {
+      name: summary.over_real(score, report) for name, score in report["yardsticks"].items()
+    },
+    "rows": {name: [dataclasses.asdict(run) for run in some] for name, some in rows.items()},
+    "against": {against: summary.panels(points, w)} if against else {},
+    "pools": pool_gains(runs[0].config, pools) if pools else [],
+    "jumps": JUMPS,
+    "effective_scale": {
+      name: [measure(run) for run in some] for name, some in rows.items() if guidance
+    },
   }
-  content = {"results": results, "jumps": JUMPS, "effective_scale": scales}
   logs.write_whole(path("comparison.json"), json.dumps(content, indent=2))
-  figure(scales, w, path("effective_guidance.png"))
-  grids(first, w, path("grids.png"))
+  logs.write_whole(path("comparison.md"), as_markdown(content, rows))
+  figures.spectra(spectra, rows, w, path("spectrum.png"))
+  if by_w := summary.frechet_by_w(rows):
+    figures.frechet_against_w(by_w, rows, path("frechet_against_w.png"))
+  if guidance:
+    figures.effective_guidance(content["effective_scale"], JUMPS, w, path("effective_guidance.png"))
+  if against:
+    figures.against(
+      content["against"][against], list(points), against, path(f"against_{against}.png")
+    )
+  if pools:
+    figures.pools(content["pools"], path("pools.png"))
+  figures.grids({name: some[0].workdir for name, some in rows.items()}, w, path("grids.png"))
   logging.info("Wrote %s.", path("comparison.md"))
 
 
@@ -206,7 +313,15 @@ def main(argv):
   logs.only_ours()
   matplotlib.use("Agg")
   with logs.one_line_errors():
-    compare(argv[1:], _OUT.value, _W.value, _EXAMPLES.value)
+    compare(
+      argv[1:],
+      _OUT.value,
+      w=_W.value,
+      guidance=_GUIDANCE.value,
+      examples=_EXAMPLES.value,
+      against=_AGAINST.value,
+      pools=[int(size) for size in _POOLS.value],
+    )
 
 
 if __name__ == "__main__":

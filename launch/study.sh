@@ -1,31 +1,116 @@
 #!/usr/bin/env bash
-# Trains and judges variants of the digits config with two seeds each, and compares them:
+# Trains and judges rows of a study with two seeds each, and compares them:
 #
-#   bash launch/study.sh [OUT] ["VARIANT [--config.KEY=VALUE ...]" ...]
+#   bash launch/study.sh [--config=configs/NAME.py] [OUT] ["VARIANT [--config.KEY=VALUE ...]" ...] \
+#     [-- FLAG ...]
 #
-# OUT defaults to runs/study, the variants to sm, sm_compounding and ism. About 4 minutes a run on
-# 2 cores; run again, it goes on where it was.
+# The config defaults to configs/digits.py, OUT to runs/study (with another config, to
+# runs/study-NAME), the rows to sm, sm_compounding and ism. The row "ablation" stands for all of the
+# paper's ablation, iSM less one technique each, and plain l2 with its consistency weight raised to
+# $GAMMA (default 6), where its gradient is about as large as that of the wavelet loss. Flags after
+# "--" go to every run:
+#
+#   bash launch/study.sh --config=configs/photos.py runs/ablation ablation -- --config.steps=1000
+#
+# About 4 minutes a run on digits. There is one run at a time for each CPU core, pinned to it (JOBS=N
+# for N at a time), and one at a time on an accelerator. What a run says is in WORKDIR.log. Run
+# again, it goes on where it was.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-out="${1:+$(absolute "$1")}"
-out="${out:-$PWD/runs/study}"
-runs=("${@:2}")
-[ ${#runs[@]} -gt 0 ] || runs=(sm sm_compounding ism)
+
+export CONFIG=configs/digits.py
+case "${1-}" in
+  --config=*)
+    CONFIG="${1#--config=}"
+    shift
+    ;;
+esac
+case "$CONFIG" in
+  configs/digits.py) out="$PWD/runs/study" ;;
+  *) out="$PWD/runs/study-$(basename "$CONFIG" .py)" ;;
+esac
+if [ $# -gt 0 ] && [ "$1" != -- ]; then
+  out="$(absolute "$1")"
+  shift
+fi
+rows=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  rows+=("$1")
+  shift
+done
+[ $# -eq 0 ] || shift
+flags="$*" # of every run
+[ ${#rows[@]} -gt 0 ] || rows=(sm sm_compounding ism)
+gamma="--config.objective.gamma=${GAMMA:-6}"
+ablation=(
+  sm sm_compounding ig interval "interval $gamma" wavelet sot ism
+  no_ig no_interval no_wavelet "no_wavelet $gamma" no_sot
+)
+expanded=()
+for row in "${rows[@]}"; do
+  case "$row" in
+    ablation) expanded+=("${ablation[@]}") ;;
+    *) expanded+=("$row") ;;
+  esac
+done
+
+# Trains and judges a run: run_one WORKDIR SEED VARIANT [FLAG ...]
+run_one() {
+  local workdir="$1" seed="$2" variant="$3" core pin=() mode
+  shift 3
+  [ ! -e "$workdir/evaluation.json" ] || return 0
+  if [ -n "${SLOT-}" ]; then
+    read -r -a core <<< "$CORES"
+    pin=(taskset -c "${core[SLOT % ${#core[@]}]}")
+  fi
+  echo "$workdir: begins."
+  for mode in train evaluate; do
+    # ${pin[@]+..}: an empty array is unset for bash before 4.4.
+    ${pin[@]+"${pin[@]}"} python -m ism_jax.main --config="$CONFIG:$variant" \
+      --workdir="$workdir" --mode="$mode" --config.seed="$seed" \
+      --config.evaluation.seeds="($seed,)" "$@" >> "$workdir.log" 2>&1 < /dev/null || {
+      tail -n 20 "$workdir.log" >&2
+      echo "Error: --mode=$mode of $workdir failed; all it said is in $workdir.log." >&2
+      return 255 # xargs starts no other
+    }
+  done
+  echo "$workdir: done."
+}
+export -f run_one
+
 ensure_env test
+mkdir -p "$out"
+# The kind of device, then the cores that we may use.
+read -r device CORES <<< "$(python -c '
+import os, jax
+cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+print(jax.default_backend(), *sorted(cores))')"
+export CORES
+jobs=1
+[ "$device" != cpu ] || jobs="$(wc -w <<< "$CORES")"
+jobs="${JOBS:-$((jobs))}"
+slots=()
+if [ "$device" = cpu ] && [ "$jobs" -gt 1 ] && command -v taskset > /dev/null; then
+  slots=(--process-slot-var=SLOT)
+fi
+
 workdirs=()
-for run in "${runs[@]}"; do
-  read -r variant overrides <<< "$run"
+todo=() # of each run the words for run_one, then an empty one
+for row in "${expanded[@]}"; do
+  read -r -a words <<< "$row $flags"
   for seed in 0 1; do
-    workdir="$out/$variant$(echo "$overrides" | tr -cs '[:alnum:]._=\n' -)-$seed"
+    workdir="$out/${words[0]}$(printf %s "${words[*]:1}" | tr -cs '[:alnum:]._=' -)-$seed"
+    [[ " ${workdirs[*]-} " != *" $workdir "* ]] || continue
     workdirs+=("$workdir")
-    [ ! -e "$workdir/evaluation.json" ] || continue
-    for mode in train evaluate; do
-      # shellcheck disable=SC2086 # the overrides are words
-      python -m ism_jax.main --config="configs/digits.py:$variant" --workdir="$workdir" \
-        --mode="$mode" --config.seed="$seed" --config.evaluation.seeds="($seed,)" $overrides
-    done
+    todo+=("$(printf '%q ' "$workdir" "$seed" "${words[@]}")")
   done
 done
+# shellcheck disable=SC2016 # the inner shell expands
+printf '%s\0' "${todo[@]}" |
+  xargs -0 -n 1 -P "$jobs" ${slots[@]+"${slots[@]}"} bash -c 'eval "run_one $1"' _ || {
+  echo "Error: the study is not complete; the runs that failed are named above." >&2
+  exit 1
+}
 python -m ism_jax.compare --out="$out" "${workdirs[@]}"
 cat "$out/comparison.md"

@@ -12,10 +12,14 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
 # Each module may import those in the lines below its own.
 LAYERS = [
     {"main", "compare"},
+    {"summary", "figures"},
     {"evaluate"},
     {"train"},
+    {"monitor"},
+    {"reference"},
+    {"generate"},
     {"experiment"},
-    {"sampling", "compounding"},
+    {"sampling", "diagnosis"},
     {"objectives"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
      "metrics", "judge", "logs"},
@@ -28,7 +32,7 @@ MATHEMATICS = {
   "couplings",
   "objectives",
   "sampling",
-  "compounding",
+  "diagnosis",
 }
 
 

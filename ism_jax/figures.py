@@ -1,0 +1,222 @@
+"""Figures of a comparison, as PNG files, from plain numbers: rows by name, in the same style each.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes tell more.
+"""
+
+import io
+import os
+import re
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+import numpy as np
+from PIL import Image
+
+from ism_jax import logs, paths
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "osD^vPX*"  # one more than colours: none comes with the same colour twice
+_DASHES = ("-", "--", ":")
+
+
+def style(number: int) -> dict:
+  """Colour, marker and dashes of the line of this number."""
+  return {
+    "color": _COLOURS[number % len(_COLOURS)],
+    "marker": _MARKERS[number % len(_MARKERS)],
+    "linestyle": _DASHES[number // len(_COLOURS) % len(_DASHES)],
+    "ms": 5,
+  }
+
+
+def styles(names) -> dict[str, dict]:
+  """The style of each row, the same in every figure, with its label."""
+  return {
+    name: style(number) | {"label": name.replace("`", "")} for number, name in enumerate(names)
+  }
+
+
+def save_figure(fig, path: str) -> None:
+  """Writes a figure as PNG, whole or not at all."""
+  png = io.BytesIO()
+  fig.savefig(png, format="png", dpi=120)
+  plt.close(fig)
+  logs.write_whole(path, png.getvalue())
+
+
+def _legend(fig, axes) -> None:
+  """One legend for all axes, to their right."""
+  found = {}
+  for ax in np.ravel(axes):
+    for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+      found.setdefault(label, handle)
+  fig.legend(
+      found.values(), found.keys(),
+      loc="outside right upper", fontsize=8, frameon=False, handlelength=3.5,
+  )  # fmt: skip
+
+
+def _log2(axis) -> None:
+  """A logarithmic axis that is labelled with plain numbers, as many as are readable."""
+  (axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale)("log", base=2)
+  low, high = axis.get_view_interval()
+  octaves = np.log2(high / low)
+  base = next(b for b in (2, 4, 16, 256, np.inf) if octaves / np.log2(b) <= 6)
+  if octaves < 2.5:  # too few powers of 2 to read from
+    ticks = [2.0**k * m for k in range(-20, 20) for m in (1, 1.2, 1.4, 1.7)]
+    axis.set_ticks([t for t in ticks if low <= t <= high])
+  elif np.isfinite(base):
+    ticks = [float(base) ** k for k in range(-20, 20)]
+    axis.set_ticks([t for t in ticks if low <= t <= high])
+  axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+  axis.set_minor_formatter(NullFormatter())
+
+
+def effective_guidance(scales: dict[str, list[list[float]]], jumps, w: float, path: str) -> None:
+  """Effective guidance {row: [run][jump]} against the jump, a line a run."""
+  fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+  for name, look in styles(scales).items():
+    for i, run in enumerate(scales[name]):
+      ax.plot(jumps, run, **(look | {"label": None} if i else look))
+  levels = np.log2(np.array(jumps) * paths.FINEST)
+  ax.plot(jumps, (1 + w) ** levels, "k:", lw=1, label=f"{1 + w:g}^level")
+  ax.axhline(1 + w, color="k", lw=0.5, label=f"as told: {1 + w:g}")
+  _log2(ax.yaxis)
+  ax.set_xscale("log", base=2)
+  ax.set_xticks(jumps, [f"1/{1 / d:.0f}" for d in jumps])
+  ax.set(xlabel="jump d", ylabel="effective CFG scale")
+  _legend(fig, ax)
+  save_figure(fig, path)
+
+
+def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
+  """Power and band energies over the real images', {NFE: summary.spectra(..)}: a column an NFE.
+
+  Ratios above 4 or below 1/8 leave the panels.
+  """
+  size = (3.6 * len(by_steps) + 2, 7)
+  fig, axes = plt.subplots(
+    2, len(by_steps), figsize=size, layout="constrained", squeeze=False, sharey="row"
+  )
+  looks = styles(names)
+  for column, (steps, found) in zip(axes.T, by_steps.items(), strict=True):
+    for ax, lines in zip(column, (found["spectrum"], found["bands"]), strict=True):
+      for name, ratio in lines.items():
+        ax.plot(np.arange(1, len(ratio) + 1), ratio, **looks[name])
+      ax.axhline(1, color="k", lw=0.5)
+      ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    column[0].set(title=f"NFE {steps}, w = {w:g}", xlabel="cycles per image")
+    column[1].set(xlabel="wavelet level (1 is the finest)")
+  for row in axes:
+    row[0].set_yscale("log", base=2)
+    low, high = row[0].get_ylim()
+    row[0].set_ylim(max(low, 1 / 8), min(high, 4))
+    _log2(row[0].yaxis)
+  axes[0, 0].set_ylabel("power, samples / real")
+  axes[1, 0].set_ylabel("energy, samples / real")
+  _legend(fig, axes)
+  save_figure(fig, path)
+
+
+def frechet_against_w(by_steps: dict[int, dict], names, path: str) -> None:
+  """`summary.frechet_by_w` against w: a panel an NFE, means and the range of the seeds."""
+  size = (2.4 * len(by_steps) + 2, 4)
+  fig, axes = plt.subplots(
+    1, len(by_steps), figsize=size, layout="constrained", squeeze=False, sharey=True
+  )
+  looks = styles(names)
+  for ax, (steps, rows) in zip(axes[0], by_steps.items(), strict=True):
+    for name, found in rows.items():
+      w, values = list(found), list(found.values())
+      ax.plot(w, [np.mean(v) for v in values], **looks[name])
+      low, high = [min(v) for v in values], [max(v) for v in values]
+      ax.fill_between(w, low, high, color=looks[name]["color"], alpha=0.2, lw=0)
+    ax.set(title=f"NFE {steps}", xlabel="w")
+  _log2(axes[0, 0].yaxis)
+  axes[0, 0].set_ylabel("Fréchet distance, in floors")
+  _legend(fig, axes)
+  save_figure(fig, path)
+
+
+def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
+  """`summary.panels`: points, a line through their means, the values of `key` evenly spaced.
+
+  Panels whose values are positive and far apart have a logarithmic axis.
+  """
+  columns = min(3, len(panels))
+  rows = -(-len(panels) // columns)
+  size = (4.2 * columns, 3.2 * rows)
+  fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+  axes = axes.ravel()
+  place = {label: x for x, label in enumerate(labels)}
+  for ax, (title, lines) in zip(axes, panels.items(), strict=False):
+    for number, (name, found) in enumerate(lines.items()):
+      look, colour = style(number), style(number)["color"]
+      for label, values in found.items():
+        ax.plot([place[label]] * len(values), values, look["marker"], color=colour, ms=4, alpha=0.6)
+      joined = [label for label in found if label != "independent"]
+      means = [np.mean(found[label]) for label in joined]
+      ax.plot([place[label] for label in joined], means, color=colour, label=name or None)
+      if "independent" in found:
+        ax.axhline(np.mean(found["independent"]), color=colour, lw=0.8, linestyle="--")
+    values = [v for found in lines.values() for each in found.values() for v in each]
+    if min(values) > 0 and max(values) > 4 * min(values):
+      _log2(ax.yaxis)
+    ticks = [label.replace("independent", "inde-\npendent") for label in labels]
+    ax.set_xticks(range(len(labels)), ticks, fontsize=7)
+    ax.set_xlim(-0.4, len(labels) - 0.6)
+    ax.set_title(title, fontsize=10)
+    if any(lines):
+      ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+  for ax in axes[len(panels) :]:
+    ax.set_visible(False)
+  fig.supxlabel(key)
+  save_figure(fig, path)
+
+
+def pools(found: list[dict], path: str) -> None:
+  """`compare.pool_gains` against the pool's size n: a line a class penalty."""
+  fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+  for number, penalty in enumerate(dict.fromkeys(f["class_penalty"] for f in found)):
+    some = [f for f in found if f["class_penalty"] == penalty]
+    n, look = [f["n"] for f in some], style(number)
+    label = f"class penalty {penalty:g}"
+    for ax, name in zip(axes, ("gain", "attained_gain", "class_shift"), strict=True):
+      ax.plot(n, [f[name] for f in some], **look, label=label)
+    optimal = [np.nan if f["optimal_gain"] is None else f["optimal_gain"] for f in some]
+    axes[0].plot(n, optimal, color=look["color"], linestyle="--", lw=1, label=f"{label}, optimal")
+  for ax in axes:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted({f["n"] for f in found}), sorted({f["n"] for f in found}))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("pool size n = K M")
+  axes[0].set_title("less transport cost than random pairs", fontsize=10)
+  axes[0].set_ylabel("per pair and dimension")
+  axes[1].set_title("attained gain (of the dual bound)", fontsize=10)
+  axes[2].set_title("class shift", fontsize=10)
+  _legend(fig, axes)
+  save_figure(fig, path)
+
+
+def grids(workdirs: dict[str, str], w: float, path: str) -> None:
+  """The sample grids side by side: a row a variant, a column an NFE."""
+  pattern = re.compile(rf"samples_steps(\d+)_w{re.escape(f'{w:g}')}\.png")
+  found = {
+    name: {int(m[1]): m[0] for m in map(pattern.fullmatch, os.listdir(workdir)) if m}
+    for name, workdir in workdirs.items()
+  }
+  nfes = sorted(set().union(*found.values()))
+  if not nfes:
+    return
+  size = (2.2 * len(nfes), 1.9 * len(found))
+  fig, axes = plt.subplots(len(found), len(nfes), figsize=size, layout="constrained", squeeze=False)
+  for row, (name, files) in zip(axes, found.items(), strict=True):
+    row[0].set_ylabel(name.replace("`", "").replace(", ", "\n"))
+    for ax, nfe in zip(row, nfes, strict=True):
+      ax.set(xticks=[], yticks=[])
+      if nfe in files:
+        with Image.open(os.path.join(workdirs[name], files[nfe])) as image:
+          ax.imshow(image.convert("RGB"))
+  for ax, nfe in zip(axes[0], nfes, strict=True):
+    ax.set_title(f"NFE {nfe}")
+  save_figure(fig, path)

@@ -1,0 +1,290 @@
+"""The numbers of several evaluated runs side by side, without a picture or a table of them.
+
+Runs whose configs differ in the seed alone are one row. A number of a row is a list: one value for
+each run that has it, so that means and spreads are over trainings; a run that was evaluated with
+several seeds of noise counts once, with their mean.
+"""
+
+import collections
+from collections.abc import Callable
+import dataclasses
+import json
+import os
+
+import numpy as np
+
+from ism_jax import evaluate
+from ism_jax import experiment as experiment_lib
+
+# What decides whether Fréchet distances of two runs are distances to the same thing.
+COMPARABLE = (
+  "data.name",
+  "evaluation.features",
+  "evaluation.reference_split",
+  "evaluation.num_images",
+)
+# What does not change what is learnt: the seed, and how a run is computed, watched and judged.
+_ONE_ROW = {
+  "seed",
+  "micro_batches",
+  "scan_steps",
+  "data.dir",
+  "data.num_threads",
+  "model.remat",
+  "model.unroll",
+}
+_ONE_ROW_SECTIONS = ("log.", "checkpoint.", "sample.", "monitor.", "evaluation.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """An evaluated run.
+
+  Attributes:
+    workdir: its folder. config: nested, as it was evaluated.
+    results: those of evaluation.json; of "spectrum" and "bands" the ratio to the real images', and
+      "finest_octave", the same ratio for `evaluate.finest_octave`.
+    straightness: [{"w", "deviation_from_chord"}].
+    training: means over the run of the couplings' diagnostics and of the gradient norms of the
+      losses, under their names in metrics.jsonl.
+    jumps: {"1/64": consistency loss of this d}, over the last quarter of the run.
+  """
+
+  workdir: str
+  config: dict
+  results: list[dict]
+  straightness: list[dict]
+  training: dict[str, float]
+  jumps: dict[str, float]
+
+
+def read_report(workdir: str) -> dict:
+  """evaluation.json of a run."""
+  path = os.path.join(workdir, "evaluation.json")
+  if not os.path.exists(path):
+    raise FileNotFoundError(f"{path} is missing; make it with --mode=evaluate --workdir={workdir}.")
+  with open(path) as f:
+    return json.load(f)
+
+
+def read_run(workdir: str, report: dict) -> Run:
+  """A run from its evaluation.json and metrics.jsonl."""
+  path = os.path.join(workdir, "metrics.jsonl")
+  if not os.path.exists(path):
+    raise FileNotFoundError(f"{path} is missing: {workdir} is not where the run was trained.")
+  with open(path) as f:
+    entries = [json.loads(line) for line in f]
+  return Run(
+    workdir=workdir,
+    config=report["config"],
+    results=[over_real(result, report) for result in report["results"]],
+    straightness=report["straightness"],
+    training=_means(entries, lambda name: name.startswith(("coupling/", "gradient_norm/"))),
+    jumps=jump_losses(entries),
+  )
+
+
+def over_real(result: dict, report: dict) -> dict:
+  """A result of evaluation.json, its power and band energies as ratios to the real images'."""
+  ratio = lambda name: (np.array(result[name]) / np.array(report[f"reference_{name}"])).tolist()
+  octave = evaluate.finest_octave(result["spectrum"])
+  octave /= evaluate.finest_octave(report["reference_spectrum"])
+  return result | {
+    "spectrum": ratio("spectrum"),
+    "bands": ratio("bands"),
+    "finest_octave": octave,
+  }
+
+
+def _means(entries: list[dict], wanted: Callable[[str], bool]) -> dict[str, float]:
+  """The mean of each wanted name, over the entries that have it."""
+  found = collections.defaultdict(list)
+  for entry in entries:
+    for name in filter(wanted, entry):
+      found[name].append(entry[name])
+  return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def jump_losses(entries: list[dict]) -> dict[str, float]:
+  """{"1/64": mean consistency loss of this d} over the last quarter of the training's entries."""
+  trained = [entry for entry in entries if "loss" in entry]
+  prefix = "consistency/d_"
+  means = _means(trained[-max(1, len(trained) // 4) :], lambda name: name.startswith(prefix))
+  return {name.removeprefix(prefix).replace("_", "/"): value for name, value in means.items()}
+
+
+def check_comparable(reports: dict[str, dict]) -> None:
+  """Raises ValueError if the runs {workdir: report} are not judged against the same images."""
+  for key in COMPARABLE:
+    found = collections.defaultdict(list)
+    for workdir, report in reports.items():
+      found[experiment_lib.flatten(report["config"])[key]].append(workdir)
+    if len(found) > 1:
+      told = "; ".join(f"{value}: {', '.join(workdirs)}" for value, workdirs in found.items())
+      raise ValueError(
+        f"the runs differ in {key}, so their distances do not compare ({told}). Compare the runs "
+        "of each value in a call of their own."
+      )
+
+
+def learnt(config: dict) -> dict:
+  """A nested config as a flat one, of the keys that change what is learnt."""
+  flat = experiment_lib.flatten(config)
+  return {
+    k: v for k, v in flat.items() if k not in _ONE_ROW and not k.startswith(_ONE_ROW_SECTIONS)
+  }
+
+
+def row_names(configs: list[dict]) -> list[str]:
+  """A name for each config: its variant, and what sets it apart within its variant."""
+  flat = [learnt(config) for config in configs]
+  names = []
+  for config in flat:
+    kin = [other for other in flat if other["variant"] == config["variant"]]
+    apart = [k for k in config if any(other.get(k) != config[k] for other in kin)]
+    last = lambda key: key.rpartition(".")[2]
+    # The last part says which key it is, unless another section has one of that name too.
+    short = lambda key: last(key) if sum(last(k) == last(key) for k in config) == 1 else key
+    names.append(f"`{config['variant']}`" + "".join(f", {short(k)}={config[k]}" for k in apart))
+  return names
+
+
+def group(runs: list[Run]) -> dict[str, list[Run]]:
+  """The runs of each row, rows in the order in which they were given."""
+  rows = {}
+  for name, run in zip(row_names([run.config for run in runs]), runs, strict=True):
+    rows.setdefault(name, []).append(run)
+  return rows
+
+
+def measured(runs: list[Run], name: str, steps: int, w: float | None) -> list:
+  """The results `name` of runs at this number of steps and w: a number or an array each."""
+  each = [[r[name] for r in run.results if (r["steps"], r["w"]) == (steps, w)] for run in runs]
+  return [np.mean(values, axis=0) for values in each if values]
+
+
+def straightness(runs: list[Run], w: float) -> list[float]:
+  """The runs' deviations from the chord at w."""
+  return [s["deviation_from_chord"] for run in runs for s in run.straightness if s["w"] == w]
+
+
+def trained(runs: list[Run], name: str) -> list[float]:
+  """The runs' means over training of `name`."""
+  return [run.training[name] for run in runs if name in run.training]
+
+
+def step_counts(runs: list[Run]) -> list[int]:
+  """Every number of sampling steps that a run was evaluated at."""
+  return sorted({r["steps"] for run in runs for r in run.results})
+
+
+def guidances(runs: list[Run]) -> list[float]:
+  """The strengths w that every one of the runs was evaluated at."""
+  return sorted(set.intersection(*({r["w"] for r in run.results} for run in runs)))
+
+
+def best_w(runs: list[Run], steps: int) -> float | None:
+  """The w of the lowest Fréchet distance in `steps` steps, by the mean over the runs."""
+  means = {w: measured(runs, "times_floor", steps, w) for w in guidances(runs)}
+  means = {w: np.mean(values) for w, values in means.items() if values}
+  return min(means, key=means.get, default=None)
+
+
+def spectra(rows: dict[str, list[Run]], steps: int, w: float) -> dict[str, dict[str, list[float]]]:
+  """{"spectrum": {row: ratio to the real images' [H / 2]}, "bands": {row: [levels]}}, means."""
+  return {
+    name: {
+      row: np.mean(values, axis=0).tolist()
+      for row, runs in rows.items()
+      if (values := measured(runs, name, steps, w))
+    }
+    for name in ("spectrum", "bands")
+  }
+
+
+def frechet_by_w(rows: dict[str, list[Run]]) -> dict[int, dict[str, dict[float, list[float]]]]:
+  """{steps: {row: {w: Fréchet distances in floors}}}, of the rows with more than one w."""
+  several = {row: runs for row, runs in rows.items() if len(guidances(runs)) > 1}
+  found = {}
+  for steps in step_counts([run for runs in several.values() for run in runs]):
+    found[steps] = {
+      row: {w: v for w in guidances(runs) if (v := measured(runs, "times_floor", steps, w))}
+      for row, runs in several.items()
+    }
+  return found
+
+
+def against(runs: list[Run], key: str) -> dict[str, list[Run]]:
+  """The runs that differ in the config's `key` alone, {its value as a label: runs}, ascending.
+
+  Where several sets of runs do, the largest. If the key is one of the coupling's, runs that differ
+  from these by independent pairing come first, as "independent".
+  """
+  flat = [learnt(run.config) for run in runs]
+  if missing := [run.workdir for run, config in zip(runs, flat, strict=True) if key not in config]:
+    raise ValueError(
+      f"--against={key} is not a key of {missing[0]}'s config that changes what is learnt; there "
+      f"are {', '.join(sorted(flat[0]))}."
+    )
+  of_coupling = key.startswith("coupling.") and key != "coupling.coupling"
+  without = lambda config, dropped: frozenset(
+    (k, v)
+    for k, v in config.items()
+    if k not in ("variant", dropped) and not k.startswith(f"{dropped}.")
+  )
+  families, independent = collections.defaultdict(lambda: collections.defaultdict(list)), []
+  for run, config in zip(runs, flat, strict=True):
+    if of_coupling and config["coupling.coupling"] == "independent":
+      independent.append((run, config))
+    else:
+      families[without(config, key)][config[key]].append((run, config))
+  family = max(families.values(), key=len, default={})
+  if len(family) < 2:
+    raise ValueError(f"no two of the runs differ in {key} alone; leave --against={key} out.")
+  some_config = next(iter(family.values()))[0][1]
+  beside = [
+    run
+    for run, config in independent
+    if without(config, "coupling") == without(some_config, "coupling")
+  ]
+  label = lambda value: (
+    f"K={value}\nn={value * some_config['batch_size']}"
+    if key == "coupling.pool_size"
+    else f"{value:g}"
+    if isinstance(value, float)
+    else str(value)
+  )
+  in_order = sorted(family) if all(isinstance(v, (int, float)) for v in family) else family
+  points = {label(value): [run for run, _ in family[value]] for value in in_order}
+  return ({"independent": beside} if beside else {}) | points
+
+
+def panels(points: dict[str, list[Run]], w: float) -> dict[str, dict[str, dict[str, list[float]]]]:
+  """What a figure of `against` shows: {panel: {line: {label: a value a run}}}; no empty ones."""
+  counts = step_counts([run for runs in points.values() for run in runs])
+  few = next((n for n in (4, 2) if n in counts), 1)
+  counts = [n for n in dict.fromkeys((1, few, counts[-1])) if n in counts]
+  jumps = dict.fromkeys(d for runs in points.values() for run in runs for d in run.jumps)
+  strengths = dict.fromkeys((0.0, w))
+  per_point = lambda value: {label: value(runs) for label, runs in points.items()}
+  shown = {
+    f"Fréchet distance, in floors, w = {s:g}": {
+      f"NFE {n}": per_point(lambda runs: measured(runs, "times_floor", n, s)) for n in counts
+    }
+    for s in strengths
+  }
+  shown["deviation from the chord"] = {
+    f"w = {s:g}": per_point(lambda runs: straightness(runs, s)) for s in strengths
+  }
+  for title, name in (("attained gain of OT", "attained_gain"), ("class shift", "class_shift")):
+    shown[title] = {"": per_point(lambda runs: trained(runs, f"coupling/{name}"))}
+  shown["consistency loss, end of training"] = {
+    f"d = {d}": per_point(lambda runs: [run.jumps[d] for run in runs if d in run.jumps])
+    for d in jumps
+  }
+  filled = {
+    title: {line: {label: v for label, v in at.items() if v} for line, at in lines.items()}
+    for title, lines in shown.items()
+  }
+  filled = {title: {n: at for n, at in lines.items() if at} for title, lines in filled.items()}
+  return {title: lines for title, lines in filled.items() if lines}
