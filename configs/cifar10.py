@@ -23,6 +23,7 @@ def get_config(variant: str = "ism"):
       },
       "model": {"size": "SiT-S/2", "remat": "none"},  # 256 tokens, as ImageNet's latents have
       "coupling": {"pool_size": 8},  # 2,048 images
+      "monitor": {"every": 5_000},
       "evaluation": {"num_images": 10_000, "batch_size": 500, "enlarge": 2},
   })  # fmt: skip
   return base.apply_variant(config, variant)

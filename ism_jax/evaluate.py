@@ -72,7 +72,8 @@ def evaluate(config, workdir: str, devices=None) -> dict:
           exp, mesh, params,
           num_images=ev.num_images, steps=steps, w=w, seed=seed, batch_size=ev.batch_size,
       )  # fmt: skip
-      results.append({"steps": steps, "w": w, "seed": seed} | reference.score(images, labels))
+      scores = reference.score(images, labels) | reference.describe(images)
+      results.append({"steps": steps, "w": w, "seed": seed} | scores)
       if seed == ev.seeds[0]:
         path = os.path.join(workdir, f"samples_steps{steps}_w{w:g}.png")
         logs.write_whole(path, grid_png(images, ev.enlarge))

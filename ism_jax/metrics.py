@@ -91,7 +91,7 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
 
   Args:
     a, b: [N, D] and [M, D].
-    exclude_self: a and b are the same set in the same order, and row i must not find itself.
+    exclude_self: a is the first rows of b, in the same order, and row i must not find itself.
   Returns:
     float.
   """
@@ -100,8 +100,10 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
     raise ValueError(
       f"rows of a have {a.shape[1]} entries, rows of b {b.shape[1]}; both need the same."
     )
-  if exclude_self and a.shape != b.shape:
-    raise ValueError(f"exclude_self needs one set twice; got shapes {a.shape} and {b.shape}.")
+  if exclude_self and len(a) > len(b):
+    raise ValueError(
+      f"exclude_self needs a to be the first rows of b; got shapes {a.shape} and {b.shape}."
+    )
   if not len(a) or len(b) <= exclude_self:
     raise ValueError(
       f"{len(a)} rows have no neighbours among {len(b)} (exclude_self={exclude_self}); add rows."

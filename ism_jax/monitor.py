@@ -14,8 +14,6 @@ from ism_jax import generate, logs
 from ism_jax.experiment import Experiment
 from ism_jax.reference import Reference
 
-_SCORES = ("frechet_distance", "times_floor", "accuracy")
-
 
 class Monitor:
   """Samples of `config.monitor`, scored against the reference. Their noise has seed 0."""
@@ -64,7 +62,7 @@ class Monitor:
         )
       images = images[: self._exp.monitor.num_images]
       scores = self._reference.score(images, self._labels[: len(images)])
-      values |= {f"monitor/steps_{steps}/{name}": scores[name] for name in _SCORES}
+      values |= {f"monitor/steps_{steps}/{name}": value for name, value in scores.items()}
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
       logs.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
       writer.image(step, f"samples/steps_{steps}", png)

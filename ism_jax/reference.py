@@ -76,16 +76,21 @@ class Reference:
       )
     return float(np.mean(distances)), float(np.std(distances, ddof=1))
 
-  def score(self, images, labels) -> dict:
+  def score(self, images, labels) -> dict[str, float]:
     """The numbers of a set of images meant to show `labels`."""
     statistics = metrics.feature_statistics(self.features(images))
     distance = metrics.frechet_distance(statistics, self.statistics)
     _, probabilities = judge_lib.judge_features(self.judge, images)
-    flat = images[:NEIGHBOURS].reshape(len(images[:NEIGHBOURS]), -1) / 127.5
     return {
       "frechet_distance": distance,
       "times_floor": distance / self.floor,
       "accuracy": float(np.mean(probabilities.argmax(1) == labels)),
+    }
+
+  def describe(self, images) -> dict:
+    """How near images are to those trained on, and their frequencies."""
+    flat = images[:NEIGHBOURS].reshape(len(images[:NEIGHBOURS]), -1) / 127.5
+    return {
       "nearest_neighbour": metrics.nearest_neighbour_distance(flat, self._training_flat),
       "spectrum": metrics.radial_power(images).tolist(),
       "bands": metrics.band_energies(images).tolist(),
@@ -103,16 +108,16 @@ class Reference:
     ])  # fmt: skip
     coarse = images.reshape(len(images), images.shape[1] // 2, 2, images.shape[2] // 2, 2, -1)
     coarse = coarse.mean((2, 4)).repeat(2, 1).repeat(2, 2)
-    real = self.score(images, labels)
-    # Against themselves, real images are their own neighbours.
-    real["nearest_neighbour"] = metrics.nearest_neighbour_distance(
-      self._training_flat[: NEIGHBOURS * 8],
-      self._training_flat[: NEIGHBOURS * 8],
-      exclude_self=True,
-    )
-    return {
-      "training images" if self.held_out else "real images": real,
-      "at half resolution": self.score(np.uint8(coarse.round()), labels),
-      "class means": self.score(np.uint8(class_means.round())[labels], labels),
-      "noise": self.score(np.asarray(generate.to_uint8(rng.standard_normal(images.shape))), labels),
+    noise = np.asarray(generate.to_uint8(rng.standard_normal(images.shape)))
+    sets = {
+      "training images" if self.held_out else "real images": images,
+      "at half resolution": np.uint8(coarse.round()),
+      "class means": np.uint8(class_means.round())[labels],
+      "noise": noise,
     }
+    found = {name: self.score(i, labels) | self.describe(i) for name, i in sets.items()}
+    # Among those trained on, a real image is its own neighbour.
+    next(iter(found.values()))["nearest_neighbour"] = metrics.nearest_neighbour_distance(
+      self._training_flat[:NEIGHBOURS], self._training_flat, exclude_self=True
+    )
+    return found

@@ -142,6 +142,14 @@ def test_a_set_within_itself_has_the_kd_trees_second_neighbours(rng, monkeypatch
   np.testing.assert_allclose(distance, expected, rtol=1e-12)
 
 
+def test_the_first_rows_of_a_set_find_others_than_themselves(rng):
+  x = rng.normal(size=(60, 3))
+  distances = scipy.spatial.distance.cdist(x[:7], x)
+  distances[np.arange(7), np.arange(7)] = np.inf
+  found = metrics.nearest_neighbour_distance(x[:7], x, exclude_self=True)
+  np.testing.assert_allclose(found, distances.min(1).mean(), rtol=1e-12)
+
+
 def test_copies_are_at_distance_exactly_zero_far_from_the_origin(rng):
   x = 1e6 + rng.normal(size=(60, 30))
   assert metrics.nearest_neighbour_distance(x[10:20], x) == 0.0
@@ -153,8 +161,8 @@ def test_neighbours_that_cannot_be_are_errors():
   x = np.zeros((4, 2))
   with pytest.raises(ValueError, match="2 entries, rows of b 3"):
     metrics.nearest_neighbour_distance(x, np.zeros((4, 3)))
-  with pytest.raises(ValueError, match="one set twice"):
-    metrics.nearest_neighbour_distance(x, np.zeros((5, 2)), exclude_self=True)
+  with pytest.raises(ValueError, match="first rows of b"):
+    metrics.nearest_neighbour_distance(x, np.zeros((3, 2)), exclude_self=True)
   with pytest.raises(ValueError, match="no neighbours among 1"):
     metrics.nearest_neighbour_distance(x[:1], x[:1], exclude_self=True)
 
