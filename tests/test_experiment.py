@@ -96,8 +96,10 @@ def test_rows_of_the_ablation_differ_by_the_techniques_they_are_named_for():
   assert differences(rows["ism"], rows["no_wavelet"]) == {"wavelet.form"}
   assert differences(rows["ism"], rows["no_sot"]) == {"coupling.coupling"}
   assert differences(rows["ism"], rows["no_ig"]) == {
-    "objective.guidance", "objective.shares", "evaluation.w", "sample.w",
-  }  # fmt: skip
+    "objective.guidance",
+    "objective.shares",
+    "evaluation.w",
+  }
 
 
 def test_the_length_of_a_run_rounds_up_to_whole_pools():
