@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import evaluate, experiment, guidance, model, paths, sampling, sharding
+from ism_jax import experiment, generate, guidance, model, paths, sampling, sharding
 
 
 def test_steps_of_the_mean_velocity_reach_the_exact_solution_of_an_ode(key):
@@ -61,7 +61,7 @@ def test_a_sample_depends_on_its_number_not_on_batch_size_or_devices():
   params["final_linear"]["kernel"] += 0.1
   eight = sharding.data_mesh()
   one = sharding.data_mesh(jax.devices()[:1])
-  draw = lambda mesh, n, batch: evaluate.generate(
+  draw = lambda mesh, n, batch: generate.generate(
     exp, mesh, params, num_images=n, steps=2, w=0.5, seed=7, batch_size=batch
   )
   images, labels = draw(one, 21, 21)
@@ -78,7 +78,7 @@ def test_samples_that_are_not_finite_are_reported_and_not_drawn_black():
   params = model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
   params["final_linear"]["bias"] += jnp.nan
   with pytest.raises(FloatingPointError, match="2 steps at w="):
-    evaluate.generate(
+    generate.generate(
       exp, sharding.data_mesh(), params, num_images=4, steps=2, w=0.5, seed=0, batch_size=8
     )
 
@@ -86,7 +86,7 @@ def test_samples_that_are_not_finite_are_reported_and_not_drawn_black():
 @pytest.mark.parametrize("n", [3, 25, 100])
 def test_a_grid_shows_images_in_rows_of_ten(n):
   images = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
-  with Image.open(io.BytesIO(evaluate.grid_png(images, enlarge=2))) as grid:
+  with Image.open(io.BytesIO(generate.grid_png(images, enlarge=2))) as grid:
     pixels = np.asarray(grid)
   rows, columns = min(8, max(1, n // 10)), min(10, n)
   assert pixels.shape == (rows * 10, columns * 10)  # 4 pixels and a line, enlarged twice
@@ -97,8 +97,8 @@ def test_a_grid_shows_images_in_rows_of_ten(n):
 
 def test_unit_range_maps_to_grey_values_as_the_data_does():
   grey = np.arange(256, dtype=np.uint8)
-  np.testing.assert_array_equal(evaluate.to_uint8(grey / 127.5 - 1), grey)
-  np.testing.assert_array_equal(evaluate.to_uint8(jnp.array([-9.0, 9.0])), [0, 255])
+  np.testing.assert_array_equal(generate.to_uint8(grey / 127.5 - 1), grey)
+  np.testing.assert_array_equal(generate.to_uint8(jnp.array([-9.0, 9.0])), [0, 255])
 
 
 @pytest.mark.parametrize(
