@@ -9,7 +9,6 @@ import pytest
 from configs import base, digits, imagenet256
 from ism_jax import experiment, sharding, state, train
 
-
 # Those less one technique take what the cumulative rows take.
 VARIANTS = [
   pytest.param(v, marks=pytest.mark.slow) if v.startswith("no_") else v for v in base.VARIANTS
