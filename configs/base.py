@@ -113,14 +113,21 @@ def get_base() -> ml_collections.ConfigDict:
   )
 
 
-def apply_variant(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
-  """Turns iSM into a row of its ablation."""
+def apply_variant(
+  config: ml_collections.ConfigDict, variant: str, one_ema: float | None = None
+) -> ml_collections.ConfigDict:
+  """Turns iSM into a row of its ablation.
+
+  Args:
+    one_ema: the decay of the rows with one EMA; None for that of the inference EMA.
+  """
   if variant not in VARIANTS:
     raise ValueError(f"variant {variant!r} is unknown; known are {', '.join(VARIANTS)}.")
   config.variant = variant
   techniques = _ROWS[variant]
-  if "twin" not in techniques:  # one EMA
-    config.ema.target_decay = config.ema.inference_decay
+  if "twin" not in techniques:
+    decay = config.ema.inference_decay if one_ema is None else one_ema
+    config.ema.inference_decay = config.ema.target_decay = decay
   if "sot" not in techniques:
     config.coupling.coupling = "independent"
   if "wavelet" not in techniques:

@@ -32,7 +32,5 @@ def get_config(variant: str = "ism"):
           "features": "random", "reference_split": "test",
       },
   })  # fmt: skip
-  base.apply_variant(config, variant)
-  if config.ema.target_decay == config.ema.inference_decay:
-    config.ema.inference_decay = config.ema.target_decay = 0.95  # as for digits
-  return config
+  # One EMA: as for digits.
+  return base.apply_variant(config, variant, one_ema=0.95)

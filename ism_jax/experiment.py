@@ -28,6 +28,7 @@ _FIXED = {
   "data.image_size",
   "data.channels",
   "data.num_classes",
+  "data.flip",
   "model.size",
   "objective.guidance",
   "objective.fixed_w",

@@ -180,6 +180,11 @@ def radial_power(images):
   return totals[1 : size // 2 + 1]
 
 
+def finest_octave(spectrum) -> float:
+  """Mean power of the upper half of the frequencies of `radial_power`."""
+  return float(np.mean(spectrum[len(spectrum) // 2 :]))
+
+
 def band_energies(images):
   """Mean square of the coefficients of each level of a full Haar decomposition.
 

@@ -16,7 +16,11 @@ from ism_jax.reference import Reference
 
 
 class Monitor:
-  """Samples of `config.monitor`, scored against the reference. Their noise has seed 0."""
+  """Samples of `config.monitor`, scored against the reference. Their noise has seed 0.
+
+  Few samples are farther from the reference by chance: these distances compare with each other, not
+  with those of an evaluation.
+  """
 
   def __init__(self, exp: Experiment, mesh, workdir: str):
     self._exp, self._mesh, self._workdir = exp, mesh, workdir

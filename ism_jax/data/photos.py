@@ -8,6 +8,7 @@ Written as ArrayRecord, without TensorFlow.
 """
 
 import dataclasses
+from typing import ClassVar
 
 from etils import epath
 import numpy as np
@@ -33,7 +34,7 @@ class Photos(tfds.core.GeneratorBasedBuilder):
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  BUILDER_CONFIGS = [  # noqa: RUF012, the base class's own way
+  BUILDER_CONFIGS: ClassVar = [
     CropsConfig(name=f"crops{size}", description=f"Crops of {size}x{size} pixels.", size=size)
     for size in (16, 32)
   ]

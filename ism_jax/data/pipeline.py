@@ -112,7 +112,8 @@ def load_source(cfg, split="train"):
         raise
   try:
     return builder.as_data_source(split=split)
-  except NotImplementedError as error:  # another format; where there is nothing, TFDS assumes one
+  # TFDS raises this for files in another format, and it assumes one where there are none.
+  except NotImplementedError as error:
     raise ValueError(
       f"dataset {cfg.name!r} is not at {builder.data_path} as ArrayRecord, and preparing it takes "
       "TensorFlow, which this project does without. In an environment of its own, `pip install "
