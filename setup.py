@@ -17,6 +17,7 @@ setuptools.setup(
     "etils[epath]>=1.9",
     "flax>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
+    "huggingface-hub>=1.0,<3",  # downloads the VAE
     "jax>=0.10.2,<0.12",
     "jaxwt==0.1.1",
     "matplotlib>=3.9",
@@ -27,6 +28,7 @@ setuptools.setup(
     "ott-jax>=0.6,<0.7",
     "pillow>=11",
     "PyWavelets>=1.8",
+    "safetensors>=0.5,<0.9",
     "scikit-learn>=1.6",  # the digits
     "scipy>=1.14",
     "tensorboardX>=2.6",
@@ -35,6 +37,10 @@ setuptools.setup(
   ],
   extras_require={
     "test": ["pytest>=8", "ruff>=0.12"],
+    # PyTorch's own models, which the tests compare ours with. A range would bring CUDA builds.
+    "interop": ["diffusers>=0.35,<0.43", "torch==2.13.0"],
+    "aot": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there
+    "check": ["scikit-image>=0.25,<0.27"],  # the photographs of launch/check.sh
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
     "tensorboard": ["tensorboard>=2.18"],
