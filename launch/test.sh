@@ -4,9 +4,10 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-ensure_env test
 if [ "${1:-}" = --all ]; then
+  ensure_env test,interop,aot,check
   shift
   exec python -m pytest "$@"
 fi
+ensure_env test
 exec python -m pytest -m "not slow" "$@"

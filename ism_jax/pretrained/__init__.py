@@ -1,0 +1,1 @@
+"""Faithful ports of published networks, each with a loader of its published weights."""

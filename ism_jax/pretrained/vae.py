@@ -1,0 +1,463 @@
+"""The autoencoder of Stable Diffusion (sd-vae-ft-mse; Rombach et al. 2022, arXiv:2112.10752).
+
+A convolutional encoder with three halvings gives the mean and the log-variance of a Gaussian over
+latents, a decoder turns a latent into an image. Latents of the training scale are 0.18215 times
+those of the decoder, which makes their variance about 1. Weights come from the safetensors file
+that diffusers publishes; the modules below are named by that file's keys.
+
+Axes: B batch, H/W image size, h/w latent size (an eighth), C channels, T = h w tokens.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import re
+from typing import Any
+
+from flax import traverse_util
+import flax.linen as nn
+from huggingface_hub import constants, errors, hf_hub_download
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PUBLISHED = "stabilityai/sd-vae-ft-mse"
+LOG_VARIANCES = (-30.0, 20.0)
+
+_OLD_SPELLING = {  # of the attention's keys, as older files have them
+  "query": "to_q",
+  "key": "to_k",
+  "value": "to_v",
+  "proj_attn": "to_out.0",
+}
+_OLD_KEY = re.compile(rf"^(.*attentions\.\d+)\.({'|'.join(_OLD_SPELLING)})\.(weight|bias)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+  """The architecture.
+
+  Attributes:
+    channels: of the levels, from the image's resolution down; each level after the first halves it.
+    blocks: residual blocks of an encoder level; a decoder level has one more.
+    latent_channels: of a latent; its moments have twice as many.
+    groups: of every group normalisation.
+    scale: a latent of the training scale is `scale` times one of the decoder.
+  """
+
+  channels: tuple[int, ...] = (128, 256, 512, 512)
+  blocks: int = 2
+  latent_channels: int = 4
+  groups: int = 32
+  scale: float = 0.18215
+
+  def __post_init__(self):
+    if not self.channels or any(n < 1 or n % self.groups for n in self.channels):
+      raise ValueError(
+        f"channels={self.channels} must be multiples of groups={self.groups}, one for each level."
+      )
+
+  @property
+  def factor(self) -> int:
+    """Pixels of an image per pixel of its latent, along one side."""
+    return 2 ** (len(self.channels) - 1)
+
+
+SD_VAE = VaeConfig()
+# Down-samples as the published one does, and encodes a 256x256 image in a fraction of a second on a
+# CPU.
+_SMALL = VaeConfig(channels=(16, 16, 32, 32), groups=8)
+_RANDOM = {"random": SD_VAE, "random-small": _SMALL}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vae:
+  """An autoencoder with weights.
+
+  Attributes:
+    cfg: its architecture.
+    params: nested dict of float32 NumPy arrays.
+    sha256: of the file of weights; of random weights, of the parameters.
+    name: as it was asked for.
+  """
+
+  cfg: VaeConfig
+  params: Any = dataclasses.field(repr=False)
+  sha256: str
+  name: str
+
+
+def load(name: str) -> Vae:
+  """Loads an autoencoder by name.
+
+  Args:
+    name: a safetensors file; a folder with `diffusion_pytorch_model.safetensors`; a name on the
+      Hugging Face hub such as "stabilityai/sd-vae-ft-mse" (downloaded once, then read from the
+      hub's cache, also offline); or, for checks of a set-up without any weights, "random" (the
+      published architecture) and "random-small" (a tiny one of the same down-sampling). Random
+      weights are the same for everyone, and their latents mean nothing.
+  Raises:
+    FileNotFoundError: no weights are there or to be had; says what to download and what to pass.
+    ValueError: the file is damaged, or holds other weights than the published architecture's.
+  """
+  if name in _RANDOM:
+    params = _random_params(_RANDOM[name])
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+      digest.update(leaf.tobytes())
+    return Vae(_RANDOM[name], params, digest.hexdigest(), name)
+  params, sha256 = params_from_safetensors(SD_VAE, _find(name))
+  return Vae(SD_VAE, params, sha256, name)
+
+
+def encode(cfg: VaeConfig, params, images, dtype="float32"):
+  """The Gaussian over latents of each image.
+
+  Args:
+    images: float [B, H, W, 3] in [-1, 1]; H and W are multiples of 8.
+    dtype: of activations and matrix products, "float32" or "bfloat16".
+  Returns:
+    moments float32 [B, H/8, W/8, 8]: the mean of the 4 latent channels, then their log-variance,
+    clamped to [-30, 20]; not scaled.
+  """
+  _check("images", images, 3)
+  height, width = images.shape[1:3]
+  if height % cfg.factor or width % cfg.factor:
+    raise ValueError(
+      f"images of {height}x{width} pixels have no whole latent: height and width must be multiples "
+      f"of {cfg.factor}. Crop them to "
+      f"{height // cfg.factor * cfg.factor}x{width // cfg.factor * cfg.factor}."
+    )
+  moments = _apply(cfg, params, images, dtype, "encode")
+  mean, log_variance = jnp.split(moments, 2, axis=-1)
+  return jnp.concatenate([mean, jnp.clip(log_variance, *LOG_VARIANCES)], axis=-1)
+
+
+def sample_latent(moments, noise, scale):
+  """A latent of the training scale: scale (mean + exp(log_variance / 2) noise).
+
+  Args:
+    moments: [..., 8] as `encode` returns them, of any float type.
+    noise: [..., 4], standard normal.
+  Returns:
+    float32 [..., 4].
+  """
+  mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+  if noise.shape != mean.shape:
+    raise ValueError(
+      f"noise of shape {noise.shape} does not fit moments of shape {moments.shape}; "
+      f"needed is {mean.shape}."
+    )
+  return scale * (mean + jnp.exp(log_variance / 2) * noise.astype(jnp.float32))
+
+
+def decode(cfg: VaeConfig, params, latents, dtype="float32"):
+  """The image of each latent.
+
+  Args:
+    latents: float [B, h, w, 4] of the training scale.
+    dtype: of activations and matrix products, "float32" or "bfloat16".
+  Returns:
+    float32 [B, 8 h, 8 w, 3], [-1, 1] but for overshoots, which are not clipped.
+  """
+  _check("latents", latents, cfg.latent_channels)
+  return _apply(cfg, params, latents.astype(jnp.float32) / cfg.scale, dtype, "decode")
+
+
+def params_from_safetensors(cfg: VaeConfig, path):
+  """Parameters from a safetensors file, and the sha256 of that file.
+
+  Raises:
+    ValueError: the file is damaged, or its tensors are not those of `cfg`.
+  """
+  # One read serves both, so the checksum is of what was loaded.
+  data = pathlib.Path(path).read_bytes()
+  try:
+    arrays = safetensors.numpy.load(data)
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"{path} ({len(data)} bytes) is damaged or no safetensors file ({error}). "
+      f"Download {WEIGHTS} again from {_page(PUBLISHED)}."
+    ) from error
+  except KeyError as error:  # NumPy has no bfloat16 and no float8
+    raise ValueError(f"{path} holds {error} tensors; save it as float32 or float16.") from error
+  params = params_from_state_dict(cfg, arrays, source=str(path))
+  return params, hashlib.sha256(data).hexdigest()
+
+
+def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
+  """Parameters from PyTorch's tensors.
+
+  Args:
+    arrays: NumPy arrays by the keys of diffusers' AutoencoderKL, in either spelling of the
+      attention's. Its projections may also be 1x1 convolutions, as old files have them.
+    source: where the arrays are from, for the error.
+  Returns:
+    A nested dict of float32 arrays.
+  Raises:
+    ValueError: names every missing key, every unexpected one and every wrong shape.
+  """
+  given = {}
+  for key, array in arrays.items():
+    new = _OLD_KEY.sub(lambda found: f"{found[1]}.{_OLD_SPELLING[found[2]]}.{found[3]}", key)
+    # Where one tensor comes in both spellings, the old one keeps its own, unexpected key.
+    given[key if new in arrays else new] = array
+
+  params, missing, misshapen = {}, [], []
+  for path, leaf in _shapes(cfg).items():
+    key, shape = _state_dict_key(path), leaf.shape
+    is_kernel = path[-1] == "kernel"
+    if is_kernel:  # PyTorch's are [out, in] and [out, in, H, W]
+      shape = (shape[-1], shape[-2], *shape[:-2])
+    if key not in given:
+      missing.append(key)
+      continue
+    array = given.pop(key)
+    if len(shape) == 2 and array.shape == (*shape, 1, 1):
+      array = array.reshape(shape)
+    if array.shape != shape:
+      misshapen.append(f"{key} is {array.shape}, not {shape}")
+      continue
+    if is_kernel:
+      array = array.transpose(*range(2, array.ndim), 1, 0)
+    params[path] = np.ascontiguousarray(array, np.float32)
+  problems = [
+    f"{what}: {', '.join(found)}"
+    for what, found in (
+      ("missing", missing),
+      ("unexpected", sorted(given)),
+      ("of another shape", misshapen),
+    )
+    if found
+  ]
+  if problems:
+    raise ValueError(
+      f"{source} does not hold this autoencoder's weights; {'; '.join(problems)}. Needed are the "
+      f"tensors of {WEIGHTS} at {_page(PUBLISHED)}, the layout of diffusers."
+    )
+  return traverse_util.unflatten_dict(params)
+
+
+def _find(name):
+  """The file of weights that a name stands for."""
+  path = pathlib.Path(name).expanduser()
+  if path.is_dir():
+    if not (path / WEIGHTS).is_file():
+      raise _absent(name, f"that folder has no {WEIGHTS}")
+    return path / WEIGHTS
+  if path.is_file():
+    return path
+  if path.suffix == ".safetensors" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    raise _absent(name, "there is no such file or folder")
+  try:
+    return hf_hub_download(name, WEIGHTS)
+  except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
+    raise _absent(
+      name,
+      f"there is no such folder, and no such repository with {WEIGHTS} on the Hugging Face hub",
+    ) from error
+  # No network, a full disk, a download that breaks off: the hub's errors have no base in common,
+  # and the remedy is the same for all.
+  except Exception as error:
+    cause = error
+    if isinstance(error, errors.LocalEntryNotFoundError):  # says only that something went wrong
+      cause = error.__cause__ or error
+    line = str(cause).strip().partition("\n")[0]
+    raise _absent(
+      name,
+      "there is no such folder, and the Hugging Face hub did not give it "
+      f"({type(cause).__name__}: {line})",
+      name,
+    ) from error
+
+
+def _absent(name, reason, repository=PUBLISHED):
+  return FileNotFoundError(
+    f"no VAE weights under {name!r}: {reason}. Download {WEIGHTS} from {_page(repository)} and "
+    "name that file, or the folder you put it in; or name the repository, "
+    f"{repository!r}, on a machine with network: it is then kept in {constants.HF_HUB_CACHE}, "
+    "which can also be copied from another machine."
+  )
+
+
+def _page(repository):
+  return f"https://huggingface.co/{repository}"
+
+
+def _check(what, array, channels):
+  if (
+    array.ndim != 4 or array.shape[-1] != channels or not jnp.issubdtype(array.dtype, jnp.floating)
+  ):
+    raise ValueError(
+      f"got {what} of {array.dtype} {array.shape}; needed are floats [B, H, W, {channels}]"
+      + (", scaled to [-1, 1]." if what == "images" else ".")
+    )
+
+
+def _apply(cfg, params, x, dtype, method):
+  if dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"dtype={dtype!r} is unknown; known are float32, bfloat16.")
+  return (
+    _Autoencoder(cfg, jnp.dtype(dtype))
+    .apply({"params": params}, x, method=method)
+    .astype(jnp.float32)
+  )
+
+
+@functools.lru_cache
+def _shapes(cfg):
+  """{path in the nested dict: array of that shape}, in one order for ever."""
+  network = _Autoencoder(cfg, jnp.dtype("float32"))
+  image = jax.ShapeDtypeStruct((1, cfg.factor, cfg.factor, 3), jnp.float32)
+  shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)["params"]
+  return dict(sorted(traverse_util.flatten_dict(shapes).items()))
+
+
+def _state_dict_key(path):
+  """("encoder", "down_blocks_0_resnets_1", "conv1", "kernel") -> diffusers' key."""
+  *modules, kind = path
+  modules = [re.sub(r"_(\d+)_?", r".\1.", name).strip(".") for name in modules]
+  return ".".join([*modules, "bias" if kind == "bias" else "weight"])
+
+
+def _random_params(cfg):
+  # NumPy's float32 uniforms are exact, whatever machine and accelerator: so is the checksum.
+  rng = np.random.default_rng(0)
+  params = {}
+  for path, leaf in _shapes(cfg).items():
+    noise = 2 * rng.random(leaf.shape, np.float32) - 1  # of variance 1/3
+    if path[-1] == "kernel":
+      params[path] = noise * np.sqrt(3 / np.prod(leaf.shape[:-1]), dtype=np.float32)
+    else:
+      params[path] = np.float32(0.1) * noise + np.float32(path[-1] == "scale")
+  return traverse_util.unflatten_dict(params)
+
+
+def _conv(channels, dtype, size=3, **options):
+  options = {"padding": size // 2, "precision": _precision(dtype)} | options
+  return nn.Conv(channels, (size, size), dtype=dtype, **options)
+
+
+def _precision(dtype):
+  # By default TPUs multiply float32 in one pass of bfloat16, and GPUs as TF32.
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _norm(cfg, dtype, name):
+  # The fast variance, E[x^2] - E[x]^2, cancels where a group's mean is large.
+  return nn.GroupNorm(cfg.groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class _ResidualBlock(nn.Module):
+  cfg: VaeConfig
+  dtype: jnp.dtype
+  channels: int
+
+  @nn.compact
+  def __call__(self, x):
+    h = nn.silu(_norm(self.cfg, self.dtype, "norm1")(x))
+    h = _conv(self.channels, self.dtype, name="conv1")(h)
+    h = nn.silu(_norm(self.cfg, self.dtype, "norm2")(h))
+    h = _conv(self.channels, self.dtype, name="conv2")(h)
+    if x.shape[-1] != self.channels:
+      x = _conv(self.channels, self.dtype, size=1, name="conv_shortcut")(x)
+    return x + h
+
+
+class _Attention(nn.Module):
+  """Self-attention over pixels with one head."""
+
+  cfg: VaeConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    channels, precision = x.shape[-1], _precision(self.dtype)
+    dense = functools.partial(nn.Dense, channels, dtype=self.dtype, precision=precision)
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    x_BxTxC = x.reshape(len(x), -1, channels)
+    h_BxTxC = _norm(self.cfg, self.dtype, "group_norm")(x_BxTxC)
+    q_BxTxC, k_BxTxC, v_BxTxC = (dense(name=f"to_{a}")(h_BxTxC) for a in "qkv")
+    score_BxTxT = einsum("btc,bsc->bts", q_BxTxC, k_BxTxC, preferred_element_type=jnp.float32)
+    weight_BxTxT = nn.softmax(score_BxTxT / np.sqrt(channels)).astype(self.dtype)
+    h_BxTxC = einsum("bts,bsc->btc", weight_BxTxT, v_BxTxC)
+    return x + dense(name="to_out_0")(h_BxTxC).reshape(x.shape)
+
+
+class _MidBlock(nn.Module):
+  cfg: VaeConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    channels = x.shape[-1]
+    x = _ResidualBlock(self.cfg, self.dtype, channels, name="resnets_0")(x)
+    x = _Attention(self.cfg, self.dtype, name="attentions_0")(x)
+    return _ResidualBlock(self.cfg, self.dtype, channels, name="resnets_1")(x)
+
+
+class _Encoder(nn.Module):
+  cfg: VaeConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    cfg, dtype = self.cfg, self.dtype
+    x = _conv(cfg.channels[0], dtype, name="conv_in")(x)
+    for i, channels in enumerate(cfg.channels):
+      level = f"down_blocks_{i}"
+      for j in range(cfg.blocks):
+        x = _ResidualBlock(cfg, dtype, channels, name=f"{level}_resnets_{j}")(x)
+      if i < len(cfg.channels) - 1:
+        # Zeros on the right and at the bottom only.
+        halve = {"strides": 2, "padding": ((0, 1), (0, 1))}
+        x = _conv(channels, dtype, name=f"{level}_downsamplers_0_conv", **halve)(x)
+    x = _MidBlock(cfg, dtype, name="mid_block")(x)
+    x = nn.silu(_norm(cfg, dtype, "conv_norm_out")(x))
+    return _conv(2 * cfg.latent_channels, dtype, name="conv_out")(x)
+
+
+class _Decoder(nn.Module):
+  cfg: VaeConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    cfg, dtype = self.cfg, self.dtype
+    x = _conv(cfg.channels[-1], dtype, name="conv_in")(x)
+    x = _MidBlock(cfg, dtype, name="mid_block")(x)
+    for i, channels in enumerate(reversed(cfg.channels)):
+      level = f"up_blocks_{i}"
+      for j in range(cfg.blocks + 1):
+        x = _ResidualBlock(cfg, dtype, channels, name=f"{level}_resnets_{j}")(x)
+      if i < len(cfg.channels) - 1:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        x = _conv(channels, dtype, name=f"{level}_upsamplers_0_conv")(x)
+    x = nn.silu(_norm(cfg, dtype, "conv_norm_out")(x))
+    return _conv(3, dtype, name="conv_out")(x)
+
+
+class _Autoencoder(nn.Module):
+  cfg: VaeConfig
+  dtype: jnp.dtype
+
+  def setup(self):
+    latent_channels = self.cfg.latent_channels
+    self.encoder = _Encoder(self.cfg, self.dtype)
+    self.quant_conv = _conv(2 * latent_channels, self.dtype, size=1)
+    self.post_quant_conv = _conv(latent_channels, self.dtype, size=1)
+    self.decoder = _Decoder(self.cfg, self.dtype)
+
+  def encode(self, images):
+    return self.quant_conv(self.encoder(images))
+
+  def decode(self, latents):
+    return self.decoder(self.post_quant_conv(latents))
+
+  def __call__(self, images):
+    """All parameters are used, which is what initialisation needs."""
+    return self.decode(self.encode(images)[..., : self.cfg.latent_channels])

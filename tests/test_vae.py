@@ -1,0 +1,464 @@
+"""The VAE against a network written out in NumPy, and against PyTorch's own (diffusers)."""
+
+import hashlib
+import json
+from unittest import mock
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import scipy.signal
+
+from ism_jax.pretrained import vae
+
+# Two levels of one block: every kind of layer, and quick to compile.
+TINY = vae.VaeConfig(channels=(4, 8), blocks=1, groups=2)
+OLD_SPELLING = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def published_shapes(cfg):
+  """{key: shape} of a diffusers AutoencoderKL, written down from its state dict."""
+  shapes, channels = {}, cfg.channels
+
+  def conv(key, inputs, outputs, size=3):
+    shapes[f"{key}.weight"], shapes[f"{key}.bias"] = (outputs, inputs, size, size), (outputs,)
+
+  def vectors(key, width):
+    shapes[f"{key}.weight"], shapes[f"{key}.bias"] = (width,), (width,)
+
+  def resnet(key, inputs, outputs):
+    vectors(f"{key}.norm1", inputs)
+    conv(f"{key}.conv1", inputs, outputs)
+    vectors(f"{key}.norm2", outputs)
+    conv(f"{key}.conv2", outputs, outputs)
+    if inputs != outputs:
+      conv(f"{key}.conv_shortcut", inputs, outputs, 1)
+
+  def mid(key, width):
+    resnet(f"{key}.resnets.0", width, width)
+    vectors(f"{key}.attentions.0.group_norm", width)
+    for name in OLD_SPELLING:
+      shapes[f"{key}.attentions.0.{name}.weight"] = (width, width)
+      shapes[f"{key}.attentions.0.{name}.bias"] = (width,)
+    resnet(f"{key}.resnets.1", width, width)
+
+  def ends(key, inputs, first, last, outputs):
+    conv(f"{key}.conv_in", inputs, first)
+    mid(f"{key}.mid_block", channels[-1])
+    vectors(f"{key}.conv_norm_out", last)
+    conv(f"{key}.conv_out", last, outputs)
+
+  ends("encoder", 3, channels[0], channels[-1], 8)
+  ends("decoder", 4, channels[-1], channels[0], 3)
+  conv("quant_conv", 8, 8, 1)
+  conv("post_quant_conv", 4, 4, 1)
+  for side, block, widths, depth, mover in (
+    ("encoder.down_blocks", channels[0], channels, cfg.blocks, "downsamplers"),
+    ("decoder.up_blocks", channels[-1], channels[::-1], cfg.blocks + 1, "upsamplers"),
+  ):
+    inputs = block
+    for i, width in enumerate(widths):
+      for j in range(depth):
+        resnet(f"{side}.{i}.resnets.{j}", inputs, width)
+        inputs = width
+      if i < len(channels) - 1:
+        conv(f"{side}.{i}.{mover}.0.conv", width, width)
+  return shapes
+
+
+def random_state_dict(cfg):
+  """Weights of which none is special: norms scale by about 1, and no bias is zero."""
+  rng = np.random.default_rng(0)
+  state = {}
+  for key, shape in published_shapes(cfg).items():
+    noise = rng.standard_normal(shape).astype(np.float32)
+    if len(shape) > 1:
+      state[key] = noise / np.sqrt(np.prod(shape[1:])).astype(np.float32)
+    else:
+      state[key] = 0.3 * noise + (key.endswith("weight") and "norm" in key)
+    if "conv_in" in key:
+      state[key] *= 1e-3  # what the first norms see is so small that their epsilon matters
+  return {key: value.astype(np.float32) for key, value in state.items()}
+
+
+def old_spelling(state):
+  """The same weights as older files have them."""
+  renamed = {}
+  for key, value in state.items():
+    for new, old in OLD_SPELLING.items():
+      key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+    renamed[key] = value
+  return renamed
+
+
+class NumpyVae:
+  """Both halves in float64, one image at a time, [C, H, W] as in PyTorch."""
+
+  def __init__(self, cfg, state):
+    self.state = {key: np.float64(value) for key, value in state.items()}
+    self.cfg, self.levels = cfg, len(cfg.channels)
+
+  def conv(self, key, x, stride=1, pad=((1, 1), (1, 1))):
+    kernel, bias = self.state[f"{key}.weight"], self.state[f"{key}.bias"]
+    if kernel.shape[-1] == 1:
+      pad = ((0, 0), (0, 0))
+    x = np.pad(x, ((0, 0), *pad))
+    out = [sum(map(scipy.signal.correlate2d, x, k, ["valid"] * len(x))) for k in kernel]
+    return (np.stack(out) + bias[:, None, None])[:, ::stride, ::stride]
+
+  def norm(self, key, x):
+    weight, bias = self.state[f"{key}.weight"], self.state[f"{key}.bias"]
+    grouped = x.reshape(self.cfg.groups, -1)
+    mean, variance = grouped.mean(1, keepdims=True), grouped.var(1, keepdims=True)
+    x = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    return x * weight[:, None, None] + bias[:, None, None]
+
+  def silu_norm(self, key, x):
+    x = self.norm(key, x)
+    return x / (1 + np.exp(-x))
+
+  def resnet(self, key, x):
+    h = self.conv(f"{key}.conv1", self.silu_norm(f"{key}.norm1", x))
+    h = self.conv(f"{key}.conv2", self.silu_norm(f"{key}.norm2", h))
+    if f"{key}.conv_shortcut.weight" in self.state:
+      x = self.conv(f"{key}.conv_shortcut", x)
+    return x + h
+
+  def attention(self, key, x):
+    dense = lambda name, h: (
+      h @ self.state[f"{key}.{name}.weight"].T + self.state[f"{key}.{name}.bias"]
+    )
+    h = self.norm(f"{key}.group_norm", x).reshape(len(x), -1).T
+    q, k, v = (dense(name, h) for name in ("to_q", "to_k", "to_v"))
+    weight = np.exp(q @ k.T / np.sqrt(len(x)))
+    weight /= weight.sum(1, keepdims=True)
+    return x + dense("to_out.0", weight @ v).T.reshape(x.shape)
+
+  def mid(self, key, x):
+    x = self.resnet(f"{key}.resnets.0", x)
+    return self.resnet(f"{key}.resnets.1", self.attention(f"{key}.attentions.0", x))
+
+  def encode(self, image):
+    """[H, W, 3] -> [h, w, 8], the log-variance as it comes."""
+    x = self.conv("encoder.conv_in", np.moveaxis(np.float64(image), -1, 0))
+    for i in range(self.levels):
+      for j in range(self.cfg.blocks):
+        x = self.resnet(f"encoder.down_blocks.{i}.resnets.{j}", x)
+      if i < self.levels - 1:
+        key = f"encoder.down_blocks.{i}.downsamplers.0.conv"
+        x = self.conv(key, x, stride=2, pad=((0, 1), (0, 1)))
+    x = self.silu_norm("encoder.conv_norm_out", self.mid("encoder.mid_block", x))
+    return np.moveaxis(self.conv("quant_conv", self.conv("encoder.conv_out", x)), 0, -1)
+
+  def decode(self, latent):
+    """[h, w, 4] of the training scale -> [H, W, 3]."""
+    x = self.conv("post_quant_conv", np.moveaxis(np.float64(latent) / 0.18215, -1, 0))
+    x = self.mid("decoder.mid_block", self.conv("decoder.conv_in", x))
+    for i in range(self.levels):
+      for j in range(self.cfg.blocks + 1):
+        x = self.resnet(f"decoder.up_blocks.{i}.resnets.{j}", x)
+      if i < self.levels - 1:
+        x = self.conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", np.kron(x, np.ones((1, 2, 2))))
+    x = self.silu_norm("decoder.conv_norm_out", x)
+    return np.moveaxis(self.conv("decoder.conv_out", x), 0, -1)
+
+
+encode = jax.jit(vae.encode, static_argnums=(0, 3))
+decode = jax.jit(vae.decode, static_argnums=(0, 3))
+
+
+def images_of(shape, seed=0):
+  return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+def latents_of(shape, seed=1):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_close(a, b, relative=1e-4):
+  assert a.shape == b.shape
+  np.testing.assert_allclose(a, b, rtol=0, atol=relative * np.abs(b).max())
+
+
+@pytest.fixture
+def tiny_files(tmp_path, monkeypatch):
+  """The published architecture is a tiny one; returns its weights and the file that holds them."""
+  monkeypatch.setattr(vae, "SD_VAE", TINY)
+  state = random_state_dict(TINY)
+  path = tmp_path / vae.WEIGHTS
+  safetensors.numpy.save_file(state, path)
+  return state, path
+
+
+def assert_same_params(params, state):
+  expected = vae.params_from_state_dict(TINY, state)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_encoder_and_decoder_are_the_network_written_out_in_numpy():
+  state = random_state_dict(TINY)
+  params = vae.params_from_state_dict(TINY, state)
+  reference = NumpyVae(TINY, state)
+  images, latents = images_of((2, 8, 12, 3)), latents_of((2, 4, 6, 4))
+  moments = encode(TINY, params, images, "float32")
+  expected = np.stack([reference.encode(image) for image in images])
+  assert_close(moments[..., :4], expected[..., :4])
+  assert_close(moments[..., 4:], expected[..., 4:])
+  decoded = decode(TINY, params, latents, "float32")
+  assert_close(decoded, np.stack([reference.decode(latent) for latent in latents]))
+
+
+def test_the_published_architecture_has_the_published_tensors():
+  shapes = published_shapes(vae.SD_VAE)
+  assert len(shapes) == 248
+  assert sum(np.prod(shape) for shape in shapes.values()) == 83_653_863
+  # No value is read: this asks only whether keys and shapes are all there, and no others.
+  empty = {key: np.broadcast_to(np.float16(0), shape) for key, shape in shapes.items()}
+  params = vae.params_from_state_dict(vae.SD_VAE, empty)
+  assert len(jax.tree.leaves(params)) == 248
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 83_653_863
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+def test_the_old_spelling_of_the_attention_and_its_1x1_convolutions_are_the_same_weights():
+  state = random_state_dict(TINY)
+  old = old_spelling(state)
+  assert "encoder.mid_block.attentions.0.proj_attn.bias" in old
+  assert len(set(old) - set(state)) == 16
+  assert_same_params(vae.params_from_state_dict(TINY, old), state)
+  convolutions = {
+    key: value[:, :, None, None] if "attentions" in key and value.ndim == 2 else value
+    for key, value in old.items()
+  }
+  assert_same_params(vae.params_from_state_dict(TINY, convolutions), state)
+
+
+def test_the_log_variance_is_clamped_and_the_mean_is_not():
+  params = vae.params_from_state_dict(TINY, random_state_dict(TINY))
+  params["quant_conv"]["bias"] = np.float32([500, -500, 0, 0, 500, -500, 15, -25])
+  moments = np.asarray(encode(TINY, params, images_of((2, 8, 12, 3)), "float32"))
+  np.testing.assert_array_equal(moments[..., 4], 20)
+  np.testing.assert_array_equal(moments[..., 5], -30)
+  assert np.all(np.abs(moments[..., 6:] - [15, -25]) < 5) and np.ptp(moments[..., 6]) > 0
+  assert np.all(moments[..., 0] > 400) and np.all(moments[..., 1] < -400)
+
+
+def test_a_sampled_latent_is_the_scaled_gaussian_in_float32_also_of_float16_moments():
+  rng = np.random.default_rng(0)
+  mean = rng.normal(0, 5, (3, 2, 2, 4)).astype(np.float16)
+  log_variance = rng.uniform(-30, 20, (3, 2, 2, 4)).astype(np.float16)
+  noise = rng.standard_normal((3, 2, 2, 4)).astype(np.float32)
+  moments = np.concatenate([mean, log_variance], axis=-1)
+  latent = vae.sample_latent(jnp.asarray(moments), jnp.asarray(noise), 0.18215)
+  deviation = np.sqrt(np.exp(np.float64(log_variance)))
+  assert latent.dtype == jnp.float32
+  # float16 could not hold these products to 1e-5.
+  np.testing.assert_allclose(
+    latent, 0.18215 * (np.float64(mean) + deviation * noise), rtol=1e-5, atol=1e-5
+  )
+  with pytest.raises(
+    ValueError, match=r"noise of shape \(3, 2, 2, 8\) .* needed is \(3, 2, 2, 4\)"
+  ):
+    vae.sample_latent(jnp.asarray(moments), jnp.asarray(moments), 0.18215)
+
+
+def test_every_float32_product_asks_for_full_precision():
+  """On TPUs and GPUs the default is less than float32: bfloat16 and TF32."""
+  params = vae.params_from_state_dict(TINY, random_state_dict(TINY))
+  shape = lambda *n: jax.ShapeDtypeStruct(n, jnp.float32)
+  for half, argument in ((vae.encode, shape(1, 8, 8, 3)), (vae.decode, shape(1, 1, 1, 4))):
+    text = jax.jit(half, static_argnums=0).lower(TINY, params, argument).as_text()
+    products = [s for s in text.splitlines() if "dot_general" in s or "stablehlo.convolution" in s]
+    assert len(products) > 15
+    assert all("HIGHEST" in product for product in products)
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_near_float32_and_returns_float32():
+  params = vae.params_from_state_dict(TINY, random_state_dict(TINY))
+  for half, x in ((encode, images_of((2, 8, 12, 3))), (decode, latents_of((2, 4, 6, 4)))):
+    full, low = (half(TINY, params, x, dtype) for dtype in ("float32", "bfloat16"))
+    assert low.dtype == jnp.float32
+    assert 1e-5 < np.linalg.norm(full - low) / np.linalg.norm(full) < 0.05
+  with pytest.raises(ValueError, match="dtype='float16' is unknown; known are float32, bfloat16"):
+    vae.decode(TINY, params, x, "float16")
+
+
+def test_input_that_does_not_fit_is_an_error_that_says_what_does():
+  images, latents = jnp.zeros((1, 20, 24, 3)), jnp.zeros((1, 2, 2, 3))
+  with pytest.raises(ValueError, match=r"images of 20x24 pixels .* multiples of 8. Crop .* 16x24"):
+    vae.encode(vae.SD_VAE, {}, images)
+  with pytest.raises(ValueError, match=r"got images of uint8 .* needed are floats \[B, H, W, 3\]"):
+    vae.encode(TINY, {}, images.astype(jnp.uint8))
+  with pytest.raises(ValueError, match=r"got latents of float32 \(1, 2, 2, 3\); .* \[B, H, W, 4\]"):
+    vae.decode(TINY, {}, latents)
+  with pytest.raises(ValueError, match=r"channels=\(4, 6\) must be multiples of groups=4"):
+    vae.VaeConfig(channels=(4, 6), groups=4)
+
+
+def test_weights_load_from_a_file_from_its_folder_and_offline_from_the_hub_cache(
+  tiny_files, tmp_path, monkeypatch
+):
+  state, path = tiny_files
+  snapshot = tmp_path / "hub" / "models--someone--some-vae" / "snapshots" / "abc"
+  snapshot.mkdir(parents=True)
+  (snapshot / vae.WEIGHTS).write_bytes(path.read_bytes())
+  (snapshot.parents[1] / "refs").mkdir()
+  (snapshot.parents[1] / "refs" / "main").write_text("abc")
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  for name in (str(path), str(path.parent), "someone/some-vae"):
+    loaded = vae.load(name)
+    assert (loaded.cfg, loaded.name) == (TINY, name)
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert_same_params(loaded.params, state)
+
+
+def test_absent_weights_are_one_error_that_says_what_to_download_and_where_to_put_it(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  remedy = f"Download {vae.WEIGHTS} from https://huggingface.co/stabilityai/sd-vae-ft-mse and"
+  for name, reason in {
+    "stabilityai/sd-vae-ft-mse": "hub did not give it",
+    str(tmp_path): f"that folder has no {vae.WEIGHTS}",
+    str(tmp_path / "absent.safetensors"): "no such file or folder",
+    "weights/vae.safetensors": "no such file or folder",
+    "./stabilityai/sd-vae-ft-mse": "no such file or folder",
+    "sd-vae": "no such file or folder",
+  }.items():
+    with pytest.raises(FileNotFoundError) as error:
+      vae.load(name)
+    message = str(error.value)
+    assert message.startswith(f"no VAE weights under {name!r}: ") and "\n" not in message
+    assert reason in message and remedy in message and str(tmp_path / "hub") in message
+  with pytest.raises(FileNotFoundError, match=r"offline.*huggingface\.co/someone/other-vae and"):
+    vae.load("someone/other-vae")
+
+  def not_found(repository, filename):
+    raise huggingface_hub.errors.RepositoryNotFoundError("404", response=mock.Mock())
+
+  # The page of what does not exist would be no help.
+  monkeypatch.setattr(vae, "hf_hub_download", not_found)
+  with pytest.raises(FileNotFoundError, match="no such repository with") as error:
+    vae.load("stabilityai/sd-vae-ftmse")
+  assert remedy in str(error.value)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named_at_once(tiny_files):
+  state, path = tiny_files
+  del state["encoder.conv_in.bias"], state["decoder.mid_block.attentions.0.to_out.0.weight"]
+  state["surplus"] = state["encoder.surplus.weight"] = state["encoder.conv_norm_out.weight"]
+  state["encoder.mid_block.attentions.0.query.weight"] = np.zeros((8, 8), np.float32)  # twice
+  state["decoder.conv_out.weight"] = np.zeros((3, 4, 1, 1), np.float32)
+  state["quant_conv.weight"] = np.zeros((8, 8), np.float32)
+  state["quant_conv.bias"] = np.zeros(7, np.float32)
+  safetensors.numpy.save_file(state, path)
+  with pytest.raises(ValueError) as error:
+    vae.load(str(path))
+  message = str(error.value)
+  assert message.startswith(f"{path} does not hold this autoencoder's weights")
+  lists = dict(part.split(": ", 1) for part in message.split(". Needed are")[0].split("; ")[1:])
+  assert sorted(lists["missing"].split(", ")) == [
+    "decoder.mid_block.attentions.0.to_out.0.weight",
+    "encoder.conv_in.bias",
+  ]
+  assert lists["unexpected"].split(", ") == [
+    "encoder.mid_block.attentions.0.query.weight",
+    "encoder.surplus.weight",
+    "surplus",
+  ]
+  for told in (
+    "decoder.conv_out.weight is (3, 4, 1, 1), not (3, 4, 3, 3)",
+    "quant_conv.weight is (8, 8), not (8, 8, 1, 1)",
+    "quant_conv.bias is (7,), not (8,)",
+  ):
+    assert told in lists["of another shape"]
+  assert lists["of another shape"].count(" is ") == 3
+
+
+@pytest.mark.parametrize("damage", ["empty", "header", "tensors", "text", "bfloat16"])
+def test_a_damaged_or_foreign_file_is_an_error_that_names_it(tiny_files, damage):
+  _, path = tiny_files
+  content = path.read_bytes()
+  start = 8 + int.from_bytes(content[:8], "little")
+  header = json.dumps({"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+  path.write_bytes(
+    {
+      "empty": b"",
+      "header": content[: start // 2],
+      "tensors": content[:-1000],
+      "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+      "bfloat16": len(header).to_bytes(8, "little") + header + b"\0\0",
+    }[damage]
+  )
+  remedy = "save it as float32" if damage == "bfloat16" else f"Download {vae.WEIGHTS} again"
+  with pytest.raises(ValueError, match=remedy) as error:
+    vae.load(str(path))
+  assert str(error.value).startswith(str(path))
+
+
+def test_random_weights_are_the_same_on_every_machine():
+  # Data that was encoded with them elsewhere is refused if they change.
+  assert vae.load("random-small").sha256.startswith("a49dc4d6636d")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random-small", "random"])
+def test_random_weights_give_latents_and_images_of_ordinary_size(name):
+  random = vae.load(name)
+  images = images_of((2, 64, 48, 3))
+  moments = encode(random.cfg, random.params, images, "float32")
+  assert moments.shape == (2, 8, 6, 8)
+  assert 0.1 < np.std(moments[..., :4]) < 10 and np.abs(moments[..., 4:]).max() < 10
+  decoded = decode(random.cfg, random.params, random.cfg.scale * moments[..., :4], "float32")
+  assert decoded.shape == images.shape
+  assert 0.1 < np.std(decoded) < 2
+  # What an image shows reaches its latent, and the latent the decoded image.
+  assert np.abs(moments[0] - moments[1]).max() > 0.1
+  assert np.abs(decoded[0] - decoded[1]).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def torch_vae():
+  """diffusers' AutoencoderKL of the published architecture at random weights."""
+  import diffusers
+  import torch
+
+  network = diffusers.AutoencoderKL(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+  ).eval()
+  state = random_state_dict(vae.SD_VAE)
+  network.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+  return network
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["new", "old"])
+def test_the_published_architecture_agrees_with_pytorch(torch_vae, tmp_path, spelling):
+  import safetensors.torch
+  import torch
+
+  path = tmp_path / vae.WEIGHTS
+  safetensors.torch.save_file(torch_vae.state_dict(), path)
+  if spelling == "old":
+    safetensors.numpy.save_file(old_spelling(safetensors.numpy.load_file(path)), path)
+  loaded = vae.load(str(tmp_path))
+
+  images, latents = images_of((2, 32, 48, 3)), latents_of((2, 4, 6, 4))
+  to_torch = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+  from_torch = lambda x: np.moveaxis(x.numpy(), 1, -1)
+  with torch.no_grad():
+    gaussian = torch_vae.encode(to_torch(images)).latent_dist
+    decoded = torch_vae.decode(to_torch(latents) / 0.18215).sample
+  moments = encode(loaded.cfg, loaded.params, images, "float32")
+  assert_close(moments[..., :4], from_torch(gaussian.mean))
+  assert_close(moments[..., 4:], from_torch(gaussian.logvar))
+  assert_close(decode(loaded.cfg, loaded.params, latents, "float32"), from_torch(decoded))
