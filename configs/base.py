@@ -24,15 +24,17 @@ def get_base() -> ml_collections.ConfigDict:
       "batch_size": 256,  # open; SiT, DiT and SM
       "micro_batches": 1,
       "scan_steps": 8,
+      "placement": "auto",
       "data": {
-        "name": "imagenet256",
-        "dir": "",  # TFDS's default
+        "name": "latents",
+        "dir": "",  # that of ism_jax.encode; of TFDS's datasets "" is TFDS's default
         "image_size": 32,  # latents of sd-vae-ft-mse
         "channels": 4,
         "num_classes": 1000,
-        "flip": False,
+        "flip": True,
         "seed": 0,
         "num_threads": 16,
+        "vae": "stabilityai/sd-vae-ft-mse",
       },
       "model": {
         "size": "SiT-XL/2",  # paper

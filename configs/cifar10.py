@@ -19,7 +19,7 @@ def get_config(variant: str = "ism"):
       "data": {
           "name": "cifar10", "image_size": 32, "channels": 3, "num_classes": 10,
           "flip": True,  # as usual for CIFAR-10
-          "num_threads": 8,
+          "num_threads": 8, "vae": "",
       },
       "model": {"size": "SiT-S/2", "remat": "none"},  # 256 tokens, as ImageNet's latents have
       "coupling": {"pool_size": 8},  # 2,048 images

@@ -16,6 +16,7 @@ def get_config(variant: str = "ism"):
       "scan_steps": 4,
       "data": {
           "name": "digits", "image_size": 8, "channels": 1, "num_classes": 10, "num_threads": 2,
+          "flip": False, "vae": "",
       },
       "model": {"size": "SiT-XXS/4", "dtype": "float32", "remat": "none", "unroll": 3},
       "coupling": {"pool_size": 4, "class_penalty": 5.0},

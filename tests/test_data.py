@@ -32,6 +32,7 @@ def config(directory, **changes):
     flip=False,
     seed=0,
     num_threads=2,
+    vae="",
   )
   return data.DataConfig(**{**values, **changes})
 
@@ -192,19 +193,19 @@ def test_flips_mirror_half_of_the_images_anew_in_every_epoch(source):
 def test_a_process_reads_its_own_rows_alone(source):
   class Counting:
     def __init__(self):
-      self.read = 0
+      self.count = 0
 
     def __len__(self):
       return len(source)
 
-    def __getitems__(self, keys):
-      self.read += len(keys)
-      return source.__getitems__(keys)
+    def read(self, keys, mirror):
+      self.count += len(keys)
+      return source.read(keys, mirror)
 
   counting = Counting()
   settings = dict(batch_size=64, pool_size=2, seed=0, num_threads=0)
   next(data.pools(counting, **settings, process_index=1, process_count=4))
-  assert counting.read == 2 * 64 // 4
+  assert counting.count == 2 * 64 // 4
 
 
 def test_a_resumed_iterator_continues_bit_exactly_from_its_json(source):
@@ -390,7 +391,7 @@ def dying(self):
       os.kill(os.getpid(), signal.SIGKILL)
     yield example
 Digits._generate_examples = dying
-data.load_source(data.DataConfig("digits", sys.argv[1], 8, 1, 10, False, 0, 0))
+data.load_source(data.DataConfig("digits", sys.argv[1], 8, 1, 10, False, 0, 0, ""))
 """
   assert python(code, tmp_path).wait(60) == -signal.SIGKILL
   assert list((tmp_path / "digits").iterdir()), "the preparation had not begun"
@@ -424,7 +425,7 @@ def test_neither_preparing_nor_reading_imports_tensorflow(tmp_path, cifar10):
 import sys
 from ism_jax import data
 for values in (("digits", "", 8, 1), ("cifar10", sys.argv[1], 32, 3)):
-  source = data.load_source(data.DataConfig(*values, 10, True, 0, 1))
+  source = data.load_source(data.DataConfig(*values, 10, True, 0, 1, ""))
   next(data.pools(source, batch_size=8, pool_size=1, seed=0))
 assert "tensorflow" not in sys.modules
 """

@@ -6,23 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, digits, imagenet256
-from ism_jax import experiment, sharding, state, train
+from configs import base, digits, imagenet256, imagenet512
+from ism_jax import experiment, sharding, state, train, wavelets
 
 # Those less one technique take what the cumulative rows take.
 VARIANTS = [
   pytest.param(v, marks=pytest.mark.slow) if v.startswith("no_") else v for v in base.VARIANTS
 ]
-
-
-def first_pool(exp, mesh):
-  """The shapes of a pool, on the mesh."""
-  k, m = exp.coupling.pool_size, exp.batch_size
-  rows = sharding.rows(mesh, axis=1)
-  return {
-    "x1": jax.ShapeDtypeStruct((k, m, *exp.image_shape), jnp.float32, sharding=rows),
-    "c": jax.ShapeDtypeStruct((k, m), jnp.int32, sharding=rows),
-  }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -36,7 +26,7 @@ def test_every_variant_of_digits_takes_a_step_that_moves_every_tree(variant):
   keys = train.base_keys(0)
   s = train.init_function(exp, mesh)(keys.init)
   before = jax.device_get(s)
-  pool = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), first_pool(exp, mesh))
+  pool = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), train.abstract_pool(exp, mesh))
   pool, _ = train.couple_function(exp, mesh)(pool, keys, 0)
   steps = train.steps_function(exp, mesh)
   for _ in range(3):  # Adam's warm-up starts at a learning rate of zero
@@ -58,7 +48,7 @@ def test_every_variant_of_imagenet256_traces_on_eight_devices(variant):
   experiment.check_devices(exp, mesh.size)
   keys = jax.eval_shape(lambda: train.base_keys(0))
   pool, info = jax.eval_shape(
-    train.couple_function(exp, mesh), first_pool(exp, mesh), keys, jnp.zeros((), int)
+    train.couple_function(exp, mesh), train.abstract_pool(exp, mesh), keys, jnp.zeros((), int)
   )
   assert pool["x0"].shape == (32, 256, 32, 32, 4)
   assert ("attained_gain" in info) == (exp.coupling.coupling == "ot")
@@ -78,6 +68,19 @@ def test_imagenet256_has_the_papers_values():
   assert (exp.objective.w_max, exp.objective.t_interval) == (3.5, 0.3)
   assert exp.wavelet.levels == -1 and exp.image_shape == (32, 32, 4)
   assert (exp.objective.alpha, exp.objective.beta, exp.objective.gamma) == (1, 1, 1)
+
+
+def test_imagenet_names_variants_sizes_and_the_length_of_the_ablation():
+  exp = experiment.parse(imagenet256.get_config("b2,wavelet,250k"))
+  assert (exp.model.size, exp.variant, exp.steps) == ("SiT-B/2", "wavelet", 250_000)
+  exp = experiment.parse(imagenet512.get_config("l2"))
+  assert (exp.model.size, exp.variant, exp.steps) == ("SiT-L/2", "ism", 800_000)
+  assert exp.image_shape == (64, 64, 4)
+  assert wavelets.depth(exp.wavelet, exp.image_shape[:2]) == 6
+  with pytest.raises(ValueError, match=r"'b3' is no variant, .*known are sm, .* b2, "):
+    imagenet256.get_config("ism,b3")
+  with pytest.raises(ValueError, match="names 2 variants"):
+    imagenet256.get_config("ism,sm")
 
 
 def test_rows_of_the_ablation_differ_by_the_techniques_they_are_named_for():
@@ -125,6 +128,7 @@ def test_a_config_from_a_checkpoint_is_the_same_experiment():
   [
     ({"scan_steps": 3}, "scan_steps=3 does not divide"),
     ({"steps": 0}, "steps=0"),
+    ({"placement": "zero1"}, "known are auto, replicated, sharded"),
     ({"wavelet": {"levels": 4}}, "at most 3"),
     ({"data": {"image_size": 10}}, "do not split into the 4x4 patches"),
     ({"evaluation": {"steps": (1, 3)}}, "off the trained grid"),

@@ -2,7 +2,11 @@
 
 A dataset is ArrayRecord files, prepared once by a TFDS builder and read at random; no TensorFlow
 anywhere. Our own datasets are prepared here, on first use; TFDS's are only read, because preparing
-them (encoding an image, for one) does need TensorFlow.
+them (encoding an image, for one) does need TensorFlow. Latents are made by `ism_jax.encode`.
+
+A source is what the stream is drawn from: `len(source)` images, of which source.read(keys, mirror)
+gives ({name: array [N, ...]}, labels int32 [N]) for int keys [N] and, bool [N], which of them are
+mirrored left to right.
 
 The stream is a function of the seed: epoch e is a permutation and one coin per position, drawn from
 (seed, e), epochs follow each other without a gap, and batch b is the positions [b * B, (b + 1) * B)
@@ -22,6 +26,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ism_jax.data import latents
 from ism_jax.data.digits import Digits
 from ism_jax.data.photos import Photos
 
@@ -35,15 +40,18 @@ class DataConfig:
 
   Attributes:
     name: of the dataset: one of ours, or any of TFDS's ("cifar10", "imagenet_resized/32x32") that
-      has uint8 images of one size in "image" and classes in "label".
-    dir: where TFDS datasets are kept; "" for TFDS's default, TFDS_DATA_DIR or else
-      ~/tensorflow_datasets.
-    image_size: height and width, in pixels.
-    channels: of an image.
+      has uint8 images of one size in "image" and classes in "label"; or "latents", which
+      `python -m ism_jax.encode` makes.
+    dir: of latents, their folder. Otherwise where TFDS datasets are kept; "" for TFDS's default,
+      TFDS_DATA_DIR or else ~/tensorflow_datasets.
+    image_size: height and width, in pixels, or of a latent.
+    channels: of an image or latent.
     num_classes: of the labels, the null class not counted.
     flip: whether training mirrors every other image, left to right, at random.
     seed: of the shuffle and the flips.
     num_threads: that read and decode in each process; 0 reads when a pool is asked for.
+    vae: of latents, with which the data was encoded and which decodes samples, by the name that it
+      has in their manifest, see `pretrained.vae.load`; "" where the data is pixels.
   """
 
   name: str
@@ -54,8 +62,14 @@ class DataConfig:
   flip: bool
   seed: int
   num_threads: int
+  vae: str
 
   def __post_init__(self):
+    if (self.name == latents.NAME) != bool(self.vae):
+      raise ValueError(
+        f"data.vae={self.vae!r} does not go with data.name={self.name!r}: {latents.NAME!r} needs "
+        'the name of their VAE, such as "stabilityai/sd-vae-ft-mse", and images need "".'
+      )
     for field in ("image_size", "channels", "num_classes"):
       if getattr(self, field) < 1:
         raise ValueError(f"data.{field}={getattr(self, field)} must be at least 1.")
@@ -64,22 +78,77 @@ class DataConfig:
         raise ValueError(f"data.{field}={getattr(self, field)} must be at least 0.")
 
 
-def _builder(cfg):
+class Images:
+  """The images of a TFDS dataset, as a source."""
+
+  def __init__(self, records):
+    self._records = records
+
+  def __len__(self):
+    return len(self._records)
+
+  def read(self, keys, mirror):
+    """{"x1": float32 [N, H, W, C] in [-1, 1]} and labels."""
+    images, labels = self.stored(keys)
+    images[mirror] = images[mirror, :, ::-1]
+    return {"x1": to_unit_range(images)}, labels
+
+  def stored(self, keys):
+    """Images as they are, uint8 [N, H, W, C], and labels int32 [N]."""
+    records = self._records.__getitems__(np.asarray(keys).tolist())
+    return np.stack([r["image"] for r in records]), np.array(
+      [r["label"] for r in records], np.int32
+    )
+
+
+def tfds_builder(name, directory):
+  """The TFDS builder of a dataset, ours or TFDS's; `directory` as in a DataConfig.
+
+  Raises:
+    ValueError: there is no such dataset.
+  """
   try:
-    return tfds.builder(cfg.name, data_dir=cfg.dir or None)
+    return tfds.builder(name, data_dir=directory or None)
   except (ValueError, AssertionError, ImportError) as error:  # the name, config, version or code
-    name = cfg.name.partition("/")[0]
-    close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
+    family = name.partition("/")[0]
+    close = difflib.get_close_matches(family, tfds.list_builders(with_community_datasets=False))
     raise ValueError(
-      f"data.name={cfg.name!r} is not a dataset that can be read; known: {_OWN_NAMES}, and TFDS's "
+      f"data.name={name!r} is not a dataset that can be read; known: {_OWN_NAMES}, and TFDS's "
       f"by name or name/config, such as {', '.join(close or ['cifar10', 'mnist'])}. TFDS says: "
       f"{str(error).splitlines()[0]}"
     ) from error
 
 
+def open_split(builder, split, decoders=None):
+  """A split of a TFDS dataset that is prepared: a random access source of its records.
+
+  Args:
+    builder: see `tfds_builder`. split: as TFDS writes it: "test", "train[:90%]".
+    decoders: of TFDS, by feature.
+  Raises:
+    ValueError: the dataset is not prepared, or has no such split.
+  """
+  try:
+    return builder.as_data_source(split=split, decoders=decoders)
+  # TFDS raises this for files in another format, and it assumes one where there are none.
+  except NotImplementedError as error:
+    name = builder.info.full_name.rpartition("/")[0]
+    raise ValueError(
+      f"dataset {name!r} is not at {builder.data_path} as ArrayRecord, and preparing it takes "
+      "TensorFlow, which this project does without. In an environment of its own, `pip install "
+      'tensorflow-cpu tensorflow-datasets importlib_resources` and `python -c "import '
+      f"tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir='DIR')"
+      ".download_and_prepare(file_format='array_record')\"`, with a DIR that does not have it in "
+      f"another format. Then set data.dir=DIR, or copy DIR/{builder.name} to "
+      f"{builder.data_dir_root}."
+    ) from error
+
+
 def directory(cfg):
   """The folder of the dataset, with all its versions; what is derived from the data goes there."""
-  return os.path.dirname(os.fspath(_builder(cfg).data_path))
+  if cfg.name == latents.NAME:
+    return cfg.dir
+  return os.path.dirname(os.fspath(tfds_builder(cfg.name, cfg.dir).data_path))
 
 
 def load_source(cfg, split="train"):
@@ -92,15 +161,18 @@ def load_source(cfg, split="train"):
 
   Args:
     cfg: a DataConfig.
-    split: as TFDS writes it: "test", "train[:90%]".
+    split: as TFDS writes it: "test", "train[:90%]". Latents have "train" alone.
   Returns:
-    A random access source of {"image": uint8 [H, W, C], "label": int}, with `__getitems__` to
-    read many at once. Records may hold more keys.
+    A source, `Images` or `latents.Latents`.
   Raises:
     ValueError: the dataset is unknown, not of classified images, not what the model is built for,
-      TFDS's and not prepared, or without such a split.
+      TFDS's and not prepared, or without such a split; latents that are not whole.
   """
-  make = functools.partial(_builder, cfg)
+  if cfg.name == latents.NAME:
+    if split != "train":
+      raise ValueError(f"latents have no split {split!r}: what is in data.dir is 'train'.")
+    return latents.Latents(cfg)
+  make = functools.partial(tfds_builder, cfg.name, cfg.dir)
   builder = make()
   _check_fits(cfg, builder.info.features)
   if isinstance(builder, _OWN):
@@ -110,19 +182,7 @@ def load_source(cfg, split="train"):
       builder = make()  # knows what lies on the disk now
       if not builder.data_path.exists():
         raise
-  try:
-    return builder.as_data_source(split=split)
-  # TFDS raises this for files in another format, and it assumes one where there are none.
-  except NotImplementedError as error:
-    raise ValueError(
-      f"dataset {cfg.name!r} is not at {builder.data_path} as ArrayRecord, and preparing it takes "
-      "TensorFlow, which this project does without. In an environment of its own, `pip install "
-      'tensorflow-cpu tensorflow-datasets importlib_resources` and `python -c "import '
-      f"tensorflow_datasets as tfds; tfds.builder({cfg.name!r}, data_dir='DIR')"
-      ".download_and_prepare(file_format='array_record')\"`, with a DIR that does not have it in "
-      f"another format. Then set data.dir=DIR, or copy DIR/{builder.name} to "
-      f"{builder.data_dir_root}."
-    ) from error
+  return Images(open_split(builder, split))
 
 
 def pools(
@@ -139,8 +199,7 @@ def pools(
   """An endless iterator over pools of training batches, each image exactly once per epoch.
 
   Args:
-    source: random access source of {"image": uint8 [H, W, C], "label": int}, which may hold fewer
-      records than a batch.
+    source: see above; it may hold fewer images than a batch.
     batch_size: rows of the global batch, of which process p yields [p * M, (p + 1) * M) with
       M = batch_size / process_count.
     pool_size: batches in a pool, K.
@@ -148,7 +207,8 @@ def pools(
     flip: see DataConfig; does not change the order.
     num_threads: see DataConfig; does not change what is read.
   Returns:
-    A grain DatasetIterator of {"x1": float32 [K, M, H, W, C] in [-1, 1], "c": int32 [K, M]}.
+    A grain DatasetIterator of {"x1": float32 [K, M, H, W, C] in [-1, 1], "c": int32 [K, M]}; of
+    latents, of {"moments": float16 [K, M, H, W, 2 C], "c"}, mean and log-variance.
     Its get_state() is a small dict of JSON that counts global batches: the same in every process,
     and valid for another process_count, pool_size, num_threads or flip, but not for another source,
     seed or batch_size, which it does not notice.
@@ -177,10 +237,8 @@ def pools(
     epochs, places = np.divmod(np.arange(start, start + rows), size)
     parts = [drawn(e)[:, places[epochs == e]] for e in np.unique(epochs)]
     keys, mirror = np.concatenate(parts, axis=1)
-    images, labels = _stack(source.__getitems__(keys.tolist()))
-    mirror = mirror.astype(bool)
-    images[mirror] = images[mirror, :, ::-1]
-    return {"x1": to_unit_range(images), "c": labels}
+    arrays, labels = source.read(keys, mirror.astype(bool))
+    return {**arrays, "c": labels}
 
   # One pool is read ahead while the one before it trains.
   options = grain.ReadOptions(num_threads, prefetch_buffer_size=max(pool_size, num_threads))
@@ -194,13 +252,17 @@ def to_unit_range(images):
 
 
 def all_images(source):
-  """A small dataset whole, in its own order: images uint8 [N, H, W, C] and labels int32 [N]."""
-  return _stack(source.__getitems__(range(len(source))))
+  """A small dataset whole, in its own order: images uint8 [N, H, W, C] and labels int32 [N].
 
-
-def _stack(records):
-  images = np.stack([r["image"] for r in records])
-  return images, np.array([r["label"] for r in records], np.int32)
+  Raises:
+    ValueError: it is one of latents.
+  """
+  if not isinstance(source, Images):
+    raise ValueError(
+      "data.name='latents' has no images, only their latents, and what was asked for compares "
+      "samples with images: it takes a dataset of images."
+    )
+  return source.stored(range(len(source)))
 
 
 def _check_fits(cfg, features):

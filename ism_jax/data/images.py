@@ -1,0 +1,280 @@
+"""Classified images as they are published, read at random, and cropped to squares.
+
+A source is a list of images in a fixed order, by class and then by name. Nothing is unpacked: a
+member of a tar file, also of one that lies inside another, is read where it is.
+"""
+
+from collections.abc import Callable
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import os
+import tarfile
+
+from absl import logging
+import numpy as np
+from PIL import Image
+import tensorflow_datasets as tfds
+
+from ism_jax.data import pipeline
+
+CROP = "ADM centre crop"
+TFDS = "tfds:"
+_SUFFIXES = (
+  ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
+_LEVELS_PER_LEVEL = 257  # 65535 / 255: 16-bit levels in one of 8 bits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """Images of classes, in an order that depends on their names alone.
+
+  Attributes:
+    classes: their names; the label of a class is its place.
+    size: number of images.
+    listing: checksum of the classes' and the images' names. Sources with the same one hold the same
+      images, as far as names tell.
+    name: of image i.
+    read: image i -> (content, label). The content is that of an image file or, where a dataset
+      holds decoded pixels, uint8 [H, W, 1 or 3]. Any thread may call it. Raises OSError.
+  """
+
+  classes: tuple[str, ...]
+  size: int
+  listing: str
+  name: Callable[[int], str]
+  read: Callable[[int], tuple[bytes | np.ndarray, int]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _File:
+  """`size` bytes at `offset` of `path`, or the whole file where they are None."""
+
+  name: str
+  path: str
+  offset: int | None = None
+  size: int | None = None
+
+
+def open_source(images: str, tfds_dir: str) -> Source:
+  """Finds all images, and reads none.
+
+  Args:
+    images: a folder of class folders; a folder of tar files, one for each class; a tar file of such
+      tar files (ImageNet's ILSVRC2012_img_train.tar); or "tfds:NAME", a dataset of TFDS prepared as
+      ArrayRecord, whose training split is taken. Classes are named by their folders or tar files.
+      Files that are hidden or have no suffix of an image are left out, which is logged.
+    tfds_dir: where TFDS datasets are; "" for TFDS's default.
+  Raises:
+    ValueError: there is no such source, it holds no images, or a class is empty.
+  """
+  if images.startswith(TFDS):
+    return _from_tfds(images.removeprefix(TFDS), tfds_dir)
+  if os.path.isdir(images):
+    files = _files_of_folder(images)
+  elif os.path.isfile(images):
+    files = _files_of_tar_of_tars(images)
+  else:
+    raise ValueError(
+      f"--images={images}: there is no such file or folder. Needed is a folder of class folders, "
+      "a folder of class tar files, ILSVRC2012_img_train.tar, or tfds:NAME."
+    )
+  if empty := sorted(name for name, members in files.items() if not members):
+    raise ValueError(
+      f"{len(empty)} of the {len(files)} classes of {images} have no image: {', '.join(empty)}. "
+      f"Remove them, or add their images (files with one of the suffixes {' '.join(_SUFFIXES)})."
+    )
+  classes = tuple(sorted(files))
+  flat = [
+    (file, label)
+    for label, name in enumerate(classes)
+    for file in sorted(files[name], key=lambda file: file.name)
+  ]
+  names = "\n".join((*classes, "", *(file.name for file, _ in flat)))
+
+  def read(i):
+    file, label = flat[i]
+    with open(file.path, "rb") as f:
+      if file.offset is None:
+        return f.read(), label
+      f.seek(file.offset)
+      return f.read(file.size), label
+
+  return Source(
+    classes=classes,
+    size=len(flat),
+    listing=hashlib.sha256(names.encode()).hexdigest(),
+    name=lambda i: flat[i][0].name,
+    read=read,
+  )
+
+
+def _only_images(names, where):
+  """The names that have the suffix of an image; logs how many others there are."""
+  visible = [name for name in names if not os.path.basename(name).startswith(".")]
+  found = [name for name in visible if name.lower().endswith(_SUFFIXES)]
+  if others := sorted(set(visible) - set(found)):
+    logging.warning(
+        "%s: %d files that are no images by their suffix are left out, such as %s.",
+        where, len(others), others[0],
+    )  # fmt: skip
+  return found
+
+
+def _files_of_folder(folder) -> dict[str, list[_File]]:
+  entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+  classes = [entry.name for entry in entries if entry.is_dir()]
+  tars = [entry.name for entry in entries if entry.is_file() and entry.name.endswith(".tar")]
+  if classes and tars:
+    raise ValueError(
+      f"{folder} holds both {len(classes)} folders, such as {min(classes)}, and {len(tars)} tar "
+      f"files, such as {min(tars)}: keep those that are the classes and move the others away."
+    )
+  if not classes and not tars:
+    raise ValueError(
+      f"{folder} holds neither class folders nor tar files of classes; needed is a folder like "
+      f"{folder}/CLASS/IMAGE.jpg or {folder}/CLASS.tar."
+    )
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    if tars:
+      members = pool.map(lambda name: _members(os.path.join(folder, name), name[:-4]), tars)
+      return dict(zip((name[:-4] for name in tars), members, strict=True))
+    members = pool.map(lambda name: _files_of_class_folder(folder, name), classes)
+    return dict(zip(classes, members, strict=True))
+
+
+def _files_of_class_folder(folder, name):
+  with os.scandir(os.path.join(folder, name)) as entries:
+    files = [entry.name for entry in entries if not entry.is_dir()]  # broken links, too
+  return [
+    _File(f"{name}/{file}", os.path.join(folder, name, file))
+    for file in _only_images(files, os.path.join(folder, name))
+  ]
+
+
+def _files_of_tar_of_tars(path) -> dict[str, list[_File]]:
+  outer = _regular_members(path, 0, os.path.getsize(path))
+  tars = [member for member in outer if member.name.endswith(".tar")]
+  if not tars or len(tars) != len(outer):
+    strange = next((member.name for member in outer if member not in tars), "nothing")
+    raise ValueError(
+      f"{path} is no tar file of class tar files such as ILSVRC2012_img_train.tar: it holds "
+      f"{strange}. Images in class folders are read from the folder, unpacked."
+    )
+  class_of = lambda member: os.path.basename(member.name)[:-4]
+  # In threads: on network storage nearly all of the time is waiting for one header after another.
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    members = pool.map(lambda m: _members(path, class_of(m), m.offset_data, m.size), tars)
+    return dict(zip(map(class_of, tars), members, strict=True))
+
+
+def _members(path, class_name, start=0, size=None) -> list[_File]:
+  """The images in the tar file of a class, which begins at byte `start` of `path`."""
+  size = os.path.getsize(path) - start if size is None else size
+  members = {m.name.removeprefix("./"): m for m in _regular_members(path, start, size)}
+  return [
+    _File(f"{class_name}/{name}", path, members[name].offset_data, members[name].size)
+    for name in _only_images(members, f"{class_name}.tar")
+  ]
+
+
+def _regular_members(path, start, size) -> list[tarfile.TarInfo]:
+  damaged = (
+    f"{path} is truncated, damaged or no (uncompressed) tar file: the archive of {size} bytes that "
+    f"begins at byte {start} "
+  )
+  try:
+    with open(path, "rb") as f:
+      f.seek(start)
+      # Offsets of members are those in the file object, wherever the archive begins in it.
+      with tarfile.TarFile(fileobj=f) as tar:
+        members = tar.getmembers()
+        # Anything but a header ends the list without an error; a whole archive ends with zeros.
+        f.seek(tar.offset)
+        end = f.read(tarfile.BLOCKSIZE)
+  except tarfile.TarError as error:
+    raise ValueError(f"{damaged}cannot be read, {error}. Fetch it again.") from error
+  if tar.offset >= start + size or end != bytes(tarfile.BLOCKSIZE):
+    raise ValueError(f"{damaged}has no end after {len(members)} members. Fetch it again.")
+  return [member for member in members if member.isfile()]
+
+
+def _from_tfds(name, tfds_dir) -> Source:
+  builder = pipeline.tfds_builder(name, tfds_dir)
+  features = dict(builder.info.features.items())
+  image, label = features.get("image"), features.get("label")
+  if (
+    image is None
+    or image.np_dtype != np.uint8
+    or len(image.shape) != 3
+    or not isinstance(label, tfds.features.ClassLabel)
+  ):
+    raise ValueError(
+      f"dataset {name!r} is not one of classified images; needed are 'image', uint8 [H, W, C], and "
+      f"'label', a ClassLabel. It has {', '.join(features)}."
+    )
+  # As it lies in the file, so that all sources are decoded alike.
+  as_file = isinstance(image, tfds.features.Image)
+  decoders = {"image": tfds.decode.SkipDecoding()} if as_file else None
+  records = pipeline.open_split(builder, "train", decoders)
+
+  def read(i):
+    record = records[i]
+    return record["image"], int(record["label"])
+
+  classes = tuple(label.names)
+  told = f"{builder.info.full_name}\n{len(records)}\n" + "\n".join(classes)
+  return Source(
+    classes=classes,
+    size=len(records),
+    listing=hashlib.sha256(told.encode()).hexdigest(),
+    name=lambda i: f"{builder.info.full_name}/train/{i}",
+    read=read,
+  )
+
+
+def decode(content: bytes | np.ndarray) -> Image.Image:
+  """An image as RGB, as ADM and DiT have it, but for 16 bits.
+
+  Alpha is dropped without blending, CMYK is converted as PIL does, of an animation the first frame
+  is taken, and an EXIF orientation is not applied. PIL would clip grey levels of 16 bits to 255:
+  here they are scaled.
+
+  Raises:
+    Exception: of any type, as PIL does for files that are damaged or of no known format.
+  """
+  if isinstance(content, np.ndarray):
+    content = content[..., 0] if content.shape[-1] == 1 else content
+    return Image.fromarray(content).convert("RGB")
+  with Image.open(io.BytesIO(content)) as image:
+    image.load()
+    if image.mode == "I" or image.mode.startswith("I;16"):
+      levels = np.asarray(image).astype(np.int64)
+      if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("grey levels of more than 16 bits")
+      grey = (levels + _LEVELS_PER_LEVEL // 2) // _LEVELS_PER_LEVEL
+      return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+      raise ValueError("grey levels that are floating point numbers, of no known range")
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+  """The centre square in `size` pixels, by the recipe of ADM (Dhariwal and Nichol 2021).
+
+  Halved by box filters while the short side has at least twice the pixels, then resized
+  bicubically, so that the short side has `size`; smaller images are enlarged. The recipe decides
+  what FIDs are compared with.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  while min(image.size) >= 2 * size:
+    image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+  scale = size / min(image.size)
+  shape = round(image.width * scale), round(image.height * scale)
+  image = image.resize(shape, Image.Resampling.BICUBIC)
+  left, top = (image.width - size) // 2, (image.height - size) // 2
+  return np.asarray(image.crop((left, top, left + size, top + size)))

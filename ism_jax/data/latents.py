@@ -1,0 +1,367 @@
+"""Encoded datasets: moments of a VAE in ArrayRecord shards, with a manifest beside them.
+
+A record is one view of one image: its label (int32) and its moments (float16), little endian. Image
+i of a shard has record 2 i, as it is, and record 2 i + 1, mirrored left to right. The last record
+of a shard is its trailer, JSON: the settings that all shards of the folder share, and what is in
+this one. `manifest.json` says the same of the whole folder, and exists once every shard does.
+Axes: N images, H/W image size, h/w latent size, C channels.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import glob
+import json
+import os
+import re
+import resource
+import socket
+
+from array_record.python import array_record_module
+import grain
+import numpy as np
+
+NAME = "latents"  # of the dataset, in a config
+MANIFEST = "manifest.json"
+FORMAT = 1
+DOWNSAMPLING = 8  # of the VAE: pixels in a latent's row or column
+VIEWS = 2  # as it is, and mirrored
+_SHARD = re.compile(r"latents-(\d{5,})-of-\d{5,}\.array_record")
+# Records one by one, as they are: they are read at random, and moments do not compress.
+_OPTIONS = "group_size:1,uncompressed"
+_SPARE_FILES = 512  # open at the same time as the shards: event files, libraries, sockets
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What all shards of a folder share.
+
+  Attributes:
+    vae, vae_sha256: name and checksum of the weights of the VAE.
+    size: height and width in pixels of the images that were encoded.
+    latent_channels: C; moments have twice as many.
+    crop: how images were made square.
+    listing: checksum of the source's list of images, see `images.Source`.
+    listed: images in the source, readable or not.
+    images_per_shard: listed ones in each shard but the last.
+    format: version of this layout.
+  """
+
+  vae: str
+  vae_sha256: str
+  size: int
+  latent_channels: int
+  crop: str
+  listing: str
+  listed: int
+  images_per_shard: int
+  format: int = FORMAT
+
+  def __post_init__(self):
+    check_size(self.size)
+    if self.images_per_shard < 1:
+      raise ValueError(f"images_per_shard={self.images_per_shard} must be at least 1.")
+
+  @property
+  def shards(self) -> int:
+    """How many there are."""
+    return -(-self.listed // self.images_per_shard)
+
+  @property
+  def moments_shape(self) -> tuple[int, int, int]:
+    """[h, w, 2 C]."""
+    return (self.size // DOWNSAMPLING, self.size // DOWNSAMPLING, 2 * self.latent_channels)
+
+  def images_of(self, shard: int) -> range:
+    """The places in the source's list of the images of a shard."""
+    start = shard * self.images_per_shard
+    return range(start, min(start + self.images_per_shard, self.listed))
+
+  def path(self, directory: str, shard: int) -> str:
+    """The file of a shard."""
+    return os.path.join(directory, f"latents-{shard:05d}-of-{self.shards:05d}.array_record")
+
+
+def check_size(size: int) -> None:
+  """Raises ValueError for a size of images that a VAE does not take."""
+  if size < 1 or size % DOWNSAMPLING:
+    nearest = max(1, round(size / DOWNSAMPLING)) * DOWNSAMPLING
+    raise ValueError(
+      f"size={size} must be a multiple of {DOWNSAMPLING}, by which the VAE divides it; the nearest "
+      f"is {nearest}."
+    )
+
+
+def record_type(moments_shape) -> np.dtype:
+  """The bytes of a record."""
+  return np.dtype([("label", "<i4"), ("moments", "<f2", tuple(moments_shape))])
+
+
+class ShardWriter:
+  """Writes a shard, under another name until it is whole.
+
+  A context: left by an error, it leaves no shard. What killed processes left is removed.
+  """
+
+  def __init__(self, directory: str, settings: Settings, shard: int):
+    self._settings, self._shard = settings, shard
+    self._path = settings.path(directory, shard)
+    self._record = np.zeros((), record_type(settings.moments_shape))
+    self._counts: dict[int, int] = {}
+    self._unreadable: dict[str, str] = {}
+    for path in glob.glob(f"{glob.escape(self._path)}.*.tmp"):
+      os.remove(path)
+    # A name of its own: should another process still be at it, neither renames the other's half.
+    self._temporary = f"{self._path}.{socket.gethostname()}-{os.getpid()}.tmp"
+    self._writer = array_record_module.ArrayRecordWriter(self._temporary, _OPTIONS)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_):
+    try:
+      if kind is None:
+        self._finish()
+    finally:
+      with contextlib.suppress(RuntimeError):
+        self._writer.close()
+      with contextlib.suppress(FileNotFoundError):  # renamed
+        os.remove(self._temporary)
+
+  def _finish(self) -> None:
+    trailer = dataclasses.asdict(self._settings) | {
+      "shard": self._shard,
+      "images": sum(self._counts.values()),
+      "counts": {str(label): self._counts[label] for label in sorted(self._counts)},
+      "unreadable": self._unreadable,
+    }
+    with self._failing_as_os_error():
+      self._writer.write(json.dumps(trailer).encode())
+      self._writer.close()
+    with open(self._temporary, "rb") as f:
+      os.fsync(f.fileno())
+    os.replace(self._temporary, self._path)
+
+  def add(self, label: int, moments: np.ndarray) -> None:
+    """Writes an image: moments float16 [2, h, w, 2 C], as it is and mirrored."""
+    with self._failing_as_os_error():
+      for view in moments:
+        self._record["label"], self._record["moments"] = label, view
+        self._writer.write(self._record.tobytes())
+    self._counts[label] = self._counts.get(label, 0) + 1
+
+  def add_unreadable(self, name: str, reason: str) -> None:
+    """Notes an image that has no record."""
+    self._unreadable[name] = reason
+
+  @contextlib.contextmanager
+  def _failing_as_os_error(self):
+    try:
+      yield
+    except RuntimeError as error:
+      raise OSError(
+        f"{self._temporary} could not be written: {error}. Make room or choose another folder; the "
+        "same command continues with this shard."
+      ) from error
+
+
+def read_trailer(path: str) -> dict | None:
+  """The trailer of a shard; None where the file is absent, truncated or none of ours."""
+  reader = array_record_module.ArrayRecordReader(
+    path, options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
+  )
+  try:
+    if not reader.num_records():  # of a file that is not whole, too
+      return None
+    trailer = json.loads(reader.read([reader.num_records() - 1])[0])
+    whole = reader.num_records() == VIEWS * trailer["images"] + 1
+  except (RuntimeError, ValueError, KeyError, TypeError):
+    return None
+  finally:
+    with contextlib.suppress(RuntimeError):
+      reader.close()
+  return trailer if whole else None
+
+
+def _trailers(paths) -> list[dict | None]:
+  with concurrent.futures.ThreadPoolExecutor(32) as pool:
+    return list(pool.map(read_trailer, paths))
+
+
+def finished_shards(directory: str, settings: Settings) -> dict[int, dict]:
+  """The trailers of the whole shards in a folder, by their numbers.
+
+  Raises:
+    ValueError: there are shards that were made with other settings.
+  """
+  names = sorted(name for name in os.listdir(directory) if _SHARD.fullmatch(name))
+  trailers = _trailers([os.path.join(directory, name) for name in names])
+  finished = {}
+  for name, trailer in zip(names, trailers, strict=True):
+    if trailer is None:
+      continue  # damaged since: made again
+    shard = int(_SHARD.fullmatch(name)[1])
+    if differ := _differences(trailer, dataclasses.asdict(settings) | {"shard": shard}):
+      raise ValueError(
+        f"{directory} holds shards of another encoding: {name} has {differ}. Choose another folder "
+        "for --out, or the images and flags that this one was made with."
+      )
+    finished[shard] = trailer
+  return finished
+
+
+def _differences(found: dict, wanted: dict) -> str:
+  """The values of `found` that are not as in `wanted`: "size=512, not 256"."""
+  return ", ".join(
+    f"{name}={found.get(name)!r}, not {value!r}"
+    for name, value in wanted.items()
+    if found.get(name) != value
+  )
+
+
+def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
+  """The text of `manifest.json` for a folder that has all its shards.
+
+  Raises:
+    ValueError: no image at all was readable.
+  """
+  ordered = [trailers[shard] for shard in range(settings.shards)]
+  counts = [sum(t["counts"].get(str(label), 0) for t in ordered) for label in range(len(classes))]
+  unreadable = {name: reason for t in ordered for name, reason in t["unreadable"].items()}
+  if not sum(counts):
+    name, reason = next(iter(unreadable.items()))
+    raise ValueError(
+      f"none of the {len(unreadable)} images could be read; the first is {name}: {reason}."
+    )
+  content = dataclasses.asdict(settings) | {
+    "images": sum(counts),
+    "moments": settings.moments_shape,
+    "classes": list(classes),
+    "counts": counts,
+    "unreadable": unreadable,
+    "unreadable_count": len(unreadable),
+    "shards": [t["images"] for t in ordered],
+  }
+  return json.dumps(content, indent=1) + "\n"
+
+
+def read_manifest(directory: str) -> dict:
+  """The manifest of an encoded dataset.
+
+  Raises:
+    ValueError: there is none.
+  """
+  command = "python -m ism_jax.encode --images=IMAGES --out=DIR"
+  if not directory:
+    raise ValueError(
+      f"data.name={NAME!r} needs data.dir: the folder of an encoded dataset, which `{command}` "
+      "makes. Set data.dir=DIR."
+    )
+  path = os.path.join(directory, MANIFEST)
+  try:
+    with open(path) as f:
+      found = json.load(f)
+  except FileNotFoundError:
+    reason = "is unfinished" if os.path.isdir(directory) else "does not exist"
+    raise ValueError(
+      f"data.dir={directory} {reason}: it has no {MANIFEST}. `{command}` makes or finishes it."
+    ) from None
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f"{path} is damaged: {error}. Delete it; the command that made it writes it anew."
+    ) from None
+  if found.get("format") != FORMAT:
+    raise ValueError(
+      f"{path} is of format {found.get('format')}, and this version reads {FORMAT}: encode anew."
+    )
+  return found
+
+
+class Latents:
+  """The images of an encoded dataset; see `pipeline.load_source`."""
+
+  def __init__(self, cfg):
+    """Opens the folder `cfg.dir` and checks it against a DataConfig.
+
+    Raises:
+      ValueError: the folder, the manifest or a shard is absent, damaged, or of other data than the
+        config's.
+    """
+    found = read_manifest(cfg.dir)
+    side, _, channels = found["moments"]
+    _check(cfg, found, (side, side, channels // 2, len(found["classes"]), found["vae"]))
+    settings = Settings(**{f.name: found[f.name] for f in dataclasses.fields(Settings)})
+    paths = [settings.path(cfg.dir, shard) for shard in range(settings.shards)]
+    _check_shards(settings, found["shards"], paths)
+    _allow_open_files(len(paths) + _SPARE_FILES)
+    self._size = found["images"]
+    self._type = record_type(found["moments"])
+    # Without the trailers, image i of the dataset has the records 2 i and 2 i + 1.
+    self._records = grain.sources.ArrayRecordDataSource([
+      f"{path}[0:{VIEWS * count}]"
+      for path, count in zip(paths, found["shards"], strict=True)
+      if count
+    ])  # fmt: skip
+
+  def __len__(self):
+    return self._size
+
+  def read(self, keys, mirror):
+    """{"moments": float16 [N, h, w, 2 C]} and labels int32 [N] of images, mirrored or not.
+
+    Args:
+      keys: int [N]. mirror: bool [N].
+    """
+    chosen = VIEWS * np.asarray(keys) + np.asarray(mirror)
+    records = np.frombuffer(b"".join(self._records.__getitems__(chosen.tolist())), self._type)
+    return {"moments": records["moments"].copy()}, records["label"].astype(np.int32)
+
+
+def _check(cfg, found, has) -> None:
+  wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes, cfg.vae)
+  if has != wanted:
+    describe = "{}x{} latents of {} channels in {} classes, of the VAE {!r}".format
+    raise ValueError(
+      f"data.dir={cfg.dir} holds {describe(*has)} ({found['size']}x{found['size']} images), but "
+      f"the config is for {describe(*wanted)}. Set data.image_size, data.channels, "
+      "data.num_classes and data.vae to the dataset's, or data.dir to another."
+    )
+
+
+def _check_shards(settings, counts, paths) -> None:
+  """Raises for shards that are absent, damaged or of another folder, from one read of each."""
+  trailers = _trailers(paths)
+  if missing := [path for path in paths if not os.path.exists(path)]:
+    raise ValueError(
+      f"{len(missing)} of {len(paths)} shards are missing: {_first(missing)}. The encoding command "
+      "makes them again, and no others."
+    )
+  if damaged := [p for p, trailer in zip(paths, trailers, strict=True) if trailer is None]:
+    raise ValueError(
+      f"{len(damaged)} of {len(paths)} shards are truncated or damaged: {_first(damaged)}. Delete "
+      "them; the encoding command makes them again, and no others."
+    )
+  for shard, (path, trailer, count) in enumerate(zip(paths, trailers, counts, strict=True)):
+    wanted = dataclasses.asdict(settings) | {"shard": shard, "images": count}
+    if differ := _differences(trailer, wanted):
+      raise ValueError(
+        f"{path} does not belong to the other shards and their {MANIFEST}: it has {differ}. Delete "
+        "it; the encoding command makes it again."
+      )
+
+
+def _first(paths):
+  return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+
+
+def _allow_open_files(needed: int) -> None:
+  """Raises the process's limit of open files: every shard stays open, and 1,024 is the usual."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if soft == resource.RLIM_INFINITY or soft >= needed:
+    return
+  if hard != resource.RLIM_INFINITY and hard < needed:
+    raise ValueError(
+      f"the dataset needs {needed} open files, and this process may have {hard}: raise the limit "
+      "(ulimit -Hn), or encode with more --images_per_shard."
+    )
+  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

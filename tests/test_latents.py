@@ -1,0 +1,301 @@
+"""Reading encoded datasets: hand-written shards whose every number says which image it is of."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+
+import numpy as np
+import pytest
+
+from ism_jax import data
+from ism_jax.data import latents
+
+SETTINGS = latents.Settings(
+  vae="some/vae",
+  vae_sha256="0123",
+  size=16,
+  latent_channels=4,
+  crop="some crop",
+  listing="4567",
+  listed=50,
+  images_per_shard=12,
+)
+CLASSES = ("ant", "bee", "cat")
+UNREADABLE = {5: "torn", 24: "no image", 49: "torn"}
+READABLE = [i for i in range(SETTINGS.listed) if i not in UNREADABLE]
+
+
+def moments_of(image, mirrored):
+  """Float16 [2, 2, 8] that no other image or view has."""
+  # Float16 has all halves up to 1,024.
+  return (np.arange(32) + 64 * image + 32 * mirrored - 1_600).reshape(2, 2, 8) / np.float16(2)
+
+
+def label_of(image):
+  return image % len(CLASSES)
+
+
+def write(directory, settings=SETTINGS):
+  for shard in range(settings.shards):
+    with latents.ShardWriter(directory, settings, shard) as writer:
+      for i in settings.images_of(shard):
+        if i in UNREADABLE:
+          writer.add_unreadable(f"image{i}", UNREADABLE[i])
+        else:
+          writer.add(label_of(i), np.stack([moments_of(i, mirrored) for mirrored in (0, 1)]))
+  trailers = latents.finished_shards(directory, settings)
+  text = latents.manifest(settings, CLASSES, trailers)
+  with open(os.path.join(directory, latents.MANIFEST), "w") as f:
+    f.write(text)
+
+
+def config(directory, **changes):
+  values = dict(
+    name="latents", dir=str(directory), image_size=2, channels=4, num_classes=3, flip=True, seed=0,
+    num_threads=0, vae="some/vae",
+  )  # fmt: skip
+  return data.DataConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("latents")
+  write(str(directory))
+  return directory
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+  return shutil.copytree(folder, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def source(folder):
+  return data.load_source(config(folder))
+
+
+def seen(pool):
+  """(image, mirrored, label) of every row of a pool, whose moments are whole."""
+  first = pool["moments"][..., 0, 0, 0].astype(int) * 2 + 1_600
+  image, mirrored = first // 64, first % 64 // 32
+  expected = [moments_of(i, m) for i, m in zip(image.ravel(), mirrored.ravel(), strict=True)]
+  np.testing.assert_array_equal(pool["moments"], np.reshape(expected, pool["moments"].shape))
+  assert pool["moments"].dtype == np.float16 and pool["c"].dtype == np.int32
+  return image.ravel(), mirrored.ravel(), pool["c"].ravel()
+
+
+def test_any_image_is_read_as_it_was_written_in_either_view(source):
+  assert len(source) == len(READABLE)
+  keys = np.random.default_rng(0).permutation(len(READABLE))
+  mirror = np.arange(len(keys)) % 3 == 0
+  arrays, labels = source.read(keys, mirror)
+  expected = [moments_of(READABLE[k], m) for k, m in zip(keys, mirror, strict=True)]
+  np.testing.assert_array_equal(arrays["moments"], expected)
+  np.testing.assert_array_equal(labels, [label_of(READABLE[k]) for k in keys])
+
+
+def test_records_are_label_and_moments_in_little_endian_and_a_trailer_in_json(folder):
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  reader = ArrayRecordReader(str(folder / "latents-00002-of-00005.array_record"))
+  *records, trailer = reader.read_all()
+  readable = [i for i in range(24, 36) if i != 24]
+  expected = [
+    np.array(label_of(i), "<i4").tobytes() + moments_of(i, view).astype("<f2").tobytes()
+    for i in readable
+    for view in (0, 1)
+  ]
+  assert records == expected
+  trailer = json.loads(trailer)
+  assert trailer["vae_sha256"] == "0123" and trailer["shard"] == 2 and trailer["images"] == 11
+  assert trailer["unreadable"] == {"image24": "no image"}
+
+
+def test_the_manifest_counts_what_is_there_and_names_what_is_not(folder):
+  found = json.loads((folder / "manifest.json").read_text())
+  assert found["classes"] == list(CLASSES)
+  assert found["counts"] == np.bincount([label_of(i) for i in READABLE]).tolist()
+  assert found["images"] == 47 and found["unreadable_count"] == 3
+  assert found["unreadable"] == {f"image{i}": reason for i, reason in UNREADABLE.items()}
+  assert found["shards"] == [11, 12, 11, 12, 1]
+  assert (found["vae"], found["size"], found["crop"]) == ("some/vae", 16, "some crop")
+
+
+def test_an_epoch_holds_every_image_once_with_its_label_and_half_of_them_mirrored(source):
+  # 47 is prime: one batch is an epoch.
+  iterator = data.pools(source, batch_size=47, pool_size=40, seed=1, flip=True)
+  image, mirrored, label = (a.reshape(40, 47) for a in seen(next(iterator)))
+  np.testing.assert_array_equal(np.sort(image, axis=1), np.tile(READABLE, (40, 1)))
+  np.testing.assert_array_equal(label, label_of(image))
+  assert abs(mirrored.mean() - 0.5) < 0.05  # 4 standard deviations of 1,880 coins
+  by_image = np.take_along_axis(mirrored, np.argsort(image, axis=1), axis=1)
+  assert (by_image.mean(axis=0) > 0.1).all() and (by_image.mean(axis=0) < 0.9).all()
+
+
+def test_without_flips_the_order_is_the_same_and_no_image_is_mirrored(source):
+  settings = dict(batch_size=20, pool_size=5, seed=2)
+  plain, flipped = (seen(next(data.pools(source, **settings, flip=flip))) for flip in (False, True))
+  np.testing.assert_array_equal(plain[0], flipped[0])
+  assert not plain[1].any() and flipped[1].any()
+
+
+def test_the_stream_is_the_documented_function_of_the_seed(source):
+  pool = next(data.pools(source, batch_size=30, pool_size=4, seed=7, flip=True, num_threads=3))
+  expected = []
+  for epoch in range(3):
+    rng = np.random.default_rng((7, epoch))
+    order = rng.permutation(47)
+    expected += zip(np.array(READABLE)[order], rng.integers(2, size=47), strict=True)
+  np.testing.assert_array_equal(np.stack(seen(pool)[:2], axis=1), expected[:120])
+
+
+def test_a_resumed_iterator_continues_bit_exactly_and_processes_share_the_rows(source):
+  settings = dict(batch_size=20, pool_size=2, seed=3, flip=True)
+  iterator = data.pools(source, **settings)
+  next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  parts = [
+    data.pools(source, **settings, process_index=p, process_count=2, num_threads=2)
+    for p in range(2)
+  ]
+  for part in parts:
+    part.set_state(state)
+  for _ in range(3):  # over the end of an epoch
+    expected, rows = next(iterator), [next(part) for part in parts]
+    for name in ("moments", "c"):
+      np.testing.assert_array_equal(np.concatenate([r[name] for r in rows], 1), expected[name])
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"image_size": 4}, r"2x2 latents of 4 channels in 3 .*\(16x16 images\).* 4x4 latents"),
+    ({"channels": 8}, "for 2x2 latents of 8 channels"),
+    ({"num_classes": 1000}, "in 3 classes.* in 1000 classes"),
+    ({"vae": "other/vae"}, "of the VAE 'some/vae'.* of the VAE 'other/vae'.*data.vae"),
+    ({"dir": ""}, r"needs data\.dir.*python -m ism_jax\.encode"),
+    ({"dir": "/nowhere/at/all"}, r"/nowhere/at/all does not exist.*python -m ism_jax\.encode"),
+  ],
+)
+def test_a_config_for_other_latents_is_refused(folder, change, message):
+  with pytest.raises(ValueError, match=message):
+    data.load_source(config(folder, **change))
+
+
+@pytest.mark.parametrize(("name", "vae"), [("latents", ""), ("digits", "some/vae")])
+def test_latents_have_a_vae_and_images_have_none(name, vae):
+  with pytest.raises(ValueError, match=f"data.vae='{vae}' does not go with data.name='{name}'"):
+    config("", name=name, vae=vae)
+
+
+def test_an_unfinished_folder_is_refused_with_the_command(copy):
+  (copy / "manifest.json").unlink()
+  with pytest.raises(ValueError, match=r"unfinished.*manifest\.json.*ism_jax\.encode"):
+    data.load_source(config(copy))
+
+
+@pytest.mark.parametrize(
+  ("text", "message"), [("{", "damaged"), ('{"format": 2}', "format 2, and this version reads 1")]
+)
+def test_a_manifest_that_cannot_be_understood_is_refused(copy, text, message):
+  (copy / "manifest.json").write_text(text)
+  with pytest.raises(ValueError, match=message):
+    data.load_source(config(copy))
+
+
+def test_missing_shards_are_named(copy):
+  for shard in (1, 3):
+    os.remove(SETTINGS.path(copy, shard))
+  with pytest.raises(ValueError, match=r"2 of 5 shards are missing: \S*00001-of-.*00003-of-"):
+    data.load_source(config(copy))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])
+def test_a_truncated_shard_is_named(copy, keep):
+  path = SETTINGS.path(copy, 2)
+  os.truncate(path, int(keep * os.path.getsize(path)))
+  with pytest.raises(ValueError, match=r"1 of 5 shards are truncated .*00002-of-00005"):
+    data.load_source(config(copy))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"vae_sha256": "89ab"}, r"00002-of-.* has vae_sha256='89ab', not '0123'"),
+    ({"crop": "another crop"}, "has crop='another crop', not 'some crop'"),
+    ({"listing": "ef"}, "has listing='ef'"),
+  ],
+)
+def test_a_shard_of_another_encoding_is_named_with_what_differs(copy, tmp_path, changes, message):
+  (tmp_path / "other").mkdir()
+  write(str(tmp_path / "other"), other := dataclasses.replace(SETTINGS, **changes))
+  shutil.copy(other.path(tmp_path / "other", 2), copy)
+  with pytest.raises(ValueError, match=message):
+    data.load_source(config(copy))
+  with pytest.raises(ValueError, match=message):
+    latents.finished_shards(str(copy), SETTINGS)
+
+
+def test_a_shard_under_another_shards_name_is_named(copy):
+  shutil.copy(SETTINGS.path(copy, 0), SETTINGS.path(copy, 2))
+  with pytest.raises(ValueError, match=r"00002-of-.* has shard=0, not 2"):
+    data.load_source(config(copy))
+
+
+def test_a_damaged_record_is_an_error_and_no_image(copy):
+  path = SETTINGS.path(copy, 1)
+  with open(path, "r+b") as f:
+    f.seek(1_000)  # of about 4,000 with records, of a block of 65,536
+    f.write(bytes(100))
+  source = data.load_source(config(copy))
+  with pytest.raises(RuntimeError, match="Corrupted"):
+    source.read(np.arange(47), np.ones(47, bool))
+
+
+def test_a_shard_that_fails_half_way_leaves_nothing(tmp_path):
+  with pytest.raises(KeyError), latents.ShardWriter(tmp_path, SETTINGS, 0) as writer:
+    writer.add(0, np.zeros((2, 2, 2, 8), np.float16))
+    raise KeyError
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path):
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+  try:
+    told = pytest.raises(OSError, match=r"could not be written.*Make room")
+    with told, latents.ShardWriter(tmp_path, SETTINGS, 0) as writer:
+      for _ in range(3_000):
+        writer.add(0, np.zeros((2, 2, 2, 8), np.float16))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_limit_of_open_files_is_raised_to_hold_every_shard(folder, monkeypatch):
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
+    data.load_source(config(folder))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 5 + 300
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+  monkeypatch.setattr(resource, "getrlimit", lambda _: (300, 400))
+  with pytest.raises(ValueError, match=r"may have 400: raise the limit .*--images_per_shard"):
+    data.load_source(config(folder))
+
+
+def test_latents_are_no_images_and_have_one_split(folder, source):
+  with pytest.raises(ValueError, match="no images, only their latents"):
+    data.all_images(source)
+  with pytest.raises(ValueError, match="no split 'test'"):
+    data.load_source(config(folder), "test")
+  assert data.directory(config(folder)) == str(folder)
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(250, 248), (3, 8), (-8, 8)])
+def test_a_size_that_the_vae_does_not_divide_names_the_nearest_that_it_does(size, nearest):
+  with pytest.raises(ValueError, match=f"size={size} must be a multiple of 8.* is {nearest}"):
+    latents.check_size(size)
