@@ -62,9 +62,19 @@ class CouplingConfig:
       raise ValueError(f"class_penalty={self.class_penalty} must be 0 (off) or positive.")
 
 
-def transport_cost(x1, x0):
+def dot_rows(x, y):
+  """<x_i, y_j> for x, y [N, D]: [N, N]."""
+  return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def take_rows(x, indices):
+  """x[indices] for x [N, ...] and indices [N]."""
+  return x[indices]
+
+
+def transport_cost(x1, x0, dot_rows=dot_rows):
   """-<x1_i, x0_j> for x1, x0 [N, D]: [N, N], the squared distance but for row and column terms."""
-  return -jnp.matmul(x1, x0.T, precision=jax.lax.Precision.HIGHEST)
+  return -dot_rows(x1, x0)
 
 
 def centred_deviation(cost):
@@ -86,7 +96,7 @@ def sinkhorn_plan(cost, cfg: CouplingConfig, deviation):
     (log_plan [N, N], whose exponential sums to 1; column potential g [N]; converged; iterations)
   """
   # ott mixes ranks freely; a global "raise" on rank promotion must not reach it.
-  with jax.numpy_rank_promotion("allow"):
+  with jax.named_scope("sinkhorn"), jax.numpy_rank_promotion("allow"):
     geom = geometry.Geometry(cost_matrix=cost, epsilon=cfg.epsilon * deviation)
     solver = sinkhorn.Sinkhorn(
       lse_mode=True,
@@ -115,7 +125,7 @@ def greedy_permutation(score):
     free_row = permutation < 0
     open_score = jnp.where(free_column[None, :], score, -jnp.inf)
     wish = jnp.argmax(open_score, axis=1)
-    wish_score = jnp.where(free_row, score[rows, wish], -jnp.inf)
+    wish_score = jnp.where(free_row, jnp.max(open_score, axis=1), -jnp.inf)
     best = jnp.full(n, -jnp.inf).at[wish].max(wish_score)
     wins = free_row & (wish_score == best[wish])
     # Rows that tie for a column: the first of them gets it.
@@ -125,7 +135,8 @@ def greedy_permutation(score):
     return permutation, free_column.at[jnp.where(wins, wish, n)].set(False, mode="drop")
 
   start = (jnp.full(n, -1), jnp.full(n, True))
-  return jax.lax.while_loop(lambda carry: jnp.any(carry[0] < 0), assign, start)[0]
+  with jax.named_scope("greedy_permutation"):
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0] < 0), assign, start)[0]
 
 
 def sample_rows(log_plan, key):
@@ -144,7 +155,8 @@ def attained_gain(cost, pairs, potential):
     cost: [N, N]. pairs: [N], the column of each row. potential: g [N].
   """
   c_random = jnp.mean(cost)
-  c_pairs = jnp.mean(cost[jnp.arange(len(pairs)), pairs])
+  # Along rows: indexing both axes would gather rows that are split over devices.
+  c_pairs = jnp.mean(jnp.take_along_axis(cost, pairs[:, None], axis=1))
   c_bound = jnp.mean(jnp.min(cost - potential[None, :], axis=1)) + jnp.mean(potential)
   return (c_random - c_pairs) / jnp.maximum(c_random - c_bound, 1e-12)
 
@@ -168,31 +180,34 @@ def class_shift(x0, c, num_classes: int):
   return jnp.sum(jnp.where(n_c > 0, shift, 0.0)) / jnp.sum(n_c > 0)
 
 
-def pair(x0, x1, c, key, cfg: CouplingConfig, num_classes: int):
+def pair(
+  x0, x1, c, key, cfg: CouplingConfig, num_classes: int, dot_rows=dot_rows, take_rows=take_rows
+):
   """Pairs n noises with n images.
 
   Args:
     x0, x1: [N, ...] noises in random order, and images.
     c: [N] int, the class of each image.
     key: for pairing="rows".
+    dot_rows, take_rows: the two steps that need all noises, for rows that lie on many devices.
   Returns:
     (x0 [N, ...] in the order of the images, diagnostics: a dict of scalars)
   """
   flat0, flat1 = x0.reshape(len(x0), -1), x1.reshape(len(x1), -1)
   if cfg.coupling == "independent":
     return x0, {"class_shift": class_shift(flat0, c, num_classes)}
-  dot = transport_cost(flat1, flat0)
+  dot = transport_cost(flat1, flat0, dot_rows)
   deviation = centred_deviation(dot)
   cost = dot + crossing_penalty(c, cfg.class_penalty * deviation)
   log_plan, g, converged, iterations = sinkhorn_plan(cost, cfg, deviation)
   pairs = (
     greedy_permutation(log_plan) if cfg.pairing == "permutation" else sample_rows(log_plan, key)
   )
-  x0 = x0[pairs]
-  return x0, {
+  flat0 = take_rows(flat0, pairs)
+  return flat0.reshape(x0.shape), {
     "converged": converged,
     "iterations": iterations,
     "attained_gain": attained_gain(cost, pairs, g),
     "entropy": renormalised_entropy(log_plan),
-    "class_shift": class_shift(flat0[pairs], c, num_classes),
+    "class_shift": class_shift(flat0, c, num_classes),
   }

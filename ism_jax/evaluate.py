@@ -34,7 +34,11 @@ def restore_ema(config, workdir: str, devices=None):
     def read(step):
       saved = checkpoints.read_config(manager, step)
       experiment_lib.check_continues(saved, logs.as_dict(config))
-      like = train.abstract_state(exp, mesh).ema
+      everywhere = sharding.replicated(mesh)
+      like = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        train.abstract_state(exp, mesh).ema,
+      )
       return checkpoints.restore_tree(manager, "ema", like, step)
 
     step, params = checkpoints.restore_newest(manager, read)
@@ -141,7 +145,7 @@ def as_markdown(report: dict) -> str:
 
 def sample(config, workdir: str, out: str, devices=None) -> None:
   """Draws `config.sample` into an npz for ADM's evaluator: images arr_0, labels arr_1."""
-  checkpoints.check_writable(os.path.dirname(os.path.abspath(out)))
+  checkpoints.check_writable(os.path.dirname(out))
   exp, mesh, step, params = restore_ema(config, workdir, devices)
   s = exp.sample
   images, labels = generate(

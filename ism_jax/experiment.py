@@ -10,7 +10,7 @@ import itertools
 
 from absl import logging
 
-from ism_jax import couplings, objectives, paths, wavelets
+from ism_jax import couplings, objectives, paths, sharding, wavelets
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import pipeline
@@ -29,6 +29,7 @@ _FIXED = {
   "data.channels",
   "data.num_classes",
   "data.flip",
+  "data.vae",
   "model.size",
   "objective.guidance",
   "objective.fixed_w",
@@ -146,6 +147,9 @@ class Experiment:
     batch_size: M, images per step over all devices.
     micro_batches: pieces of each device's rows, one after the other, to save memory.
     scan_steps: steps per compiled call; divides the pool size.
+    placement: of the train state: "replicated" (all of it on every device), "sharded" (ZeRO-1: the
+      optimizer's moments and both averages split over the devices of a slice) or "auto" (replicated
+      where a device's memory allows).
   """
 
   variant: str
@@ -154,6 +158,7 @@ class Experiment:
   batch_size: int
   micro_batches: int
   scan_steps: int
+  placement: str
   data: pipeline.DataConfig
   model: model_lib.ModelConfig
   objective: objectives.ObjectiveConfig
@@ -233,6 +238,10 @@ def parse(config) -> Experiment:
   if exp.checkpoint.keep_every < 0:
     raise ValueError(
       f"config.checkpoint.keep_every={exp.checkpoint.keep_every} must not be negative; 0 is none."
+    )
+  if exp.placement not in sharding.PLACEMENTS:
+    raise ValueError(
+      f"placement={exp.placement!r} is unknown; known are {', '.join(sharding.PLACEMENTS)}."
     )
   if exp.coupling.pool_size % exp.scan_steps:
     raise ValueError(

@@ -1,7 +1,7 @@
 """From parameters to images: compiled sampling over the mesh, in batches, and grids to look at.
 
-Sample i depends on the seed and on i alone, whatever the batch size or the number of devices; it
-has class i modulo the number of classes, or the one asked for.
+Samples of latents are decoded. Sample i depends on the seed and on i alone, whatever the batch size
+or the number of devices; it has class i modulo the number of classes, or the one asked for.
 
 Axes: N images, B batch, H/W size, C channels.
 """
@@ -18,8 +18,11 @@ from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax import paths, sampling, sharding
 from ism_jax.experiment import Experiment
+from ism_jax.pretrained import vae as vae_lib
+from ism_jax.sharding import AXIS, P
 
 GRID = (8, 10)  # rows and columns of a sample grid
+DECODED_TOGETHER = 4  # latents at a time on each device: 256x256 images take about 0.5 GB each
 
 
 def to_uint8(x):
@@ -29,7 +32,7 @@ def to_uint8(x):
 
 @functools.lru_cache
 def sample_function(exp: Experiment, mesh, steps):
-  """draw(params, key, numbers [B], c [B], w [B]) -> (uint8 [B, H, W, C], whether all is finite).
+  """draw(params, key, numbers [B], c [B], w [B]) -> (x1 [B, H, W, C], whether all is finite).
 
   Compiled for one schedule; the rows are split over the mesh, whose arguments are whole everywhere.
   """
@@ -44,10 +47,35 @@ def sample_function(exp: Experiment, mesh, steps):
     numbers, c, w = jax.lax.with_sharding_constraint(per_sample, sharding.rows(mesh))
     x0 = sampling.draw_noise(key, numbers, exp.image_shape)
     x1 = sample(model_lib.velocity_function(network, params), x0, c, w, schedule)
-    return to_uint8(x1), jnp.isfinite(x1).all()
+    return x1, jnp.isfinite(x1).all()
 
   everywhere = sharding.replicated(mesh)
-  return jax.jit(draw, in_shardings=everywhere, out_shardings=everywhere)
+  return jax.jit(draw, in_shardings=everywhere, out_shardings=(sharding.rows(mesh), everywhere))
+
+
+def decode_function(cfg: vae_lib.VaeConfig, mesh):
+  """decode(parameters of the VAE, x1 [B, h, w, 4]) -> uint8 [B, 8 h, 8 w, 3] on every device."""
+
+  def on_device(params, x1):
+    decode = lambda z: to_uint8(vae_lib.decode(cfg, params, z[None])[0])
+    return jax.lax.map(decode, x1, batch_size=DECODED_TOGETHER)
+
+  decode = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+  return jax.jit(decode, out_shardings=sharding.replicated(mesh))
+
+
+@functools.lru_cache
+def pixels_function(name: str, mesh):
+  """pixels(x1 [B, h, w, C]) -> uint8 [B, H, W, C] on every device.
+
+  Args:
+    name: of the VAE that decodes, see `vae.load`; "" where x1 are pixels.
+  """
+  everywhere = sharding.replicated(mesh)
+  if not name:
+    return jax.jit(to_uint8, out_shardings=everywhere)
+  vae = vae_lib.load(name)
+  return functools.partial(decode_function(vae.cfg, mesh), jax.device_put(vae.params, everywhere))
 
 
 def batch(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
@@ -58,8 +86,11 @@ def batch(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
   Returns:
     (uint8 [B, H, W, C], whether all is finite), device arrays.
   """
-  draw = sample_function(exp, mesh, steps)
-  return draw(params, jax.random.key(seed), np.int32(numbers), np.int32(labels), np.float32(w))
+  draw, pixels = sample_function(exp, mesh, steps), pixels_function(exp.data.vae, mesh)
+  params = jax.device_put(params, sharding.replicated(mesh))
+  key = jax.random.key(seed)
+  x1, finite = draw(params, key, np.int32(numbers), np.int32(labels), np.float32(w))
+  return pixels(x1), finite
 
 
 def class_labels(exp: Experiment, num_images: int) -> np.ndarray:

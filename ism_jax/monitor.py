@@ -16,7 +16,7 @@ from ism_jax.reference import Reference
 
 
 class Monitor:
-  """Samples of `config.monitor`, scored against the reference. Their noise has seed 0.
+  """Samples of `config.monitor`, scored against the reference if they are pixels; noise of seed 0.
 
   Few samples are farther from the reference by chance: these distances compare with each other, not
   with those of an evaluation.
@@ -24,7 +24,8 @@ class Monitor:
 
   def __init__(self, exp: Experiment, mesh, workdir: str):
     self._exp, self._mesh, self._workdir = exp, mesh, workdir
-    self._reference = Reference(exp)
+    # Decoded latents have no reference here: they are looked at.
+    self._reference = None if exp.data.vae else Reference(exp)
     # One call draws them all; samples beyond num_images fill the mesh and are dropped.
     self._count = -(-exp.monitor.num_images // mesh.size) * mesh.size
     self._labels = generate.class_labels(exp, self._count)
@@ -65,9 +66,11 @@ class Monitor:
           f"samples of {steps} steps at step {step} are not finite: lower optimizer.learning_rate."
         )
       images = images[: self._exp.monitor.num_images]
-      scores = self._reference.score(images, self._labels[: len(images)])
-      values |= {f"monitor/steps_{steps}/{name}": value for name, value in scores.items()}
+      if self._reference:
+        scores = self._reference.score(images, self._labels[: len(images)])
+        values |= {f"monitor/steps_{steps}/{name}": value for name, value in scores.items()}
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
       logs.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
       writer.image(step, f"samples/steps_{steps}", png)
-    writer.write(step, values)
+    if values:
+      writer.write(step, values)

@@ -1,21 +1,36 @@
 """The device mesh, and where arrays live on it.
 
-One axis, "data": batches are split over it by rows, the train state is on every device.
+Two axes: "slice", the parts of a machine that only the data-centre network joins (one, but for
+multi-slice TPUs), and "data" within each. Batches are split over both by rows. The parameters are
+on every device; what only the update and sampling use may be split over "data" (ZeRO-1), and is
+then whole in every slice, so that it is gathered over the fast links alone.
+
+Axes: N rows over all devices, D columns.
 """
 
 import jax
+from jax.experimental import mesh_utils
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-AXIS = "data"
+from ism_jax import chips
+
+AXIS = ("slice", "data")
+PLACEMENTS = ("auto", "replicated", "sharded")
 
 
 def data_mesh(devices=None) -> Mesh:
-  """A mesh of all devices (or of `devices`) along "data"."""
+  """A mesh of all devices (or of `devices`)."""
   devices = jax.devices() if devices is None else devices
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
   # Auto axes: ott's Sinkhorn and the state update rely on XLA's own propagation.
-  return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+  auto = (AxisType.Auto,) * len(AXIS)
+  if slices == 1:
+    return jax.make_mesh((1, len(devices)), AXIS, axis_types=auto, devices=devices)
+  within = mesh_utils.create_hybrid_device_mesh((1, len(devices) // slices), (slices, 1), devices)
+  return Mesh(within, AXIS, axis_types=auto)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -28,7 +43,78 @@ def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, P(*(None,) * axis, AXIS))
 
 
+def split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+  """The longest axis that "data" divides, split over it; replicated where there is none."""
+  parts = mesh.shape["data"]
+  divisible = [i for i, n in enumerate(shape) if n and n % parts == 0]
+  if parts == 1 or not divisible:
+    return replicated(mesh)
+  return NamedSharding(mesh, P(*(None,) * max(divisible, key=lambda i: shape[i]), "data"))
+
+
+def device_memory(mesh: Mesh) -> float | None:
+  """Bytes that a device of the mesh can hold; None where nobody knows (a CPU)."""
+  device = mesh.devices.flat[0]
+  try:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+  except (jax.errors.JaxRuntimeError, NotImplementedError):  # a device that is not there
+    limit = None
+  if limit is None and device.device_kind in chips.CHIPS:
+    limit = chips.CHIPS[device.device_kind].memory
+  return limit
+
+
 def global_arrays(sharding: NamedSharding, local):
   """Each process's share (a tree of NumPy arrays) -> global arrays."""
   put = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))
   return jax.tree.map(put, local)
+
+
+def dot_rows(mesh: Mesh, x, y):
+  """x @ y.T for x, y [N, D] split by rows -> [N, N] split by rows; neither is ever gathered.
+
+  The rows of y travel round the ring of devices, one product per place.
+  """
+
+  def on_device(x, y):
+    n = y.shape[0]
+    product = jax.lax.pcast(jnp.zeros((n, n * mesh.size), x.dtype), AXIS, to="varying")
+
+    def multiply(product, owner, y):
+      block = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+      return jax.lax.dynamic_update_slice(product, block, (jnp.int32(0), owner * n))
+
+    return _round_the_ring(mesh, multiply, product, y)
+
+  return jax.shard_map(on_device, mesh=mesh, in_specs=(P(AXIS), P(AXIS)), out_specs=P(AXIS))(x, y)
+
+
+def take_rows(mesh: Mesh, x, indices):
+  """x[indices] for x [N, ...] and indices [N] split by rows; x is never gathered."""
+
+  def on_device(x, indices):
+    n = x.shape[0]
+
+    def take(taken, owner, x):
+      place = indices - owner * n
+      mine = ((place >= 0) & (place < n)).reshape(-1, *(1,) * (x.ndim - 1))
+      return jnp.where(mine, x[jnp.clip(place, 0, n - 1)], taken)
+
+    return _round_the_ring(mesh, take, jnp.zeros_like(x), x)
+
+  return jax.shard_map(on_device, mesh=mesh, in_specs=(P(AXIS), P(AXIS)), out_specs=P(AXIS))(
+    x, indices
+  )
+
+
+def _round_the_ring(mesh, visit, result, block):
+  """visit(result, owner, block) with the block of every device, one's own first."""
+  size, me = mesh.size, jax.lax.axis_index(AXIS)
+  onwards = [(i, (i + 1) % size) for i in range(size)]
+
+  def hop(i, carry):
+    result, block = carry
+    block = jax.lax.ppermute(block, AXIS, onwards)
+    return visit(result, (me - i) % size, block), block
+
+  return jax.lax.fori_loop(1, size, hop, (visit(result, me, block), block))[0]

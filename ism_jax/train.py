@@ -10,6 +10,7 @@ Axes: K batches of a pool, M rows of a global batch.
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 import time
@@ -28,6 +29,7 @@ from ism_jax import model as model_lib
 from ism_jax import monitor as monitor_lib
 from ism_jax import state as state_lib
 from ism_jax.experiment import Experiment
+from ism_jax.pretrained import vae
 from ism_jax.sharding import AXIS, P
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code, as of a process that SIGTERM kills: 143
@@ -40,6 +42,7 @@ class Keys(NamedTuple):
   noise: jax.Array
   pairing: jax.Array
   conditions: jax.Array
+  latents: jax.Array
 
 
 def base_keys(seed: int) -> Keys:
@@ -122,23 +125,101 @@ def gradient_norms_function(exp: Experiment, mesh) -> Callable:
   return jax.jit(norms, out_shardings=sharding.replicated(mesh))
 
 
-def init_function(exp: Experiment, mesh) -> Callable:
-  """init(key) -> TrainState, on every device of the mesh."""
+@functools.lru_cache
+def placement(exp: Experiment, mesh) -> str:
+  """ "replicated" or "sharded": what `exp.placement` comes to on this mesh, logged."""
+  if exp.placement != "auto":
+    return exp.placement
+  memory = sharding.device_memory(mesh)
+  if memory is None:
+    return "replicated"
+  needed = replicated_bytes(exp, mesh.size)
+  chosen = "replicated" if needed <= 0.9 * memory else "sharded"
+  logging.info(
+    "Placement of the train state: %s (replicated, a step takes about %.1f GB of a device's %.1f).",
+    chosen,
+    needed / 1e9,
+    memory / 1e9,
+  )
+  return chosen
+
+
+def replicated_bytes(exp: Experiment, devices: int) -> float:
+  """About what a step takes of a device's memory where the state is on every device.
+
+  Parameters, two moments, two averages and a gradient in float32, and the activations of a device's
+  rows, in bytes per token, layer and unit of width as ahead-of-time compilation for TPUs found them
+  (README).
+  """
+  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
+  parameters = sum(a.size for a in jax.tree.leaves(shapes.params))
+  depth, width, _ = exp.model.dimensions
+  tokens = (exp.data.image_size // exp.model.patch) ** 2
+  rows = exp.batch_size / devices / exp.micro_batches
+  per_unit = {"none": 100, "dots": 30, "full": 4}[exp.model.remat]
+  per_unit *= np.dtype(exp.model.dtype).itemsize / 2
+  return 4.0 * 6 * parameters + per_unit * rows * depth * width * tokens
+
+
+def _create(exp: Experiment) -> Callable:
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
-  init = jax.jit(lambda key: model_lib.init_params(key, exp.network(), exp.image_shape))
-  return lambda key: jax.device_put(state_lib.create(init(key), tx), sharding.replicated(mesh))
+  return lambda key: state_lib.create(
+    model_lib.init_params(key, exp.network(), exp.image_shape), tx
+  )
+
+
+def _placed(exp: Experiment, mesh, shapes, parameters_too=False):
+  """The sharding of each array of a TrainState; with `parameters_too`, all as the moments are."""
+  everywhere = lambda tree: jax.tree.map(lambda _: sharding.replicated(mesh), tree)
+  if placement(exp, mesh) == "replicated":
+    return everywhere(shapes)
+  over_devices = jax.tree.map(lambda a: sharding.split(mesh, a.shape), shapes)
+  return over_devices if parameters_too else over_devices.replace(params=everywhere(shapes.params))
+
+
+def init_function(exp: Experiment, mesh) -> Callable:
+  """init(key) -> TrainState, placed on the mesh."""
+  create = _create(exp)
+  placed = _placed(exp, mesh, jax.eval_shape(create, jax.random.key(0)))
+  return jax.jit(create, out_shardings=placed)
 
 
 def abstract_state(exp: Experiment, mesh):
   """The TrainState as shapes with shardings, made without a computation."""
-  shapes = jax.eval_shape(init_function(exp, mesh), jax.random.key(0))
-  everywhere = sharding.replicated(mesh)
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)
+  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
+  return jax.tree.map(
+    lambda a, placed: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed),
+    shapes,
+    _placed(exp, mesh, shapes),
+  )
+
+
+def abstract_pool(exp: Experiment, mesh):
+  """What the input pipeline yields, as shapes with shardings."""
+  in_pool = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.rows(mesh, axis=1))
+  rows = (exp.coupling.pool_size, exp.batch_size)
+  height, width, channels = exp.image_shape
+  images = (
+    {"moments": in_pool((*rows, height, width, 2 * channels), np.float16)}
+    if exp.data.vae
+    else {"x1": in_pool((*rows, height, width, channels), np.float32)}
+  )
+  return images | {"c": in_pool(rows, np.int32)}
 
 
 def couple_function(exp: Experiment, mesh) -> Callable:
-  """couple(pool {"x1": [K, M, ...], "c": [K, M]}, keys, index) -> (pool with "x0", diagnostics)."""
+  """couple(pool, keys, index) -> (pool {"x0", "x1": [K, M, ...], "c": [K, M]}, diagnostics).
+
+  The pool that goes in has images "x1", or the "moments" [K, M, H, W, 2 C] of latents, which are
+  drawn from them each time.
+  """
   in_pool = sharding.rows(mesh, axis=1)
+  over_devices = {}
+  if mesh.size > 1:
+    over_devices = {
+      "dot_rows": functools.partial(sharding.dot_rows, mesh),
+      "take_rows": functools.partial(sharding.take_rows, mesh),
+    }
 
   # One list of K M examples, rows before batches, so that the split over devices stays in place.
   flatten = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
@@ -147,12 +228,25 @@ def couple_function(exp: Experiment, mesh) -> Callable:
   def couple(pool, keys: Keys, index):
     key_noise = jax.random.fold_in(keys.noise, index)
     key_pairing = jax.random.fold_in(keys.pairing, index)
-    x1, c = flatten(pool["x1"]), flatten(pool["c"])
-    x0 = jax.random.normal(key_noise, x1.shape)
-    x0, info = couplings.pair(x0, x1, c, key_pairing, exp.coupling, exp.data.num_classes)
-    return {"x0": unflatten(x0), "x1": pool["x1"], "c": pool["c"]}, info
+    c, shape = flatten(pool["c"]), (exp.coupling.pool_size * exp.batch_size, *exp.image_shape)
+    if exp.data.vae:
+      noise = jax.random.normal(jax.random.fold_in(keys.latents, index), shape)
+      x1 = vae.sample_latent(flatten(pool["moments"]), noise, vae.SD_VAE.scale)
+    else:
+      x1 = flatten(pool["x1"])
+    x0 = jax.random.normal(key_noise, shape)
+    x0, info = couplings.pair(
+      x0, x1, c, key_pairing, exp.coupling, exp.data.num_classes, **over_devices
+    )
+    return {"x0": unflatten(x0), "x1": unflatten(x1), "c": pool["c"]}, info
 
-  return jax.jit(couple, donate_argnames="pool", out_shardings=(in_pool, sharding.replicated(mesh)))
+  return jax.jit(
+    couple,
+    donate_argnames=()
+    if exp.data.vae
+    else "pool",  # moments are of another shape than what is made
+    out_shardings=(in_pool, sharding.replicated(mesh)),
+  )
 
 
 def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Conditions:
@@ -165,13 +259,19 @@ def steps_function(exp: Experiment, mesh) -> Callable:
   """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`."""
   gradient = gradient_function(exp, mesh)
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
+  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
+  placed = _placed(exp, mesh, shapes)
+  updated = _placed(exp, mesh, shapes, parameters_too=True)
+  place = jax.lax.with_sharding_constraint
 
   def train_step(state, batch, keys: Keys):
     given = draw_conditions(exp, state, batch, keys)
     (loss, parts), grad = gradient(
       state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
     )
-    state = state_lib.update(state, grad, tx, exp.ema)
+    # Sharded, each device updates its part of everything, and the parameters are gathered.
+    state = state_lib.update(place(state, updated), place(grad, updated.params), tx, exp.ema)
+    state = place(place(state, updated), placed)
     norms = {
       "gradient_norm": optax.tree.norm(grad),
       "parameter_norm": optax.tree.norm(state.params),
@@ -182,8 +282,8 @@ def steps_function(exp: Experiment, mesh) -> Callable:
     batches = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, exp.scan_steps), pool)
     return jax.lax.scan(lambda state, batch: train_step(state, batch, keys), state, batches)
 
-  everywhere = sharding.replicated(mesh)
-  return jax.jit(train_steps, donate_argnames="state", out_shardings=everywhere)
+  out = (placed, sharding.replicated(mesh))
+  return jax.jit(train_steps, donate_argnames="state", out_shardings=out)
 
 
 def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> None:

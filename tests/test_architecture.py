@@ -23,7 +23,7 @@ LAYERS = [
     {"objectives"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
      "metrics", "judge", "logs"},
-    {"paths"},
+    {"paths", "pretrained", "chips"},
 ]  # fmt: skip
 MATHEMATICS = {
   "paths",
@@ -48,7 +48,7 @@ def layer_of(module):
   return next((i for i, layer in enumerate(LAYERS) if module in layer), None)
 
 
-MODULES = [*sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__"), "data"]
+MODULES = [*sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__"), "data", "pretrained"]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -72,7 +72,7 @@ def test_the_mathematics_knows_no_flags_files_configs_or_devices(module):
 
 def test_importing_everything_touches_no_device_and_no_tensorflow_or_torch():
   # Two commands in one process would define the flag --out twice.
-  modules = [f"ism_jax.{m}" for m in MODULES if m != "compare"]
+  modules = [f"ism_jax.{m}" for m in MODULES if m != "compare"] + ["ism_jax.pretrained.vae"]
   script = (
     f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
     "from jax._src import xla_bridge\n"

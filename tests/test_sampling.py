@@ -8,6 +8,7 @@ from PIL import Image
 import pytest
 
 from ism_jax import experiment, generate, guidance, model, paths, sampling, sharding
+from ism_jax.pretrained import vae
 
 
 def test_steps_of_the_mean_velocity_reach_the_exact_solution_of_an_ode(key):
@@ -71,6 +72,24 @@ def test_a_sample_depends_on_its_number_not_on_batch_size_or_devices():
     # One grey value of 255 either way: float sums differ in order.
     assert np.abs(others.astype(int) - images[:n].astype(int)).max() <= 1
   assert len(np.unique(images.reshape(21, -1), axis=0)) == 21
+
+
+def test_samples_of_latents_are_decoded_on_all_devices():
+  config = tiny_config()
+  config.data.update({"name": "latents", "vae": "random-small", "channels": 4})
+  exp, mesh = experiment.parse(config), sharding.data_mesh()
+  params = model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
+  images, _ = generate.generate(
+    exp, mesh, params, num_images=10, steps=1, w=0.5, seed=3, batch_size=16
+  )
+  assert images.shape == (10, 64, 64, 3)
+  # At its initialisation the network is zero, so one step samples the noise itself.
+  latents = sampling.draw_noise(jax.random.key(3), np.arange(10), exp.image_shape)
+  decoder = vae.load("random-small")
+  decoded = np.asarray(vae.decode(decoder.cfg, decoder.params, latents))
+  expected = np.clip(np.round(127.5 * (decoded + 1)), 0, 255)
+  assert np.abs(images - expected).max() <= 1
+  assert expected.std() > 10
 
 
 def test_samples_that_are_not_finite_are_reported_and_not_drawn_black():
