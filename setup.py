@@ -41,7 +41,7 @@ setuptools.setup(
     "interop": ["diffusers>=0.35,<0.43", "torch==2.13.0"],
     "aot": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there
     "check": ["scikit-image>=0.25,<0.27"],  # the photographs of launch/check.sh
-    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.12", "etils[epath-gcs]>=1.9"],  # workdirs on gs:// besides
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
     "tensorboard": ["tensorboard>=2.18"],
   },

@@ -1,5 +1,6 @@
 """What a run says: a progress line, metrics.jsonl and TensorBoard events, of the same values."""
 
+from concurrent import futures
 import contextlib
 import datetime
 import fractions
@@ -7,10 +8,12 @@ import io
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 
-from absl import logging
+from absl import flags, logging
+from etils import epath
 import jax
 import numpy as np
 from PIL import Image
@@ -50,17 +53,72 @@ def one_line_errors():
     raise
 
 
+@contextlib.contextmanager
+def one_line_flag_errors():
+  """Ends the process in one line for a wrong flag."""
+  try:
+    yield
+  except flags.Error as error:
+    # A config file's own error, such as an unknown variant, comes with its trace: its last line.
+    raise SystemExit(f"Error: {str(error).strip().splitlines()[-1].strip()}") from None
+  except (AttributeError, KeyError) as error:
+    if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+      raise
+    reason = str(error.args[0]).replace("\n", " ")
+    raise SystemExit(
+      f"Error: a --config.KEY=VALUE names a key that the config does not have: {reason} "
+      "The keys are in configs/base.py."
+    ) from None
+
+
 def write_whole(path: str, data: str | bytes) -> None:
   """Writes a file that is either all there or not there, from the first process alone."""
   if jax.process_index() != 0:
     return
+  path, data = os.fspath(path), data.encode() if isinstance(data, str) else data
+  if "://" in path:  # an object store shows an object once it is whole
+    epath.Path(path).write_bytes(data)
+    return
   os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
   temporary = f"{path}.tmp"
   with open(temporary, "wb") as f:
-    f.write(data.encode() if isinstance(data, str) else data)
+    f.write(data)
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, path)
+
+
+class _Copies:
+  """Copies the files of a folder, as they grow, to a path with a scheme, such as gs://.
+
+  An object store cannot append, so files are copied whole, those that have changed. A copy that
+  fails is a warning, and the next one makes up for it: the storage may be away for a while.
+  """
+
+  def __init__(self, folder: str, target: str):
+    self._folder, self._target = folder, epath.Path(target)
+    self._sizes = {name: os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)}
+    self._thread, self._running = futures.ThreadPoolExecutor(1), None
+
+  def start(self) -> None:
+    """Starts copying, unless that is under way."""
+    if self._running is None or self._running.done():
+      self._running = self._thread.submit(self._copy)
+
+  def finish(self) -> None:
+    """Copies what has not been, and waits for it."""
+    self._thread.submit(self._copy).result()
+
+  def _copy(self):
+    try:
+      for name in sorted(os.listdir(self._folder)):
+        with open(os.path.join(self._folder, name), "rb") as f:
+          data = f.read()
+        if len(data) != self._sizes.get(name):
+          (self._target / name).write_bytes(data)
+          self._sizes[name] = len(data)
+    except Exception as error:  # each storage has errors of its own
+      logging.warning("Logs were not copied to %s, and will be later: %r", self._target, error)
 
 
 class Writer:
@@ -70,7 +128,8 @@ class Writer:
   "coupling/..." (so "coupling/converged" is the share of solves that did), the consistency loss of
   each d as "consistency/d_1_64", ..., "steps_per_second", and "data_wait", the share of time spent
   waiting for the input pipeline. Entries fall on the same steps, with the same means, wherever a
-  run is stopped and continued.
+  run is stopped and continued. For a workdir with a scheme, such as gs://, they are written to a
+  temporary folder, which is copied there.
 
   Args:
     start: steps done. state: of the writer then, as `state` returns it; None at the beginning.
@@ -81,16 +140,25 @@ class Writer:
     self._step, self._total, self._every = start, total, every
     self._sums = dict(state or {})
     self._start_clock()
-    self._bar = self._events = None
-    self._lines_path = os.path.join(workdir, "metrics.jsonl")
+    self._bar = self._events = self._copies = None
     if jax.process_index() != 0:
       return
-    if os.path.exists(self._lines_path):
+    folder = workdir = os.fspath(workdir)
+    lines = os.path.join(workdir, "metrics.jsonl")
+    if "://" in workdir:
+      self._temporary = tempfile.TemporaryDirectory(prefix="ism_jax_logs_")
+      folder = self._temporary.name
+    self._lines_path = os.path.join(folder, "metrics.jsonl")
+    if epath.Path(lines).exists():
       # A run that continues from step `start` writes what came after it anew.
-      with open(self._lines_path) as f:
+      with epath.Path(lines).open() as f:
         kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-      write_whole(self._lines_path, "".join(kept))
-    self._events = tensorboardX.SummaryWriter(workdir, purge_step=start + 1, flush_secs=30)
+      write_whole(lines, "".join(kept))
+      if folder != workdir:
+        write_whole(self._lines_path, "".join(kept))
+    if folder != workdir:
+      self._copies = _Copies(folder, workdir)
+    self._events = tensorboardX.SummaryWriter(folder, purge_step=start + 1, flush_secs=30)
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
 
@@ -101,6 +169,9 @@ class Writer:
     for sink in (self._bar, self._events):
       if sink is not None:
         sink.close()
+    if self._copies is not None:
+      self._copies.finish()
+      self._temporary.cleanup()
 
   def _start_clock(self) -> None:
     self._since, self._since_step, self._waited = time.perf_counter(), self._step, 0.0
@@ -110,7 +181,10 @@ class Writer:
     self._waited += seconds
 
   def state(self) -> dict[str, list[float]]:
-    """What has been summed up for the next entry: JSON, exact."""
+    """What has been summed up for the next entry: JSON, exact. Earlier entries are stored now."""
+    if self._copies is not None:
+      self._events.flush()
+      self._copies.finish()
     return dict(self._sums)
 
   def add(self, last_step: int, metrics: dict[str, np.ndarray], info: dict) -> None:
@@ -152,6 +226,8 @@ class Writer:
       f.write(json.dumps({"step": step} | entry) + "\n")
     for name, value in entry.items():
       self._events.add_scalar(name, value, step)
+    if self._copies is not None:
+      self._copies.start()
 
   def image(self, step: int, name: str, png: bytes) -> None:
     """Writes a picture to the event file."""

@@ -1,11 +1,16 @@
 """The writer of metrics: means over windows, wherever a run is stopped."""
 
 import json
+import os
 
+from etils import epath
+from fsspec.implementations import memory
 import numpy as np
 import pytest
 
 from ism_jax import logs
+
+WORKDIR = "gs://bucket/a run"
 
 
 def steps(first, count, rng_seed=0):
@@ -62,3 +67,68 @@ def test_a_run_stopped_anywhere_writes_the_same_entries(tmp_path, stop):
   write(parted, calls[stop // 2 :][:1], start=stop, state=state)  # killed before a checkpoint
   write(parted, calls[stop // 2 :], start=stop, state=state)
   assert entries(parted) == entries(whole)
+
+
+class ObjectStore(memory.MemoryFileSystem):
+  """In memory, as gs:// for epath. Like a bucket it cannot append; `away` makes writing fail."""
+
+  store, pseudo_dirs, away = {}, [""], False
+  cachable = False
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return "/" + os.fspath(path).removeprefix("gs://").strip("/")
+
+  def _open(self, path, mode="rb", **options):
+    if "a" in mode or "+" in mode:
+      raise NotImplementedError("objects cannot be appended to")
+    if self.away and "w" in mode:
+      raise ConnectionError("the storage is away")
+    return super()._open(path, mode=mode, **options)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """An empty object store behind gs://."""
+  store = ObjectStore()
+  store.store, store.pseudo_dirs = {}, [""]
+  backend = type(epath.backend.fsspec_backend)
+  local = backend.fs
+  fs = lambda self, path: store if os.fspath(path).startswith("gs://") else local(self, path)
+  monkeypatch.setattr(backend, "fs", fs)
+  return store
+
+
+def test_a_file_is_written_to_an_object_store_whole(bucket, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  logs.write_whole(f"{WORKDIR}/grids/a.md", "text")
+  logs.write_whole(f"{WORKDIR}/grids/a.md", b"other")
+  assert epath.Path(WORKDIR, "grids", "a.md").read_bytes() == b"other"
+  assert not list(tmp_path.iterdir())  # no folder that is called gs:
+
+
+@pytest.mark.parametrize("stop", [2, 4, 10])
+def test_logs_in_an_object_store_are_those_on_disk(bucket, tmp_path, stop):
+  """Stopped in between, with entries after the checkpoint; an event file for each of the parts."""
+  calls = steps(1, 12)
+  write(tmp_path, calls)
+  state = write(epath.Path(WORKDIR), calls[: stop // 2])
+  write(epath.Path(WORKDIR), calls[stop // 2 :][:1], start=stop, state=state)
+  write(epath.Path(WORKDIR), calls[stop // 2 :], start=stop, state=state)
+  assert entries(epath.Path(WORKDIR)) == entries(tmp_path)
+  events = [p for p in epath.Path(WORKDIR).iterdir() if "tfevents" in p.name]
+  assert events and all(len(p.read_bytes()) for p in events)
+
+
+def test_a_checkpoint_finds_what_was_written_before_it_stored(bucket):
+  """And a storage that was away for a while costs nothing."""
+  calls = steps(1, 12)
+  with logs.Writer(WORKDIR, start=0, state=None, total=12, every=4) as writer:
+    bucket.away = True
+    for last, metrics, info in calls[:4]:
+      writer.add(last, dict(metrics), info)
+    writer.state()
+    assert not epath.Path(WORKDIR, "metrics.jsonl").exists()
+    bucket.away = False
+    writer.state()
+    assert [e["step"] for e in entries(epath.Path(WORKDIR))] == [4, 8]

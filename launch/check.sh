@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Checks a set-up from end to end: real photographs to latents, latents to a checkpoint, a checkpoint
+# to decoded samples, with all devices, in a few minutes on two CPU cores:
+#
+#   bash launch/check.sh [OUT]        OUT defaults to runs/check
+#
+# The photographs are those that scikit-learn and scikit-image ship, so nothing is downloaded; the
+# network is tiny and the autoencoder is at random weights, so the samples mean nothing. On a pod it
+# runs on every machine, each with its own copy of the data, and they train together; OUT must then
+# be a folder that all see:
+#
+#   bash launch/tpu.sh run -- bash launch/check.sh gs://BUCKET/check
+#
+# EXTRAS names extras to install besides, such as EXTRAS=tpu or EXTRAS=cuda.
+set -euo pipefail
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+out="$PWD/runs/check"
+[ $# -eq 0 ] || out="$(absolute "$1")"
+ensure_env "check${EXTRAS:+,$EXTRAS}"
+
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+python - "$scratch/photographs" << 'PYTHON'
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image
+from skimage import data
+from sklearn.datasets import load_sample_image
+
+names = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field"
+names += " immunohistochemistry moon retina rocket"
+photographs = {name: getattr(data, name)() for name in names.split()}
+photographs |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+rng = np.random.default_rng(0)
+for name, photograph in photographs.items():
+  folder = pathlib.Path(sys.argv[1]) / name
+  folder.mkdir(parents=True)
+  for i in range(4):
+    side = rng.integers(200, 1 + min(photograph.shape[:2]))
+    y, x = (rng.integers(1 + n - side) for n in photograph.shape[:2])
+    Image.fromarray(photograph[y : y + side, x : x + side]).save(folder / f"{i}.jpg", quality=95)
+PYTHON
+
+# Of several machines each encodes all of it for itself, without the devices that start together.
+JAX_PLATFORMS=cpu python -m ism_jax.encode --images="$scratch/photographs" \
+  --out="$scratch/latents" --vae=random-small --images_per_shard=16 \
+  --coordinator=localhost:1 --processes=1 --process=0
+python -m ism_jax.main --config=configs/check.py --workdir="$out" \
+  --config.data.dir="$scratch/latents"
+python -m ism_jax.main --mode=sample --workdir="$out" --out="$out/samples.npz"
+echo "The set-up works. Checkpoints, logs and decoded samples are in $out; grids/ has pictures."
