@@ -1,0 +1,349 @@
+"""Encodes classified images to latents, once, for training.
+
+  python -m ism_jax.encode --images=IMAGES --out=DIR [--size=256] [--vae=stabilityai/sd-vae-ft-mse]
+
+IMAGES is a folder of class folders, a folder of class tar files, ImageNet's
+ILSVRC2012_img_train.tar, or tfds:NAME with --tfds_dir, a dataset of TFDS prepared as ArrayRecord.
+Classes are numbered by their names' order. Each image is cropped as ADM does; it and its mirror
+image become float16 moments in ArrayRecord shards, see `data/latents.py`, and `manifest.json` says
+what is there. Training reads DIR by data.name=latents, data.dir=DIR, data.vae and the sizes.
+
+The same command goes on where one that was stopped or killed was: whole shards are kept, and the
+files end up the same byte for byte, as far as the devices compute the same numbers twice. Of
+several processes, each makes its share of the shards with its own devices. DIR must be one folder
+for all of them, on a file system or a mounted bucket. Images that cannot be read are left out, and
+listed in the manifest by name and reason.
+"""
+
+import collections
+from collections.abc import Iterable, Iterator
+import concurrent.futures
+import contextlib
+import datetime
+import functools
+import os
+import re
+import tempfile
+import time
+from typing import NamedTuple
+
+from absl import app, flags, logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax import logs, multihost, sharding
+from ism_jax.data import images, latents
+from ism_jax.pretrained import vae as vae_lib
+
+_IMAGES = flags.DEFINE_string("images", None, "Where the images are, see above.")
+_OUT = flags.DEFINE_string("out", None, "Folder of the latents.")
+_SIZE = flags.DEFINE_integer("size", 256, "Height and width of the crops, in pixels.")
+_VAE = flags.DEFINE_string("vae", vae_lib.PUBLISHED, "A hub name, or a safetensors file.")
+_TFDS_DIR = flags.DEFINE_string("tfds_dir", "", "With tfds:NAME: its folder; TFDS's default.")
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 16, "Images at a time, on each device.", lower_bound=1
+)
+_IMAGES_PER_SHARD = flags.DEFINE_integer(
+  "images_per_shard", 1024, "Images in a shard.", lower_bound=1
+)
+_NUM_THREADS = flags.DEFINE_integer(
+  "num_threads", os.cpu_count(), "Threads that decode images, in each process.", lower_bound=1
+)
+_PLACE = multihost.define_flags()
+
+_SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_LOOKS = 5.0  # at the shards of other processes
+_BATCHES_AHEAD = 4  # decoded while the devices encode
+
+
+class _Crop(NamedTuple):
+  """A decoded image, or why there is none."""
+
+  index: int
+  pixels: np.ndarray | None  # uint8 [size, size, 3]
+  label: int | None
+  reason: str | None
+
+
+def encode(
+  source: images.Source,
+  vae: vae_lib.Vae,
+  out: str,
+  *,
+  size: int,
+  batch_size: int,
+  images_per_shard: int,
+  num_threads: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  devices=None,
+) -> latents.Settings:
+  """Makes the shards of a process that are not there yet: p, p + P, p + 2 P, ...
+
+  Args:
+    vae: see `pretrained.vae.load`. size: of the crops.
+    batch_size: images at a time on each device; shards are filled from batches of their own, padded
+      to this size, so that their bytes do not depend on where a run was stopped.
+    devices: of this process; default all that are local.
+  Returns:
+    What the shards in `out` share.
+  Raises:
+    ValueError: a value is out of range, or `out` holds shards of other settings.
+    OSError: `out` cannot be written, or the images' files cannot be reached.
+  """
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1.")
+  settings = latents.Settings(
+    vae=vae.name,
+    vae_sha256=vae.sha256,
+    size=size,
+    latent_channels=vae.cfg.latent_channels,
+    crop=images.CROP,
+    listing=source.listing,
+    listed=source.size,
+    images_per_shard=images_per_shard,
+  )
+  check_writable(out)
+  finished = latents.finished_shards(out, settings)
+  mine = range(process_index, settings.shards, process_count)
+  todo = [shard for shard in mine if shard not in finished]
+  count = sum(len(settings.images_of(shard)) for shard in todo)
+  logging.info(
+      "%d images of %d classes in %d shards; this process makes %d and has %d images to do.",
+      source.size, len(source.classes), settings.shards, len(mine), count,
+  )  # fmt: skip
+  mesh = sharding.data_mesh(jax.local_devices() if devices is None else devices)
+  rows = batch_size * mesh.size
+  batches = [
+    settings.images_of(shard)[start : start + rows]
+    for shard in todo
+    for start in range(0, len(settings.images_of(shard)), rows)
+  ]
+  progress = _Progress(count)
+  with contextlib.closing(_encoded(source, vae, size, batches, rows, mesh, num_threads)) as encoded:
+    for shard in todo:
+      with latents.ShardWriter(out, settings, shard) as writer:
+        for _ in settings.images_of(shard):
+          crop, moments = next(encoded)
+          if crop.reason is None:
+            writer.add(crop.label, moments)
+          else:
+            writer.add_unreadable(source.name(crop.index), crop.reason)
+          progress.add(readable=crop.reason is None)
+  return settings
+
+
+def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:
+  """(crop, moments [2, h, w, 2 C] or None) of the images of all batches, in order.
+
+  Images are decoded ahead of the devices, and results fetched one batch late.
+  """
+  params = jax.device_put(vae.params, sharding.replicated(mesh))
+  crop = functools.partial(_crop, source, size)
+  # Threads: PIL decodes, shrinks and resizes without Python's lock.
+  indices = (i for batch in batches for i in batch)
+  with (
+    concurrent.futures.ThreadPoolExecutor(num_threads) as pool,
+    contextlib.closing(_in_order(pool, crop, indices, _BATCHES_AHEAD * rows)) as crops,
+  ):
+    pending = None
+    for batch in [*batches, None]:
+      started = None
+      if batch is not None:
+        ready = [next(crops) for _ in batch]
+        pixels = np.zeros((rows, size, size, 3), np.uint8)
+        for row, found in enumerate(ready):
+          if found.pixels is not None:
+            pixels[row] = found.pixels
+        ready = [found._replace(pixels=None) for found in ready]  # frees them
+        pixels = jax.device_put(pixels, sharding.rows(mesh))
+        started = ready, both_moments(vae.cfg, mesh, params, pixels)
+      if pending is not None:
+        ready, moments = pending
+        yield from _checked(source, ready, np.asarray(moments))
+      pending = started
+
+
+def _checked(source, crops, moments):
+  """Pairs crops with their moments [2, N, ...]; raises where these are not finite."""
+  for row, crop in enumerate(crops):
+    if crop.reason is not None:
+      yield crop, None
+      continue
+    if not np.isfinite(moments[:, row]).all():
+      raise FloatingPointError(
+        f"the moments of {source.name(crop.index)} are not finite in float16: the VAE's weights "
+        "are damaged, or not those of a VAE for images in [-1, 1]."
+      )
+    yield crop, moments[:, row]
+
+
+def _in_order(pool, function, items: Iterable, ahead: int) -> Iterator:
+  """function(item) of all items in their order, with `ahead` more under way in a pool."""
+  futures = collections.deque()
+  try:
+    for item in items:
+      futures.append(pool.submit(function, item))
+      if len(futures) > ahead:
+        yield futures.popleft().result()
+    while futures:
+      yield futures.popleft().result()
+  finally:
+    for future in futures:
+      future.cancel()
+
+
+def _crop(source: images.Source, size: int, index: int) -> _Crop:
+  """Reads and crops an image, or says why it cannot be.
+
+  Raises:
+    OSError: the storage fails. That is no property of the image: a run that went on would leave out
+      everything that follows.
+  """
+  label = None
+  try:
+    content, label = source.read(index)
+    return _Crop(index, images.centre_crop(images.decode(content), size), label, None)
+  except MemoryError:
+    raise
+  except Exception as error:  # PIL raises all kinds for damaged files
+    if label is None and not _of_one_file(error):
+      raise OSError(
+        f"{source.name(index)} cannot be read from its storage: {error}. Make that available "
+        "again; the same command goes on where this one was."
+      ) from error
+    # Without addresses in memory, so that another run gives the same reason.
+    reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
+    logging.warning("Image %s cannot be read: %s", source.name(index), reason)
+    return _Crop(index, None, label, reason)
+
+
+def _of_one_file(error) -> bool:
+  """Whether a file alone could not be read, and the folder that it is in is there."""
+  if isinstance(error, PermissionError):
+    return True
+  gone = isinstance(error, FileNotFoundError) and error.filename is not None
+  return gone and os.path.isdir(os.path.dirname(error.filename))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
+def both_moments(cfg: vae_lib.VaeConfig, mesh, params, pixels):
+  """Moments of images uint8 [N, H, W, 3], as they are and mirrored: float16 [2, N, h, w, 2 C].
+
+  Rows [N] are split over the mesh.
+  """
+  x = pixels.astype(jnp.float32) / 127.5 - 1
+  # One after the other: half of the memory.
+  both = jax.lax.map(
+    lambda view: vae_lib.encode(cfg, params, view), jnp.stack([x, jnp.flip(x, axis=2)])
+  )
+  return jax.lax.with_sharding_constraint(both.astype(jnp.float16), sharding.rows(mesh, axis=1))
+
+
+class _Progress:
+  """Logs how far the images of a process are, every so often."""
+
+  def __init__(self, total: int):
+    self._total = total
+    self._done = self._unreadable = 0
+    self._start = self._last = self._first = None
+
+  def add(self, readable: bool) -> None:
+    """Counts an image."""
+    self._done += 1
+    self._unreadable += not readable
+    now = time.monotonic()
+    if self._start is None:  # without the compilation
+      self._start = self._last = now
+      self._first = self._done
+    if now - self._last < _SECONDS_BETWEEN_LINES and self._done < self._total:
+      return
+    self._last = now
+    rate = (self._done - self._first) / max(now - self._start, 1e-9)
+    left = round((self._total - self._done) / rate) if rate else 0
+    logging.info(
+        "%d/%d images, %d unreadable, %.1f images/s, ETA %s", self._done, self._total,
+        self._unreadable, rate, datetime.timedelta(seconds=left),
+    )  # fmt: skip
+
+
+def check_writable(folder: str) -> None:
+  """Makes a folder; raises OSError where it cannot be written."""
+  try:
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise OSError(f"--out={folder} cannot be written: {error}. Choose another folder.") from error
+
+
+def wait_for_shards(out: str, settings: latents.Settings) -> None:
+  """Returns when the shards of all processes are in the folder `out`."""
+  told = time.monotonic()
+  paths = {settings.path(out, shard) for shard in range(settings.shards)}
+  while missing := paths - {os.path.join(out, name) for name in os.listdir(out)}:
+    if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+      told = time.monotonic()
+      logging.info(
+        "Waiting for %d shards of other processes, such as %s.", len(missing), min(missing)
+      )
+    time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def write_manifest(source: images.Source, out: str, settings: latents.Settings) -> None:
+  """Writes the manifest of a folder that has all its shards.
+
+  Raises:
+    ValueError: shards are missing, or no image was readable.
+  """
+  trailers = latents.finished_shards(out, settings)
+  if missing := [s for s in range(settings.shards) if s not in trailers]:
+    raise ValueError(
+      f"{len(missing)} of {settings.shards} shards are missing or damaged, such as "
+      f"{settings.path(out, missing[0])}. Run the same command again."
+    )
+  path = os.path.join(out, latents.MANIFEST)
+  logs.write_whole(path, latents.manifest(settings, source.classes, trailers))
+  found = latents.read_manifest(out)
+  if unreadable := found["unreadable"]:
+    logging.warning(
+        "%d of %d images could not be read and are left out, such as %s; %s lists them.",
+        len(unreadable), settings.listed, next(iter(unreadable)), path,
+    )  # fmt: skip
+  if empty := [
+    name for name, count in zip(source.classes, found["counts"], strict=True) if not count
+  ]:
+    logging.warning("%d classes have no image: %s.", len(empty), ", ".join(empty))
+  logging.info("%d images of %d classes are in %s.", found["images"], len(source.classes), out)
+
+
+def main(argv):
+  """Encodes; see the module's docstring."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  logs.only_ours()
+  with multihost.shared_fate(), logs.one_line_errors():
+    multihost.initialize(*_PLACE())
+    latents.check_size(_SIZE.value)
+    check_writable(_OUT.value)
+    source = images.open_source(_IMAGES.value, _TFDS_DIR.value)
+    settings = encode(
+      source,
+      vae_lib.load(_VAE.value),
+      _OUT.value,
+      size=_SIZE.value,
+      batch_size=_BATCH_SIZE.value,
+      images_per_shard=_IMAGES_PER_SHARD.value,
+      num_threads=_NUM_THREADS.value,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    if jax.process_index() == 0:
+      wait_for_shards(_OUT.value, settings)
+      write_manifest(source, _OUT.value, settings)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["images", "out"])
+  app.run(main)

@@ -1,0 +1,619 @@
+"""From image files to latents: sources, decoding, ADM's crop, and runs stopped and continued."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
+import jax
+import numpy as np
+from PIL import Image, ImageCms
+import pytest
+from sklearn.datasets import load_sample_images
+import tensorflow_datasets as tfds
+
+from ism_jax import data, encode
+from ism_jax.data import images, latents
+from ism_jax.pretrained import vae as vae_lib
+
+PHOTOS = dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+SIZE = 16
+
+
+def file_of(image, kind="PNG", **options):
+  buffer = io.BytesIO()
+  Image.fromarray(np.asarray(image)).save(buffer, kind, **options)
+  return buffer.getvalue()
+
+
+def crops_of_photos(per_class, seed=0):
+  """{class: {file name: bytes}}: crops of all shapes."""
+  rng, made = np.random.default_rng(seed), {}
+  for name, photo in PHOTOS.items():
+    made[name] = {}
+    for i in range(per_class):
+      height, width = rng.integers(20, 90, 2)
+      y, x = rng.integers(0, 427 - height), rng.integers(0, 640 - width)
+      made[name][f"{name}_{i}.JPEG"] = file_of(photo[y : y + height, x : x + width], "JPEG")
+  return made
+
+
+def write_folder(root, classes):
+  for name, files in classes.items():
+    (root / name).mkdir(parents=True)
+    for file, content in files.items():
+      (root / name / file).write_bytes(content)
+  return str(root)
+
+
+def tar_bytes(members):
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w") as tar:
+    for name, content in members.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      tar.addfile(member, io.BytesIO(content))
+  return buffer.getvalue()
+
+
+def write_folder_of_tars(root, classes):
+  root.mkdir()
+  for name, files in classes.items():
+    (root / f"{name}.tar").write_bytes(tar_bytes(files))
+  return str(root)
+
+
+def write_tar_of_tars(root, classes):
+  root.mkdir()
+  path = root / "ILSVRC2012_img_train.tar"
+  path.write_bytes(tar_bytes({f"{name}.tar": tar_bytes(f) for name, f in classes.items()}))
+  return str(path)
+
+
+WRITERS = [write_folder, write_folder_of_tars, write_tar_of_tars]
+
+
+def contents(source):
+  return [(source.name(i), *source.read(i)) for i in range(source.size)]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_kind_of_source_has_the_same_images_in_the_same_order(tmp_path, write):
+  # Not in the order of their names.
+  classes = {
+    "n02": {"b.JPEG": b"1", "a.png": b"22" * 400, "B.jpg": b"333"},
+    "n10": {"x.webp": b"4" * 512},
+    "n01": {"c.jpg": b"", ".hidden.jpg": b"6", "notes.txt": b"7"},
+  }
+  source = images.open_source(write(tmp_path / "source", classes), "")
+  assert source.classes == ("n01", "n02", "n10")
+  assert contents(source) == [
+    ("n01/c.jpg", b"", 0),
+    ("n02/B.jpg", b"333", 1),
+    ("n02/a.png", b"22" * 400, 1),
+    ("n02/b.JPEG", b"1", 1),
+    ("n10/x.webp", b"4" * 512, 2),
+  ]
+  plain = images.open_source(write_folder(tmp_path / "again", classes), "")
+  assert plain.listing == source.listing
+  (tmp_path / "again" / "n10" / "y.jpg").touch()
+  assert images.open_source(str(tmp_path / "again"), "").listing != source.listing
+
+
+def test_threads_read_members_of_one_tar_file_at_the_same_time(tmp_path):
+  classes = crops_of_photos(20)
+  source = images.open_source(write_tar_of_tars(tmp_path / "tar", classes), "")
+  expected = [c for name in sorted(classes) for _, c in sorted(classes[name].items())]
+  wrong = []
+
+  def read(seed):
+    for i in np.random.default_rng(seed).integers(source.size, size=200):
+      if source.read(i)[0] != expected[i]:
+        wrong.append(i)
+
+  threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not wrong
+
+
+@pytest.fixture(scope="module")
+def imagenet2012(tmp_path_factory):
+  """A folder with a little `imagenet2012` as TFDS writes it, and its files and labels."""
+  files = [content for f in crops_of_photos(3).values() for content in f.values()]
+  labels = [999, 0, 7, 7, 500, 1]
+  directory = tmp_path_factory.mktemp("tfds")
+  version = tfds.builder_cls("imagenet2012").VERSION
+
+  with tfds.core.registered.skip_registration():  # TFDS's own code is to read it
+
+    class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+      VERSION = version
+      code_path = epath.Path(__file__)
+
+      def _info(self):
+        features = {
+          "image": tfds.features.Image(encoding_format="jpeg"),
+          "label": tfds.features.ClassLabel(num_classes=1000),
+          "file_name": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+      def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+      def _generate_examples(self):
+        for i, (file, label) in enumerate(zip(files, labels, strict=True)):
+          yield i, {"image": io.BytesIO(file), "label": label, "file_name": f"{i}.JPEG"}
+
+  Imagenet2012(data_dir=directory).download_and_prepare(file_format="array_record")
+  return str(directory), set(zip(files, labels, strict=True))
+
+
+def test_imagenet_as_tfds_prepares_it_is_read_as_its_jpeg_files(imagenet2012):
+  directory, expected = imagenet2012
+  source = images.open_source("tfds:imagenet2012", directory)
+  assert source.classes == tuple(tfds.builder("imagenet2012").info.features["label"].names)
+  assert source.size == 6
+  assert {source.read(i) for i in range(6)} == expected
+  assert len({source.name(i) for i in range(6)}) == 6
+
+
+def test_decoded_pixels_of_tfds_are_read_as_they_are(tmp_path):
+  cfg = data.DataConfig("digits", str(tmp_path), 8, 1, 10, False, 0, 0, "")
+  expected, labels = data.all_images(data.load_source(cfg))
+  source = images.open_source("tfds:digits", str(tmp_path))
+  assert source.size == len(expected) and len(source.classes) == 10
+  for i in (0, 100, 1796):
+    content, label = source.read(i)
+    grey = np.asarray(images.decode(content))
+    np.testing.assert_array_equal(grey, np.broadcast_to(expected[i], (8, 8, 3)))
+    assert label == labels[i]
+
+
+def test_a_source_that_is_not_there_or_not_prepared_says_what_is_needed(tmp_path):
+  with pytest.raises(ValueError, match=r"nosuch.*no such file.*ILSVRC2012_img_train\.tar"):
+    images.open_source(str(tmp_path / "nosuch"), "")
+  with pytest.raises(ValueError, match=r"'imagenet2012' is not at .*TensorFlow"):
+    images.open_source("tfds:imagenet2012", str(tmp_path))
+  with pytest.raises(ValueError, match="'celeb_a' is not one of classified images"):
+    images.open_source("tfds:celeb_a", str(tmp_path))
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_classes_without_images_are_all_named_before_anything_is_read(tmp_path, write):
+  classes = {"a": {"x.jpg": b"1"}, "c": {}, "b": {"readme.txt": b"2"}}
+  with pytest.raises(ValueError, match=r"2 of the 3 classes of .* have no image: b, c\."):
+    images.open_source(write(tmp_path / "source", classes), "")
+
+
+def test_a_folder_that_holds_no_classes_is_refused(tmp_path):
+  (tmp_path / "image.jpg").touch()
+  with pytest.raises(ValueError, match=r"neither class folders nor tar files.*CLASS/IMAGE\.jpg"):
+    images.open_source(str(tmp_path), "")
+  (tmp_path / "a").mkdir()
+  (tmp_path / "b.tar").touch()
+  with pytest.raises(ValueError, match=r"both 1 folders, such as a, and 1 tar files, such as b"):
+    images.open_source(str(tmp_path), "")
+
+
+def test_a_file_that_is_no_tar_of_tars_is_refused(tmp_path):
+  (tmp_path / "text.tar").write_bytes(b"some text" * 100)
+  with pytest.raises(ValueError, match=r"text\.tar is truncated, damaged or no .*tar file"):
+    images.open_source(str(tmp_path / "text.tar"), "")
+  (tmp_path / "flat.tar").write_bytes(tar_bytes({"a/x.jpg": b"1"}))
+  with pytest.raises(ValueError, match=r"flat\.tar is no tar file of class tar files.*a/x\.jpg"):
+    images.open_source(str(tmp_path / "flat.tar"), "")
+
+
+@pytest.mark.parametrize("write", [write_folder_of_tars, write_tar_of_tars])
+@pytest.mark.parametrize("keep", ["half", "whole members"])
+def test_a_truncated_tar_file_is_refused(tmp_path, write, keep):
+  # Cut between two members, nothing is wrong but that the end is missing.
+  files = {f"{i}.jpg": bytes([i]) * 512 for i in range(10)}
+  path = pathlib.Path(write(tmp_path / "source", {"a": files}))
+  path = path / "a.tar" if path.is_dir() else path
+  start = 0 if path.name == "a.tar" else 512
+  os.truncate(path, start + 1024 * 5 + (700 if keep == "half" else 0))
+  with pytest.raises(ValueError, match="is truncated"):
+    images.open_source(os.path.dirname(path) if path.name == "a.tar" else str(path), "")
+
+
+def test_a_damaged_class_inside_a_tar_file_is_refused(tmp_path):
+  good = tar_bytes({f"{i}.jpg": bytes([i]) * 512 for i in range(10)})
+  damaged = good[:4096] + b"\xff" * 512 + good[4608:]  # a header
+  path = tmp_path / "train.tar"
+  path.write_bytes(tar_bytes({"a.tar": good, "b.tar": damaged}))
+  with pytest.raises(ValueError, match=r"train\.tar is truncated, damaged.*no end after 4 members"):
+    images.open_source(str(path), "")
+
+
+def decoded(content):
+  return np.asarray(images.decode(content)).astype(int)
+
+
+def test_grey_levels_of_16_bits_are_scaled_to_8():
+  levels = np.arange(0, 65536, 61, dtype=np.uint16)[:1024].reshape(32, 32)
+  expected = np.repeat(np.round(levels / 257.0).astype(int)[..., None], 3, axis=2)
+  for content in (
+    file_of(levels, "PNG"),
+    file_of(levels, "TIFF"),
+    file_of(levels.astype(">u2"), "TIFF"),
+    b"P5\n32 32\n65535\n" + levels.astype(">u2").tobytes(),
+  ):
+    np.testing.assert_array_equal(decoded(content), expected)
+
+
+def test_grey_levels_of_unknown_range_are_refused():
+  for array in (np.full((4, 4), 70_000, np.int32), np.full((4, 4), 0.5, np.float32)):
+    with pytest.raises(ValueError, match="grey levels"):
+      images.decode(file_of(array, "TIFF"))
+
+
+def test_grey_palette_and_alpha_become_their_colours():
+  rng = np.random.default_rng(0)
+  grey = rng.integers(0, 256, (16, 16), np.uint8)
+  np.testing.assert_array_equal(decoded(file_of(grey)), np.repeat(grey[..., None], 3, 2))
+  two_levels = grey > 128
+  np.testing.assert_array_equal(
+    decoded(file_of(two_levels)), np.repeat(255 * two_levels[..., None], 3, 2)
+  )
+
+  palette = rng.integers(0, 256, (256, 3), np.uint8)
+  image = Image.fromarray(grey).convert("P")
+  image.putdata(grey.ravel().tolist())
+  image.putpalette(palette.tobytes())
+  buffer = io.BytesIO()
+  image.save(buffer, "PNG", transparency=3)
+  np.testing.assert_array_equal(decoded(buffer.getvalue()), palette[grey])
+
+  # As ADM: what is transparent keeps the colour it has in the file.
+  rgba = rng.integers(0, 256, (16, 16, 4), np.uint8)
+  np.testing.assert_array_equal(decoded(file_of(rgba)), rgba[..., :3])
+  grey_alpha = np.dstack([grey, rgba[..., 3]])
+  np.testing.assert_array_equal(decoded(file_of(grey_alpha)), np.repeat(grey[..., None], 3, 2))
+
+
+def test_inks_become_colours():
+  cmyk = np.random.default_rng(0).integers(0, 256, (16, 16, 4), np.uint8)
+  left = 255 - cmyk.astype(float)
+  expected = left[..., :3] * left[..., 3:] / 255
+  for kind, options, tolerance in (("TIFF", {}, 1), ("JPEG", {"quality": 100}, 6)):
+    buffer = io.BytesIO()
+    Image.fromarray(cmyk, "CMYK").save(buffer, kind, **options)
+    assert np.abs(decoded(buffer.getvalue()) - expected).max() <= tolerance, kind
+
+
+def test_orientation_and_colour_profile_of_a_camera_are_not_applied():
+  photo = PHOTOS["china"][:40, :60]
+  exif = Image.Exif()
+  exif[0x0112] = 6  # turned by a quarter
+  profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+  content = file_of(photo, "PNG", exif=exif, icc_profile=profile)
+  np.testing.assert_array_equal(decoded(content), photo)
+
+
+def resized(array, size, kind):
+  """Each axis of a [H, W, 3] resampled to `size` (W, H) by a filter as wide as the reduction."""
+
+  def kernel(x):
+    if kind == "box":
+      return ((x > -0.5 + 1e-9) & (x <= 0.5 + 1e-9)).astype(float)  # 213 -> 106 has a tie
+    x = np.abs(x)
+    inner, outer = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x < 1, inner, np.where(x < 2, outer, 0))
+
+  def weights(old, new):
+    step = max(old / new, 1)
+    centre = (np.arange(new) + 0.5) * old / new
+    w = kernel((np.arange(old) + 0.5 - centre[:, None]) / step)
+    return w / w.sum(axis=1, keepdims=True)
+
+  rows, columns = weights(array.shape[0], size[1]), weights(array.shape[1], size[0])
+  # Levels are whole numbers after each pass: means of two, always rounded up, add up over halvings.
+  levels = lambda x: np.clip(np.floor(x + 0.5), 0, 255)
+  by_columns = levels(np.einsum("jkc,lk->jlc", array, columns, optimize=True))
+  return levels(np.tensordot(rows, by_columns, 1))
+
+
+def reference_crop(photo, size):
+  array = photo.astype(float)
+  while min(array.shape[:2]) >= 2 * size:
+    array = resized(array, (array.shape[1] // 2, array.shape[0] // 2), "box")
+  scale = size / min(array.shape[:2])
+  height, width = (round(n * scale) for n in array.shape[:2])
+  array = resized(array, (width, height), "bicubic")
+  top, left = (height - size) // 2, (width - size) // 2
+  return array[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("photo", PHOTOS)
+@pytest.mark.parametrize("shape", [(427, 640), (640, 427), (100, 30), (64, 64), (31, 90)])
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_the_crop_is_adms_against_a_reference_in_numpy(photo, shape, size):
+  whole = PHOTOS[photo].swapaxes(0, 1) if shape == (640, 427) else PHOTOS[photo]
+  pixels = np.ascontiguousarray(whole[: shape[0], : shape[1]])
+  crop = images.centre_crop(Image.fromarray(pixels), size)
+  assert crop.dtype == np.uint8 and crop.shape == (size, size, 3)
+  assert np.abs(crop - reference_crop(pixels, size)).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def vae():
+  return vae_lib.load("random-small")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """A folder of 22 images, of which one is truncated and one is text."""
+  classes = crops_of_photos(10)
+  classes["china"]["broken.jpg"] = classes["china"]["china_0.JPEG"][:-300]
+  classes["flower"]["text.png"] = b"no image"
+  return write_folder(tmp_path_factory.mktemp("photos") / "photos", classes)
+
+
+def run(source, vae, out, processes=1, **changes):
+  """Encodes as one process, or as several one after the other, and writes the manifest."""
+  values = dict(size=SIZE, batch_size=2, images_per_shard=5, num_threads=2)
+  values.update(devices=jax.devices()[:2], **changes)
+  for p in range(processes):
+    settings = encode.encode(
+      source, vae, str(out), process_index=p, process_count=processes, **values
+    )
+  encode.write_manifest(source, str(out), settings)
+  return settings
+
+
+def files(directory):
+  return {path.name: path.read_bytes() for path in pathlib.Path(directory).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def encoded(photos, vae, tmp_path_factory):
+  """The folder of a run that nothing disturbed, and its settings."""
+  out = tmp_path_factory.mktemp("encoded")
+  return out, run(images.open_source(photos, ""), vae, out)
+
+
+def test_records_are_the_vaes_moments_of_the_crop_and_of_its_mirror_image(photos, vae, encoded):
+  out, settings = encoded
+  source = images.open_source(photos, "")
+  kind = latents.record_type(settings.moments_shape)
+  assert settings.shards == 5 and settings.moments_shape == (2, 2, 8)
+  found = []
+  for shard in range(5):
+    *records, trailer = ArrayRecordReader(settings.path(str(out), shard)).read_all()
+    found += records
+    assert json.loads(trailer)["shard"] == shard
+  readable = [i for i in range(22) if source.name(i) not in ("china/broken.jpg", "flower/text.png")]
+  assert len(found) == 2 * len(readable)
+  pixels = np.stack([
+    images.centre_crop(images.decode(source.read(i)[0]), SIZE) for i in readable
+  ])  # fmt: skip
+  views = np.stack([pixels, pixels[:, :, ::-1]], axis=1).reshape(-1, SIZE, SIZE, 3)
+  expected = jax.jit(vae_lib.encode, static_argnums=0)(
+    vae.cfg, vae.params, np.float32(views / 127.5 - 1)
+  )
+  records = np.frombuffer(b"".join(found), kind)
+  np.testing.assert_allclose(records["moments"], expected, rtol=2e-3, atol=2e-3)
+  assert np.std(np.diff(expected.reshape(-1, 2, 32), axis=1)) > 0.02, "views are told apart"
+  labels = np.repeat([source.read(i)[1] for i in readable], 2)
+  np.testing.assert_array_equal(records["label"], labels)
+
+
+def test_unreadable_images_are_counted_and_named_with_the_reason(encoded, vae):
+  found = json.loads((encoded[0] / "manifest.json").read_text())
+  assert found["classes"] == ["china", "flower"] and found["counts"] == [10, 10]
+  assert found["listed"] == 22 and found["images"] == 20 and found["unreadable_count"] == 2
+  assert set(found["unreadable"]) == {"china/broken.jpg", "flower/text.png"}
+  assert "truncated" in found["unreadable"]["china/broken.jpg"]
+  assert found["unreadable"]["flower/text.png"].endswith("cannot identify image file")
+  assert sum(found["shards"]) == 20
+  assert (found["vae"], found["vae_sha256"]) == ("random-small", vae.sha256)
+
+
+def test_training_reads_what_was_encoded(encoded, photos):
+  cfg = data.DataConfig("latents", str(encoded[0]), 2, 4, 2, True, 0, 0, "random-small")
+  source = data.load_source(cfg)
+  pool = next(data.pools(source, batch_size=20, pool_size=1, seed=0))
+  assert pool["moments"].shape == (1, 20, 2, 2, 8)
+  assert len(np.unique(pool["moments"].reshape(20, -1), axis=0)) == 20
+  np.testing.assert_array_equal(np.bincount(pool["c"][0]), [10, 10])
+
+
+@pytest.mark.parametrize("write", [write_folder_of_tars, write_tar_of_tars])
+def test_tar_files_are_encoded_to_the_same_bytes_as_the_folder(
+  tmp_path, write, photos, encoded, vae
+):
+  classes = {
+    folder.name: {file.name: file.read_bytes() for file in folder.iterdir()}
+    for folder in pathlib.Path(photos).iterdir()
+  }
+  source = images.open_source(write(tmp_path / "source", classes), "")
+  run(source, vae, tmp_path / "out", num_threads=1)
+  assert files(tmp_path / "out") == files(encoded[0])
+
+
+@pytest.mark.parametrize("processes", [2, 7])
+def test_processes_make_the_same_files_as_one(tmp_path, processes, photos, encoded, vae):
+  run(images.open_source(photos, ""), vae, tmp_path, processes)
+  assert files(tmp_path) == files(encoded[0])
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
+  tmp_path, photos, encoded, vae
+):
+  source = images.open_source(photos, "")
+
+  def read(i):
+    if i == 13:  # in the third shard, while the one before may be under way
+      raise OSError("the network is down")
+    return source.read(i)
+
+  with pytest.raises(OSError, match=r"cannot be read from its storage: the network is down"):
+    run(dataclasses.replace(source, read=read), vae, tmp_path)
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+  assert 0 < len(before) < 5 and all(path.suffix == ".array_record" for path in before)
+  asked = []
+
+  def note(i):
+    asked.append(i)
+    return source.read(i)
+
+  settings = run(dataclasses.replace(source, read=note), vae, tmp_path)
+  assert files(tmp_path) == files(encoded[0])
+  assert {path: path.stat().st_mtime_ns for path in before} == before
+  finished = {pathlib.Path(settings.path(str(tmp_path), s)): s for s in range(5)}
+  made = sorted(set(range(5)) - {finished[path] for path in before})
+  assert sorted(asked) == [i for s in made for i in settings.images_of(s)]
+
+
+def test_a_shard_that_is_damaged_or_gone_is_made_again(tmp_path, photos, encoded, vae):
+  for name, content in files(encoded[0]).items():
+    (tmp_path / name).write_bytes(content)
+  settings = encoded[1]
+  os.truncate(settings.path(str(tmp_path), 1), 1000)
+  os.remove(settings.path(str(tmp_path), 4))
+  run(images.open_source(photos, ""), vae, tmp_path)
+  assert files(tmp_path) == files(encoded[0])
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"size": 32}, "size=16, not 32"),
+    ({"images_per_shard": 4}, "images_per_shard=5, not 4"),
+    ({"vae": {"sha256": "0"}}, "vae_sha256='.*', not '0'"),
+    ({"source": {"listing": "1"}}, "listing='.*', not '1'"),
+  ],
+)
+def test_a_folder_of_another_encoding_is_refused_before_any_work(
+  photos, encoded, vae, change, message
+):
+  def read(i):
+    raise AssertionError("read an image")
+
+  changes = dict(change)
+  source = images.open_source(photos, "")
+  source = dataclasses.replace(source, read=read, **changes.pop("source", {}))
+  vae = dataclasses.replace(vae, **changes.pop("vae", {}))
+  before = files(encoded[0])
+  with pytest.raises(ValueError, match=rf"shards of another encoding: .*{message}.*another folder"):
+    run(source, vae, encoded[0], **changes)
+  assert files(encoded[0]) == before
+
+
+def test_a_missing_file_is_one_image_and_a_missing_folder_stops_the_run(tmp_path, vae):
+  folder = pathlib.Path(write_folder(tmp_path / "photos", crops_of_photos(2)))
+  (folder / "china" / "link.jpg").symlink_to(folder / "nowhere.jpg")
+  source = images.open_source(str(folder), "")
+  run(source, vae, tmp_path / "one")
+  found = latents.read_manifest(str(tmp_path / "one"))
+  assert found["images"] == 4 and "No such file" in found["unreadable"]["china/link.jpg"]
+  (folder / "flower").rename(tmp_path / "elsewhere")
+  with pytest.raises(OSError, match=r"flower/\S+ cannot be read from its storage"):
+    run(source, vae, tmp_path / "two")
+
+
+def test_images_of_which_none_is_readable_are_no_dataset(tmp_path, vae):
+  folder = write_folder(tmp_path / "photos", {"a": {"1.jpg": b"x"}, "b": {"2.jpg": b"y"}})
+  with pytest.raises(ValueError, match=r"none of the 2 images .* first is a/1\.jpg: .*identify"):
+    run(images.open_source(folder, ""), vae, tmp_path / "out")
+  assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_moments_that_are_not_finite_stop_the_run(tmp_path, photos, vae):
+  broken = dataclasses.replace(vae, params=jax.tree.map(lambda a: a * np.nan, vae.params))
+  with pytest.raises(FloatingPointError, match=r"moments of china/\S+ are not finite"):
+    run(images.open_source(photos, ""), broken, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_manifest_waits_for_all_shards(tmp_path, photos, vae, monkeypatch):
+  monkeypatch.setattr(encode, "_SECONDS_BETWEEN_LOOKS", 0.05)
+  source = images.open_source(photos, "")
+  settings = encode.encode(
+      source, vae, str(tmp_path), size=SIZE, batch_size=2, images_per_shard=5, num_threads=1,
+      process_index=1, process_count=2, devices=jax.devices()[:2],
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=r"3 of 5 shards are missing .*00000-of-00005"):
+    encode.write_manifest(source, str(tmp_path), settings)
+  waiting = threading.Thread(target=encode.wait_for_shards, args=(str(tmp_path), settings))
+  waiting.start()
+  waiting.join(0.2)
+  assert waiting.is_alive()
+  run(source, vae, tmp_path)
+  waiting.join(30)
+  assert not waiting.is_alive()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, photos, vae):
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match=r"--out=\S+file/out cannot be written.*another folder"):
+    run(images.open_source(photos, ""), vae, tmp_path / "file" / "out")
+
+
+def command(*arguments):
+  return subprocess.Popen(
+    [sys.executable, "-m", "ism_jax.encode", *arguments],
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+  photos = write_folder(tmp_path / "photos", crops_of_photos(150))
+
+  def start(out):
+    return command(
+      f"--images={photos}", f"--out={tmp_path / out}", f"--size={SIZE}", "--vae=random-small",
+      "--batch_size=4", "--images_per_shard=20", "--num_threads=1",
+    )  # fmt: skip
+
+  undisturbed = start("whole")
+  _, told = undisturbed.communicate(timeout=100)
+  assert undisturbed.returncode == 0, told
+  expected = files(tmp_path / "whole")
+  assert len(expected) == 16
+
+  out = tmp_path / "killed"
+  for shards in (1, 7):
+    process = start("killed")
+    while len(list(out.glob("*.array_record"))) < shards:
+      assert process.poll() is None, process.communicate()[1]
+      time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "manifest.json").exists()
+  last = start("killed")
+  _, told = last.communicate(timeout=100)
+  assert last.returncode == 0, told
+  assert files(out) == expected
+
+
+@pytest.mark.slow
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
+  photos = write_folder(tmp_path / "photos", crops_of_photos(1))
+  for arguments, message in (
+    ((f"--images={tmp_path / 'nosuch'}", "--vae=random-small"), "there is no such file or folder"),
+    ((f"--images={photos}", f"--vae={tmp_path / 'nosuch'}"), "diffusion_pytorch_model.safetensors"),
+    ((f"--images={photos}", "--size=250", "--vae=random-small"), "the nearest is 248"),
+  ):
+    process = command(*arguments, f"--out={tmp_path / 'out'}")
+    _, told = process.communicate(timeout=100)
+    (line,) = [line for line in told.splitlines() if line.startswith("Error: ")]
+    assert process.returncode == 1 and message in line, told
+    assert "Traceback" not in told
