@@ -5,19 +5,18 @@
   python -m ism_jax.main --mode=sample --workdir=W --out=FILE.npz --config.sample.steps=4
 
 --config.KEY=VALUE overrides a value of --config; without --config, which only training needs, of
-the config in the newest checkpoint. The same training command continues a run. Exit codes: 0 done,
-1 an error, 143 training that SIGTERM stopped after saving a checkpoint.
+the config in the newest checkpoint. The same training command continues a run. Several processes
+are one run, on the same --workdir: see `multihost`. Exit codes: 0 done, 1 an error, 143 training
+that SIGTERM stopped after saving a checkpoint.
 """
 
-import contextlib
 import re
-import traceback
 
 from absl import app, flags
 import ml_collections
 from ml_collections import config_flags
 
-from ism_jax import logs
+from ism_jax import logs, multihost
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with a variant behind a colon: configs/digits.py:sm.",
@@ -27,6 +26,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
 _OUT = flags.DEFINE_string("out", None, "With --mode=sample: the npz file to write.")
 flags.mark_flag_as_required("workdir")
+_PLACE = multihost.define_flags()
 
 
 def main(argv):
@@ -42,7 +42,8 @@ def main(argv):
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
   from ism_jax import checkpoints, evaluate, train
 
-  with logs.one_line_errors():
+  with multihost.shared_fate(), logs.one_line_errors():
+    multihost.initialize(*_PLACE(), preemption=_MODE.value == "train")
     config = _CONFIG.value
     if config is None:
       with checkpoints.open_manager(_WORKDIR.value, keep=1, read_only=True) as manager:
@@ -63,7 +64,7 @@ def override(saved: dict, argv) -> ml_collections.ConfigDict:
   as_tuples = lambda v: tuple(map(as_tuples, v)) if isinstance(v, list) else v  # JSON has lists
   nested = lambda d: {k: nested(v) if isinstance(v, dict) else as_tuples(v) for k, v in d.items()}
   values = flags.FlagValues()
-  with one_line_flag_errors():
+  with logs.one_line_flag_errors():
     config = config_flags.DEFINE_config_dict(
       "config", ml_collections.ConfigDict(nested(saved)), flag_values=values, sys_argv=argv
     )
@@ -80,26 +81,8 @@ def parse_flags(argv):
     since overrides are.
   """
   has_config = any(re.match("--?config(=|$)", argument) for argument in argv)
-  with one_line_flag_errors():
+  with logs.one_line_flag_errors():
     return flags.FLAGS(argv, known_only=not has_config)
-
-
-@contextlib.contextmanager
-def one_line_flag_errors():
-  """Ends the process in one line for a wrong flag."""
-  try:
-    yield
-  except flags.Error as error:
-    # A config file's own error, such as an unknown variant, comes with its trace: its last line.
-    raise SystemExit(f"Error: {str(error).strip().splitlines()[-1].strip()}") from None
-  except (AttributeError, KeyError) as error:
-    if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-      raise
-    reason = str(error.args[0]).replace("\n", " ")
-    raise SystemExit(
-      f"Error: a --config.KEY=VALUE names a key that the config does not have: {reason} "
-      "The keys are in configs/base.py."
-    ) from None
 
 
 if __name__ == "__main__":
