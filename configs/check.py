@@ -1,7 +1,7 @@
 """A few steps on a few latents: the whole path of ImageNet in minutes, for `launch/check.sh`.
 
-Everything is as in `imagenet256.py` but the size of the network, the length and the data: latents of
-an autoencoder at random weights, which mean nothing.
+Everything is as in `imagenet256.py` but the size of the network, the length and the data: latents
+of an autoencoder at random weights, which mean nothing.
 """
 
 from configs import base

@@ -10,7 +10,7 @@ b2, s2; xl2) and 250k, the length of the paper's ablation (800 K):
   --config=configs/imagenet256.py:b2
 
 Which TPUs it fits, and what a step costs there by calculation: see README. 800 K iterations are
-2.0e20 FLOPs of the network (0.98 TFLOP an image, 256 images).
+1.9e20 FLOPs of the network (0.95 TFLOP an image).
 
 The paper reports FID-50K 5.27 / 2.44 / 2.05 / 1.93 / 1.88 in 1 / 2 / 4 / 8 / 128 steps after 800 K
 iterations, and for the rows of its ablation, after 250 K, in one step / four:

@@ -1,0 +1,508 @@
+"""Compiles a config's training, coupling and sampling for TPUs that are not there, and reports.
+
+  python -m ism_jax.aot --config=configs/imagenet256.py --topology=v5e:8x8,v4:4x4x4 [--out=DIR]
+
+Needs libtpu (`pip install "ism_jax[aot]"`) and no TPU. The functions are those that training runs,
+with the shapes and shardings it gives them; minutes for each topology and SiT-XL/2. A topology is
+v4:XxYxZ, v5e:XxY, v5p:XxYxZ or v6e:XxY, or several slices of one, 2xv5e:16x16.
+
+For each topology: whether it fits a chip's memory, FLOPs, bytes between chips by kind of
+collective, and a roofline estimate of the time and the utilisation; `ASSUMPTIONS` says what that
+rests on. Printed, and with --out written to aot.json and aot.md. A topology that is in error has
+its error in the report, the others are still compiled, and the exit code is 1.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+
+from absl import app, flags, logging
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from ml_collections import config_flags
+
+from ism_jax import chips, flops, generate, hlo, logs, sharding, train
+from ism_jax import experiment as experiment_lib
+from ism_jax import model as model_lib
+from ism_jax.experiment import Experiment
+
+ASSUMPTIONS = """\
+Compute: matrix products at the peak for bfloat16 (the cost matrix of the coupling, in float32, in
+six passes), with what remat computes again; the coupling's element-wise arithmetic at 1/32 of it
+(v5e: 1,024 lanes of 4 ALUs at 1.5 GHz). Memory: every instruction of the compiled program moves its
+operands and results through main memory at full bandwidth, but for what XLA keeps on the chip.
+These two overlap. Links: ring algorithms, all of a chip's links busy, those that wrap around only
+where the slice has them, 1 microsecond a hop, no overlap with the rest; between slices the hosts'
+network cards. So compute is optimistic and links pessimistic. Loops count as often as they run; of
+a conditional every branch; Sinkhorn's and the greedy permutation's trip counts are assumed. Memory
+is what one program holds at its worst and, for the coupling and the sampler, what training keeps
+meanwhile; the pool that is read ahead and the decoder of latents are not in it.
+Utilisation: FLOPs of the model (none computed twice) over what the chips can do in that time."""
+
+SINKHORN_ITERATIONS = 60  # 40 to 70 were seen with the config's momentum
+GREEDY_ROUNDS = 10  # 8 were seen with 4,096 pairs
+_VECTOR = 1 / 32  # of the peak, see ASSUMPTIONS
+_HIGHEST = 6  # passes of bfloat16 products for a float32 product
+_CHECKED_EVERY = 10  # iterations of Sinkhorn are a loop in ott's loop
+_CHIPS = {chip.name: chip for chip in chips.CHIPS.values()}
+_HOP = 1e-6  # seconds, about, from a chip to its neighbour: what the smallest collectives cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """TPUs that are not there.
+
+  Attributes:
+    name: as given. shape: of one slice. slices: how many.
+    chip: its datasheet. devices: JAX's, for compilation alone.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  slices: int
+  chip: chips.Chip
+  devices: tuple
+
+  @property
+  def links(self) -> int:
+    """Links of a chip that carry a ring: two along an axis that wraps around, one along another."""
+    return sum(2 if self._wraps(n) else 1 for n in self.shape if n > 1)
+
+  @property
+  def diameter(self) -> int:
+    """Hops between the chips that are farthest apart."""
+    return sum(n // 2 if self._wraps(n) else n - 1 for n in self.shape)
+
+  def _wraps(self, n: int) -> bool:
+    return n % self.chip.torus == 0
+
+  def seconds(self, collective: hlo.Collective) -> float:
+    """What a collective takes, as often as it runs."""
+    sent = collective.sent
+    if collective.kind == "send":
+      return collective.times * (_HOP + sent / self.chip.network)
+    if collective.kind == "collective-permute":
+      return collective.times * (_HOP + sent / self.chip.link)
+    hops = self.diameter * (2 if collective.kind == "all-reduce" else 1)
+    return collective.times * (_HOP * hops + sent / (self.links * self.chip.link))
+
+
+def topology(name: str) -> Topology:
+  """The topology of a name.
+
+  Raises:
+    ValueError: saying what is wrong with the name.
+  """
+  form = re.fullmatch(r"(?:(\d+)x)?(v\w+):(\d+(?:x\d+)*)", name)
+  if not form or form[2] not in _CHIPS:
+    raise ValueError(
+      f"topology {name!r} is unknown; write one of {', '.join(_CHIPS)} and the shape of a slice, "
+      "such as v5e:8x8 or v4:4x4x4, or 2xv5e:16x16 for two slices."
+    )
+  chip, slices, shape = _CHIPS[form[2]], int(form[1] or 1), tuple(map(int, form[3].split("x")))
+  if len(shape) != chip.axes or min(*shape, slices) < 1 or math.prod(shape) > chip.pod:
+    raise ValueError(
+      f"topology {name!r} does not exist: a slice of {chip.name} has {chip.axes} axes and at most "
+      f"{chip.pod} chips; several slices are written 2x{chip.name}:..."
+    )
+  # libtpu asks the machine what it is, in vain, unless told. (No chip is opened: programs on a
+  # machine's own TPU need not fear for theirs.)
+  os.environ |= {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": os.environ.get("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
+    "TPU_WORKER_HOSTNAMES": os.environ.get("TPU_WORKER_HOSTNAMES", "localhost"),
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+  options = {"chip_config_name": "megacore"} if form[2] == "v4" else {}
+  if slices > 1:
+    options["num_slices"] = slices
+  try:
+    devices = topologies.get_topology_desc(f"{form[2]}:{form[3]}", "tpu", **options).devices
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+    raise ValueError(f"topology {name!r} does not exist; libtpu says: {reason}") from None
+  return Topology(name, shape, slices, chip, tuple(devices))
+
+
+def bytes_per_device(tree) -> int:
+  """Bytes that shapes with shardings take on one device."""
+  size = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+  return sum(map(size, jax.tree.leaves(tree)))
+
+
+def out_of_memory(message: str) -> float | None:
+  """The bytes that a program needs, of libtpu's refusal to compile it; None of another error.
+
+  They are all that it needs: arguments, results and temporaries, whatever the message calls them.
+  """
+  found = re.search(r"Ran out of memory .*?([\d.]+)([KMGT])?\b.*?[\d.]+[KMGT]", message, re.DOTALL)
+  if not found:
+    return None
+  return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+
+
+def compile_one(function, arguments, devices: int, trips: dict[str, float]) -> dict:
+  """Compiles a jitted function for abstract arguments.
+
+  Returns:
+    {"seconds", "needed": bytes per chip} and, if it could be compiled, {"memory": its parts,
+    "profile": hlo.Profile}.
+  """
+  start = time.perf_counter()
+  lowered = function.lower(*arguments)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if (needed := out_of_memory(str(error))) is None:
+      raise
+    return {"seconds": time.perf_counter() - start, "needed": needed}
+  found = compiled.memory_analysis()
+  memory = {
+    "arguments": found.argument_size_in_bytes,
+    "results": found.output_size_in_bytes,
+    "results_in_place_of_arguments": found.alias_size_in_bytes,
+    "temporaries": found.temp_size_in_bytes,
+    "program": found.generated_code_size_in_bytes,
+  }
+  return {
+    "seconds": time.perf_counter() - start,
+    "needed": sum(memory.values()) - 2 * memory["results_in_place_of_arguments"],
+    "memory": memory,
+    "profile": hlo.read(compiled.as_text(), devices, trips),
+  }
+
+
+def roofline(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: float = 0) -> dict:
+  """Estimated seconds of a call; see ASSUMPTIONS.
+
+  Args:
+    at_peak: FLOPs of all chips together, at the peak rate. elementwise: those at the slower one.
+  """
+  compute = (at_peak + elementwise / _VECTOR) / len(top.devices) / top.chip.flops
+  memory = profile.hbm_bytes / top.chip.bandwidth
+  links = sum(map(top.seconds, profile.collectives))
+  total = max(compute, memory) + links
+  return {"compute": compute, "memory": memory, "links": links, "total": total}
+
+
+def _traffic(profile: hlo.Profile, calls: float) -> dict:
+  """What a program moves, per 1/`calls` of a run of it: bytes per chip."""
+  return {
+    "hbm_bytes": profile.hbm_bytes / calls,
+    "collective_bytes": {kind: n / calls for kind, n in profile.payload().items()},
+    "sent_bytes": sum(c.times * c.sent for c in profile.collectives) / calls,
+    "largest_collective_bytes": max((c.payload for c in profile.collectives), default=0),
+    "assumed_loops": profile.assumed,
+    "unknown_loops": list(profile.unknown),
+  }
+
+
+def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dict:
+  """The report of one topology: of train_steps, couple and sample."""
+  mesh = sharding.data_mesh(top.devices)
+  everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
+  whole = lambda tree: jax.tree.map(lambda a: everywhere(a.shape, a.dtype), tree)
+  state, pool = train.abstract_state(exp, mesh), train.abstract_pool(exp, mesh)
+  keys, index = whole(jax.eval_shape(train.base_keys, 0)), everywhere((), jnp.int32)
+  couple = train.couple_function(exp, mesh)
+  paired = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.rows(mesh, axis=1)),
+    jax.eval_shape(couple, pool, keys, index)[0],
+  )
+  at_once = -(-exp.evaluation.batch_size // mesh.size) * mesh.size  # as `generate` rounds it
+  per_sample = [everywhere((at_once,), kind) for kind in (jnp.int32, jnp.int32, jnp.float32)]
+  draw = generate.sample_function(exp, mesh, exp.sample.steps)
+  programs = {
+    "train_steps": (train.steps_function(exp, mesh), (state, paired, keys, index)),
+    "couple": (couple, (pool, keys, index)),
+    "sample": (draw, (whole(state.ema), keys.noise, *per_sample)),
+  }
+  # A replicated state's average is the sampler's argument itself, a sharded one is gathered for it.
+  kept = bytes_per_device(state)
+  own = bytes_per_device(whole(state.ema)) == bytes_per_device(state.ema)
+  meanwhile = {
+    "train_steps": 0,
+    "couple": kept,
+    "sample": kept + bytes_per_device(paired) - own * bytes_per_device(state.ema),
+  }
+  trips = {"sinkhorn": math.ceil(iterations / _CHECKED_EVERY), "greedy_permutation": rounds}
+  step, pairing = flops.step(exp), flops.couple(exp, iterations, rounds)
+  work = {  # FLOPs of a call: at the peak, element by element
+    "train_steps": ((step.model + step.recomputed) * exp.scan_steps, 0),
+    "couple": (_HIGHEST * pairing.matrix, pairing.elementwise),
+    "sample": (at_once * flops.sample(exp, exp.sample.steps), 0),
+  }
+  calls = {"train_steps": exp.scan_steps, "couple": 1, "sample": 1}
+  found = {}
+  for name, (function, arguments) in programs.items():
+    logging.info("Compiling %s for %s ...", name, top.name)
+    one = compile_one(function, arguments, mesh.size, trips)
+    one["meanwhile"] = meanwhile[name]
+    one["spare"] = top.chip.memory - one["needed"] - meanwhile[name]
+    if profile := one.pop("profile", None):
+      one |= _traffic(profile, calls[name])
+      one["estimate"] = {
+        part: seconds / calls[name] for part, seconds in roofline(top, profile, *work[name]).items()
+      }
+    found[name] = one
+  report = {
+    "topology": top.name,
+    "chip": top.chip.name,
+    "chips": mesh.size,
+    "memory": top.chip.memory,
+    "placement": train.placement(exp, mesh),
+    "fits": all(one["spare"] >= 0 for one in found.values()),
+    "needed": max(one["needed"] + one["meanwhile"] for one in found.values()),
+    "state": {
+      field: bytes_per_device(getattr(state, field))
+      for field in ("params", "opt_state", "ema", "target_ema")
+    },
+    "flops": {**step._asdict(), "model": step.model, "per_chip": step.model / mesh.size},
+    "programs": found,
+  }
+  if all("estimate" in found[name] for name in ("train_steps", "couple")):
+    a_step, a_pool = found["train_steps"], found["couple"]
+    seconds, steps = a_step["estimate"]["total"], exp.coupling.pool_size
+    share = lambda mine, of_step: mine / (mine + steps * of_step) if mine else 0.0
+    report["utilisation"] = step.model / mesh.size / top.chip.flops / seconds
+    report["images_per_second"] = exp.batch_size / seconds
+    report["coupling_share"] = {
+      "flops": share(sum(pairing), step.model),
+      "hbm_bytes": share(a_pool["hbm_bytes"], a_step["hbm_bytes"]),
+      "sent_bytes": share(a_pool["sent_bytes"], a_step["sent_bytes"]),
+      "seconds": share(a_pool["estimate"]["total"], seconds),
+    }
+  return report
+
+
+def report(exp: Experiment, name: str, iterations: int, rounds: int) -> dict:
+  """`analyse` of the topology of this name, or {"topology", "error"}."""
+  try:
+    top = topology(name)
+    experiment_lib.check_devices(exp, len(top.devices))
+  except ValueError as error:
+    reason = str(error)
+  else:
+    try:
+      return analyse(exp, top, iterations, rounds)
+    except jax.errors.JaxRuntimeError as error:  # hours of other topologies are not lost for it
+      reason = f"XLA fails: {str(error).splitlines()[0]}"
+  logging.error("%s: %s", name, reason)
+  return {"topology": name, "error": reason}
+
+
+def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
+  """The part of aot.json that all topologies share.
+
+  Raises:
+    ValueError: for iterations or rounds that cannot be, or without libtpu.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError('libtpu is not installed: pip install "ism_jax[aot]".')
+  if not 0 < iterations <= exp.coupling.max_iterations:
+    raise ValueError(
+      f"--sinkhorn_iterations={iterations}: give 1 to coupling.max_iterations="
+      f"{exp.coupling.max_iterations}."
+    )
+  if rounds < 1:
+    raise ValueError(f"--greedy_rounds={rounds}: a permutation takes at least one round.")
+  network, shape = exp.network(), exp.image_shape
+  parameters = jax.eval_shape(
+    lambda key: model_lib.init_params(key, network, shape), jax.random.key(0)
+  )
+  return {
+    "model": exp.model.size,
+    "parameters": sum(a.size for a in jax.tree.leaves(parameters)),
+    "remat": exp.model.remat,
+    "batch_size": exp.batch_size,
+    "micro_batches": exp.micro_batches,
+    "pool_size": exp.coupling.pool_size,
+    "pool_bytes": 4 * exp.coupling.pool_size * exp.batch_size * math.prod(shape),
+    "forward_flops": flops.forward(exp).total,
+    "forward_equivalents": flops.forward_equivalents(exp),
+    "sample_steps": str(exp.sample.steps),
+    "sinkhorn_iterations": iterations,
+    "greedy_rounds": rounds,
+    "assumptions": ASSUMPTIONS.replace("\n", " "),
+    "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+  }
+
+
+def _table(header: list[str], lines: list[list[str]]) -> list[str]:
+  row = lambda cells: f"| {' | '.join(cells)} |"
+  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
+
+
+_gib = lambda n: f"{n / 2**30:.2f}"
+_mb = lambda n: f"{n / 1e6:,.1f}"
+_ms = lambda s: f"{1e3 * s:,.2f}"
+_percent = lambda share: f"{100 * share:.2g} %"
+
+
+def as_markdown(content: dict) -> str:
+  """aot.md of the contents of aot.json."""
+  lines = [
+    f"# {content['model']} compiled ahead of time",
+    "",
+    f"{content['parameters']:,} parameters, {content['batch_size']} images per step in "
+    f"{content['micro_batches']} micro-batches, remat {content['remat']!r}, pools of "
+    f"{content['pool_size']} batches. One forward pass: {content['forward_flops'] / 1e9:.1f} GFLOP "
+    f"an image; one step: {content['forward_equivalents']:.2f} of them an image. "
+    + ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    + ".",
+    "",
+    content["assumptions"],
+    f"Here: {content['sinkhorn_iterations']} iterations, {content['greedy_rounds']} rounds.",
+    "",
+  ]
+  rows, details = [], []
+  for one in content["topologies"]:
+    if "error" in one:
+      rows.append([one["topology"], f"error: {one['error']}", *[""] * 9])
+      continue
+    rows.append(_row(one))
+    details += _details(one, content)
+  lines += _table(
+    [
+      "topology", "chips", "state", "GiB per chip, of", "spare", "TFLOP per step, per chip",
+      "sent per step and chip, GB", "ms per step: compute, memory, links", "utilisation",
+      "images/s", "coupling, of a pool's time",
+    ],
+    rows,
+  )  # fmt: skip
+  return "\n".join(lines + details)
+
+
+def _row(one: dict) -> list[str]:
+  """A topology's line of the table."""
+  spare = (one["memory"] - one["needed"]) / 2**30
+  step = one["programs"]["train_steps"]
+  cells = [
+    one["topology"],
+    str(one["chips"]),
+    one["placement"],
+    f"{_gib(one['needed'])} of {_gib(one['memory'])}",
+    f"{spare:.2f}" if one["fits"] else f"**does not fit**: {-spare:.2f} too much",
+    f"{one['flops']['model'] / 1e12:.3g}, {one['flops']['per_chip'] / 1e12:.3g}",
+  ]
+  if "estimate" in step:
+    parts = ", ".join(_ms(step["estimate"][part]) for part in ("compute", "memory", "links"))
+    cells += [f"{step['sent_bytes'] / 1e9:.3g}", f"{_ms(step['estimate']['total'])}: {parts}"]
+  else:
+    cells += ["–", "–"]
+  if "utilisation" in one:
+    cells += [_percent(one["utilisation"]), f"{one['images_per_second']:,.0f}"]
+    cells += [_percent(one["coupling_share"]["seconds"])]
+  else:
+    cells += ["–", "–", "–"]
+  return cells
+
+
+def _details(one: dict, content: dict) -> list[str]:
+  """A topology's section."""
+  state = ", ".join(f"{name} {_gib(n)}" for name, n in one["state"].items())
+  work = one["flops"]
+  lines = [
+    f"## {one['topology']}",
+    "",
+    f"{one['chips']} chips {one['chip']}. State, {one['placement']}, GiB per chip: {state}. A "
+    f"step, TFLOP: gradient {work['gradient'] / 1e12:.3g}, targets {work['targets'] / 1e12:.3g}; "
+    f"computed again: {work['recomputed'] / 1e12:.3g}.",
+    "",
+  ]
+  memory, moved = [], []
+  for name, program in one["programs"].items():
+    parts = program.get("memory")
+    cells = [_gib(n) for n in parts.values()] if parts else ["–"] * 5
+    cells += [_gib(program[key]) for key in ("needed", "meanwhile", "spare")]
+    memory.append([name, *cells, f"{program['seconds']:.0f}"])
+    if parts:
+      kinds = program["collective_bytes"].items()
+      per = {"train_steps": "step", "couple": "pool", "sample": "batch"}[name]
+      moved.append(
+        [f"{name}, a {per}", f"{program['hbm_bytes'] / 1e9:.2f}"]
+        + [", ".join(f"{kind} {_mb(n)}" for kind, n in kinds) or "none"]
+        + [_mb(program["sent_bytes"]), _mb(program["largest_collective_bytes"])]
+        + [_ms(seconds) for seconds in program["estimate"].values()]
+      )
+  lines += _table(
+    [
+      "GiB per chip", "arguments", "results", "in their place", "temporaries", "program",
+      "needed", "kept meanwhile", "spare", "seconds to compile",
+    ],
+    memory,
+  )  # fmt: skip
+  if moved:
+    lines += _table(
+      [
+        "per chip", "memory, GB", "collectives, MB", "sent, MB", "largest, MB", "ms compute",
+        "memory", "links", "total",
+      ],
+      moved,
+    )  # fmt: skip
+  if "coupling_share" in one:
+    shares = ", ".join(f"{_percent(n)} of {k}" for k, n in one["coupling_share"].items())
+    lines += [
+      f"The coupling, of a pool of {content['pool_size']} steps: {shares}. A pool's noise is "
+      f"{_mb(content['pool_bytes'])} MB.".replace("_", " "),
+      "",
+    ]
+  if unknown := sorted({u for p in one["programs"].values() for u in p.get("unknown_loops", [])}):
+    lines += [f"Loops of unknown length, counted once: {', '.join(unknown)}.", ""]
+  return lines
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  config_flags.DEFINE_config_file(
+      "config", None, "Config file, with a variant behind a colon: configs/imagenet256.py:sm.",
+      lock_config=True,
+  )  # fmt: skip
+  flags.DEFINE_list("topology", None, "TPU topologies: v5e:8x8,v4:4x4x4,2xv5e:16x16")
+  flags.DEFINE_string("out", None, "Folder to write aot.json and aot.md to.")
+  flags.DEFINE_integer(
+    "sinkhorn_iterations", SINKHORN_ITERATIONS, "Assumed of a solve: they depend on the data."
+  )
+  flags.DEFINE_integer(
+    "greedy_rounds", GREEDY_ROUNDS, "Assumed of the greedy permutation: they depend on the data."
+  )
+  flags.mark_flags_as_required(["config", "topology"])
+
+
+def parse_flags(argv):
+  """The flags; what is wrong with them is one line."""
+  with logs.one_line_flag_errors():
+    return flags.FLAGS(argv)
+
+
+def main(argv):
+  """Reports on the topologies of the flags."""
+  if argv[1:]:
+    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  logs.only_ours()
+  jax.config.update("jax_platforms", "cpu")
+  given = flags.FLAGS
+  with logs.one_line_errors():
+    exp = experiment_lib.parse(given.config)
+    assumed = given.sinkhorn_iterations, given.greedy_rounds
+    content = setting(exp, *assumed) | {"topologies": []}
+    for name in given.topology:
+      content["topologies"].append(report(exp, name, *assumed))
+      if given.out is not None:  # each time: a topology takes minutes
+        logs.write_whole(os.path.join(given.out, "aot.json"), json.dumps(content, indent=2))
+        logs.write_whole(os.path.join(given.out, "aot.md"), as_markdown(content))
+  print(as_markdown(content))
+  if errors := sum("error" in one for one in content["topologies"]):
+    raise SystemExit(f"Error: {errors} of {len(content['topologies'])} topologies; see above.")
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main, flags_parser=parse_flags)

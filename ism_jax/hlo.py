@@ -1,0 +1,430 @@
+"""What one call of a compiled program does, read from its optimised HLO: collectives and traffic.
+
+XLA's own `cost_analysis` counts the body of a loop once. Here an instruction counts as often as it
+runs: times the trip counts of the loops that hold it, which are in the text, or follow from
+constants in it, or (a loop until convergence) are assumed by the caller, or else count once and are
+named. Of a conditional every branch counts. All is per device, as the text is.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+  "send",  # to another slice of TPUs: XLA splits what spans slices into these and collectives
+)
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
+# Of XLA's own bookkeeping around the instructions that move something.
+_FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "ConcatBitcast")
+_UPDATE = "dynamic-update-slice"
+_MOST_TRIPS = 100_000  # of a loop that is counted by running its counter
+
+# Instructions that move nothing: names, and the second half of what a "-start" began.
+_FREE = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+  "after-all", "partition-id", "replica-id", "iota", "async-update", "opt-barrier",
+}  # fmt: skip
+
+
+class Array(NamedTuple):
+  """An array of a result. in_hbm: whether it lies in main memory, not on the chip."""
+
+  bytes: int
+  in_hbm: bool
+
+
+class Instruction(NamedTuple):
+  """A line of HLO."""
+
+  name: str
+  arrays: tuple[Array, ...]
+  opcode: str
+  operands: tuple[str, ...]
+  literal: str  # what stands in the parentheses: the value of a constant, a parameter's number
+  attributes: str
+
+
+class Computation(NamedTuple):
+  """Instructions by name, and the name of the result."""
+
+  instructions: dict[str, Instruction]
+  root: str
+
+
+class Collective(NamedTuple):
+  """A collective instruction.
+
+  Attributes:
+    payload: bytes of the whole array that is reduced, gathered (all of its parts) or passed on.
+    devices: that take part together.
+    times: how often a call runs it.
+    operation: JAX's name of what it came from.
+  """
+
+  kind: str
+  payload: int
+  devices: int
+  times: float
+  operation: str
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends each time, by the ring algorithm of each kind."""
+    share = (self.devices - 1) / self.devices
+    passes = {"all-reduce": 2 * share}
+    passes |= dict.fromkeys(("collective-permute", "collective-broadcast", "send"), 1)
+    return self.payload * passes.get(self.kind, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """What a call does on one device.
+
+  Attributes:
+    collectives: every collective instruction.
+    hbm_bytes: read from and written to main memory, arrays without their padding.
+    assumed: JAX's names of the loops whose trip counts the caller gave, and the counts.
+    unknown: those of the loops whose trip counts nobody knows; they count once.
+  """
+
+  collectives: tuple[Collective, ...]
+  hbm_bytes: float
+  assumed: dict[str, float]
+  unknown: tuple[str, ...]
+
+  def payload(self) -> dict[str, float]:
+    """Bytes by kind of collective, each as often as it runs."""
+    total = {}
+    for c in self.collectives:
+      total[c.kind] = total.get(c.kind, 0) + c.times * c.payload
+    return total
+
+
+def _split(text: str, start: int) -> int:
+  """The position after the parenthesis that closes the one at `start`."""
+  depth = 0
+  for i in range(start, len(text)):
+    depth += (text[i] == "(") - (text[i] == ")")
+    if not depth:
+      return i + 1
+  raise ValueError(f"the HLO line {text[:80]!r} ends within parentheses; it is not XLA's text.")
+
+
+def _arrays(shape: str) -> tuple[Array, ...]:
+  """The arrays of a shape such as f32[8,128]{1,0:T(8,128)S(1)}, or of a tuple of them."""
+  found = []
+  for kind, dims, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape):
+    bits = _BITS[kind] if kind in _BITS else int(re.search(r"\d+", kind)[0])
+    elements = math.prod(int(n.removeprefix("<=")) for n in dims.split(",") if n)
+    found.append(Array(math.ceil(elements * bits / 8), not re.search(r"S\([1-9]", layout)))
+  return tuple(found)
+
+
+def _instruction(line: str) -> tuple[Instruction, bool] | None:
+  """A line's instruction and whether it is the root, or None for another line."""
+  if not (head := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)):
+    return None
+  start = head.end()
+  end = _split(line, start) if line[start] == "(" else line.index(" ", start)
+  opcode = re.compile(r" ([\w\-]+)\(").match(line, end)
+  close = _split(line, opcode.end() - 1)
+  literal = line[opcode.end() : close - 1]
+  operands = tuple(re.findall(r"%([\w.\-]+)", literal))
+  found = Instruction(head[2], _arrays(line[start:end]), opcode[1], operands, literal, line[close:])
+  return found, bool(head[1])
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+  """The computations of a module by name, and the name of its entry."""
+  computations, entry, instructions, root = {}, None, {}, None
+  for line in text.splitlines():
+    if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
+      name, instructions, root = head[2], {}, None
+      entry = name if head[1] else entry
+    elif line.startswith("}") and instructions:
+      computations[name] = Computation(instructions, root)
+      instructions = {}
+    elif found := _instruction(line):
+      instruction, is_root = found
+      instructions[instruction.name] = instruction
+      root = instruction.name if is_root else root
+  if entry not in computations:
+    raise ValueError("the text holds no HLO module: give that of `compiled.as_text()`.")
+  return computations, entry
+
+
+def _called(instruction: Instruction, attribute: str) -> list[str]:
+  """The computations named by an attribute, such as body=%region_0 or calls={%a, %b}."""
+  found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.attributes)
+  return re.findall(r"[\w.\-]+", found[1]) if found else []
+
+
+def _kind(instruction: Instruction) -> str | None:
+  """Which collective an instruction is, if it is one."""
+  kind = instruction.opcode.removesuffix("-start")
+  return kind if kind in COLLECTIVES else None
+
+
+def _is_free_call(instruction: Instruction) -> bool:
+  """Whether it is a custom call that moves nothing."""
+  target = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
+  return instruction.opcode == "custom-call" and target[1].startswith(_FREE_CALLS)
+
+
+def _hbm(instruction: Instruction) -> int:
+  """Bytes of a result that lie in main memory."""
+  return sum(a.bytes for a in instruction.arrays if a.in_hbm)
+
+
+def _operation(instruction: Instruction) -> str:
+  """JAX's name of what an instruction came from, or the instruction's own."""
+  found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+  return found[1] if found else instruction.name
+
+
+class _Counter:
+  """Runs the integer arithmetic of loop counters, and nothing else: values are int, list or None.
+
+  None is whatever does not follow from the constants of the text.
+  """
+
+  def __init__(self, computations: dict[str, Computation]):
+    self._computations = computations
+
+  def result(self, name: str, arguments: list, wanted=None):
+    """The result of a computation."""
+    return self._value(self._computations[name], wanted, arguments, {})
+
+  def _value(self, computation, name, arguments, known):
+    name = name or computation.root
+    if name not in known:
+      known[name] = None  # also ends what would never end
+      known[name] = self._apply(computation, computation.instructions[name], arguments, known)
+    return known[name]
+
+  def _apply(self, computation, instruction, arguments, known):
+    operand = lambda i: self._value(computation, instruction.operands[i], arguments, known)
+    opcode = instruction.opcode
+    if opcode == "constant":
+      literal = {"true": "1", "false": "0"}.get(instruction.literal, instruction.literal)
+      return int(literal) if re.fullmatch(r"-?\d+", literal) else None
+    if opcode == "parameter":
+      number = int(instruction.literal)
+      return arguments[number] if number < len(arguments) else None
+    if opcode == "tuple":
+      return [operand(i) for i in range(len(instruction.operands))]
+    if opcode == "get-tuple-element":
+      index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
+      values = operand(0)
+      return values[index] if isinstance(values, list) else None
+    if opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
+      return operand(0)
+    if opcode == "fusion":
+      given = [operand(i) for i in range(len(instruction.operands))]
+      return self.result(_called(instruction, "calls")[0], given)
+    if opcode in ("add", "subtract", "multiply", "compare"):
+      a, b = operand(0), operand(1)
+      if not (isinstance(a, int) and isinstance(b, int)):
+        return None
+      if opcode != "compare":
+        return {"add": a + b, "subtract": a - b, "multiply": a * b}[opcode]
+      direction = re.search(r"direction=(\w+)", instruction.attributes)[1]
+      holds = {"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}
+      return int(holds[direction])
+    return None
+
+  def trips(self, computation: Computation, loop: Instruction) -> int | None:
+    """How often a while loop runs, or None where that depends on data."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+      return int(found[1])
+    # What flows into the loop from its surroundings, whose own arguments are data.
+    state = self._value(computation, loop.operands[0], [], {})
+    (condition,), (body,) = _called(loop, "condition"), _called(loop, "body")
+    for trips in range(_MOST_TRIPS):
+      goes_on = self.result(condition, [state])
+      if not isinstance(goes_on, int):
+        return None
+      if not goes_on:
+        return trips
+      state = self.result(body, [state])
+    return None
+
+
+def _devices(instruction: Instruction, mesh_size: int) -> int:
+  """How many devices take part together, of the forms that XLA writes replica groups in.
+
+  All of the mesh where there are no groups, as with the pairs of a collective-permute.
+  """
+  groups = re.search(r"replica_groups=(.*?)(, \w+=|$)", instruction.attributes)
+  if groups and (listed := re.match(r"\{\{([\d,]+)\}", groups[1])):
+    return len(listed[1].split(","))
+  if groups and (iota := re.match(r"\[\d+,(\d+)\]<=", groups[1])):
+    return int(iota[1])
+  if groups and (mesh := re.match(r"mesh\[(.*?)\] ?\{(.*?)\}", groups[1])):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+  return mesh_size
+
+
+class _Reader:
+  """Adds up a module, from its entry down."""
+
+  def __init__(self, computations, trips: Mapping[str, float], devices: int):
+    self._computations, self._trips, self._devices = computations, trips, devices
+    self._counter = _Counter(computations)
+    self._counted, self._spread = [], {}
+    self.hbm_bytes, self.assumed, self.unknown = 0.0, {}, []
+
+  def run(self, name: str, times: float) -> None:
+    """Counts a computation that runs `times` times."""
+    computation = self._computations[name]
+    for instruction in computation.instructions.values():
+      opcode = instruction.opcode
+      if _kind(instruction):
+        self._count_collective(computation, instruction, times)
+      elif opcode == "while":
+        trips = self._trips_of(computation, instruction)
+        self.run(_called(instruction, "body")[0], times * trips)
+        self.run(_called(instruction, "condition")[0], times * (trips + 1))
+      elif opcode == "conditional":
+        branches = _called(instruction, "branch_computations")
+        branches += _called(instruction, "true_computation")
+        for branch in branches + _called(instruction, "false_computation"):
+          self.run(branch, times)
+      elif opcode == "call":
+        self.run(_called(instruction, "to_apply")[0], times)
+      elif opcode == "async-start":
+        self.run(_called(instruction, "calls")[0], times)
+      elif not (opcode in _FREE or opcode.endswith("-done") or _is_free_call(instruction)):
+        self.hbm_bytes += times * self._traffic(computation, instruction, times)
+
+  def _trips_of(self, computation, loop) -> float:
+    trips = self._counter.trips(computation, loop)
+    if trips is not None:
+      return trips
+    operation = _operation(loop)
+    for part, assumed in self._trips.items():
+      if part in operation:
+        self.assumed[operation] = assumed
+        return assumed
+    self.unknown.append(operation)
+    return 1
+
+  def _count_collective(self, computation, instruction, times) -> None:
+    operands = [computation.instructions[name] for name in instruction.operands]
+    kind, payload = _kind(instruction), sum(a.bytes for i in operands for a in i.arrays)
+    devices = _devices(instruction, self._devices)
+    if devices == 1:
+      return
+    payload *= devices if kind == "all-gather" else 1
+    found = Collective(kind, payload, devices, times, _operation(instruction))
+    moved = instruction.arrays[: len(operands)] if operands else ()
+    hbm_bytes = times * (sum(map(_hbm, operands)) + sum(a.bytes for a in moved if a.in_hbm))
+    # One that runs beside other instructions is in the text of each of them, within their loops
+    # too; it runs as often as the first of these, which starts it.
+    if "async_collective_fusion_config" in instruction.attributes:
+      channel = re.search(r"channel_id=(\d+)", instruction.attributes)[1]
+      if channel not in self._spread or times < self._spread[channel][0].times:
+        self._spread[channel] = found, hbm_bytes
+    else:
+      self._counted.append((found, hbm_bytes))
+
+  @property
+  def collectives(self) -> list[tuple[Collective, float]]:
+    """The collectives, and the bytes that each moves in main memory."""
+    return [*self._counted, *self._spread.values()]
+
+  def _traffic(self, computation, instruction, times) -> float:
+    """Bytes that one run of an instruction reads from main memory and writes to it.
+
+    Counts the collectives within a fusion too: XLA fuses them with what surrounds them.
+    """
+    operands = [computation.instructions[name] for name in instruction.operands]
+    if instruction.opcode == "fusion":
+      fused = self._computations[_called(instruction, "calls")[0]]
+      for inner in fused.instructions.values():
+        if _kind(inner):
+          self._count_collective(fused, inner, times)
+      parameters = {int(i.literal): i for i in fused.instructions.values()
+                    if i.opcode == "parameter"}  # fmt: skip
+      read = sum(
+        self._read(fused, parameters[number].name, _hbm(operand))
+        for number, operand in enumerate(operands)
+      )
+      return read + self._written(fused, fused.root, instruction.arrays)
+    if instruction.opcode.endswith("-start"):  # the result names the operands again
+      moved = instruction.arrays[: len(instruction.arrays) // 2 or 1]
+      return sum(map(_hbm, operands)) + sum(a.bytes for a in moved if a.in_hbm)
+    alone = Computation({i.name: i for i in (*operands, instruction)}, instruction.name)
+    read = sum(self._read(alone, i.name, _hbm(i)) for i in operands)
+    return read + self._written(alone, instruction.name, instruction.arrays)
+
+  def _read(self, computation, name: str, whole: float) -> float:
+    """Bytes that a computation reads of the value `name`, at most the `whole` of it."""
+    if not whole:
+      return 0.0
+    total = 0.0
+    for user in computation.instructions.values():
+      if name not in user.operands:
+        continue
+      first = user.operands[0] == name
+      if first and user.opcode in ("dynamic-slice", "slice", "gather"):
+        total += sum(a.bytes for a in user.arrays)
+      elif user.opcode == "tuple" or _is_free_call(user) or _kind(user):
+        pass  # passed on, or counted with the collectives
+      elif first and user.opcode == _UPDATE:
+        pass  # in place: what is not updated stays where it is
+      elif user.opcode in ("bitcast", "get-tuple-element"):
+        total += self._read(computation, user.name, whole)
+      elif user.opcode == "fusion":
+        inner = self._computations[_called(user, "calls")[0]]
+        for number, operand in enumerate(user.operands):
+          if operand == name:
+            total += next(
+              self._read(inner, i.name, whole) for i in inner.instructions.values()
+              if i.opcode == "parameter" and int(i.literal) == number
+            )  # fmt: skip
+      else:
+        return whole
+    return min(total, whole)
+
+  def _written(self, computation, name: str, arrays: tuple[Array, ...]) -> float:
+    """Bytes written of a result; of an update in place, the update."""
+    root = computation.instructions[name]
+    if root.opcode == "tuple" and len(root.operands) == len(arrays):
+      return sum(
+        self._written(computation, operand, (array,))
+        for operand, array in zip(root.operands, arrays, strict=True)
+      )
+    whole = sum(a.bytes for a in arrays if a.in_hbm)
+    if root.opcode == "parameter" or _is_free_call(root) or _kind(root):
+      return 0.0
+    if root.opcode == "bitcast":
+      return self._written(computation, root.operands[0], arrays)
+    if root.opcode == _UPDATE:
+      update = computation.instructions[root.operands[1]]
+      return min(whole, sum(a.bytes for a in update.arrays))
+    return whole
+
+
+def read(text: str, devices: int, trips: Mapping[str, float]) -> Profile:
+  """Reads `compiled.as_text()`.
+
+  Args:
+    devices: of the mesh.
+    trips: how often loops run whose count depends on data, by a part of their JAX name, such as
+      {"sinkhorn": 11} for a loop in `jax.named_scope("sinkhorn")`.
+  """
+  computations, entry = _parse(text)
+  reader = _Reader(computations, trips, devices)
+  reader.run(entry, 1)
+  collectives, moved = zip(*reader.collectives, strict=True) if reader.collectives else ((), ())
+  return Profile(collectives, reader.hbm_bytes + sum(moved), reader.assumed, tuple(reader.unknown))

@@ -1,0 +1,385 @@
+"""Programs read from their HLO, with known answers; and compilation for TPUs that are not there."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from conftest import tiny_config
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from ism_jax import aot, chips, experiment, hlo, sharding
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def mesh_of(n):
+  auto = (jax.sharding.AxisType.Auto,)
+  return jax.make_mesh((n,), ("data",), axis_types=auto, devices=jax.devices()[:n])
+
+
+def text_of(function, *shapes, devices=8, split=False):
+  """Optimised HLO of a function of float32 arrays, mapped over devices."""
+  mapped = jax.shard_map(
+    function, mesh=mesh_of(devices), in_specs=P("data") if split else P(), out_specs=P(),
+    check_vma=False,
+  )  # fmt: skip
+  abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return jax.jit(mapped).lower(*abstract).compile().as_text()
+
+
+def summed_five_times(x):
+  return jax.lax.scan(lambda c, _: (jax.lax.psum(c, "data") * 0.1, None), x, length=5)[0]
+
+
+def without_trip_counts(text):
+  """As XLA for TPUs writes it."""
+  return re.sub(r'"known_trip_count":\{"n":"\d+"\}', "", text)
+
+
+@pytest.mark.parametrize("edit", [lambda text: text, without_trip_counts])
+def test_a_sum_in_a_loop_of_five_counts_five_times(edit):
+  profile = hlo.read(edit(text_of(summed_five_times, (100,))), 8, {})
+  assert profile.payload() == {"all-reduce": 5 * 400}
+  (collective,) = profile.collectives
+  assert (collective.devices, collective.times) == (8, 5)
+  assert collective.sent == 2 * 7 / 8 * 400
+  assert not profile.unknown and not profile.assumed
+
+
+def test_loops_within_loops_multiply():
+  def function(x):
+    return jax.lax.scan(lambda c, _: (summed_five_times(c), None), x, length=3)[0]
+
+  text = without_trip_counts(text_of(function, (100,)))
+  assert hlo.read(text, 8, {}).payload() == {"all-reduce": 15 * 400}
+
+
+def test_a_loop_until_convergence_counts_as_often_as_assumed_or_once_and_is_named():
+  def function(x):
+    with jax.named_scope("until_small"):
+      body = lambda c: jax.lax.psum(c, "data") * 0.01
+      return jax.lax.while_loop(lambda c: c[0] > 1e-3, body, x)
+
+  text = text_of(function, (100,))
+  unknown = hlo.read(text, 8, {"another": 9})
+  assert unknown.payload() == {"all-reduce": 400}
+  (name,) = unknown.unknown
+  assert "until_small" in name
+  assumed = hlo.read(text, 8, {"until_small": 9})
+  assert assumed.payload() == {"all-reduce": 9 * 400}
+  assert assumed.assumed == {name: 9} and not assumed.unknown
+
+
+def test_each_kind_of_collective_has_its_payload_and_its_share_to_send():
+  def function(x):
+    whole = jax.lax.all_gather(x, "data", tiled=True)
+    part = jax.lax.psum_scatter(2 * whole, "data", tiled=True)
+    turned = jax.lax.all_to_all(part, "data", 0, 0, tiled=True)
+    passed = jax.lax.ppermute(turned, "data", [(i, (i + 1) % 8) for i in range(8)])
+    return whole.sum() + passed
+
+  text = text_of(function, (6400,), split=True)
+  found = {c.kind: (c.payload, c.sent) for c in hlo.read(text, 8, {}).collectives}
+  assert found == {
+    "all-gather": (25_600, 7 / 8 * 25_600),
+    "reduce-scatter": (25_600, 7 / 8 * 25_600),
+    "all-to-all": (3200, 7 / 8 * 3200),
+    "collective-permute": (3200, 3200),
+  }
+
+
+def test_groups_of_devices_are_those_that_take_part_together():
+  groups = [[0, 1], [2, 3], [4, 5], [6, 7]]
+  function = lambda x: jax.lax.psum(x, "data", axis_index_groups=groups)
+  (collective,) = hlo.read(text_of(function, (100,)), 8, {}).collectives
+  assert collective.devices == 2 and collective.sent == 400
+
+
+def test_a_sum_that_the_partitioner_adds_is_found_too():
+  split = NamedSharding(mesh_of(8), P("data"))
+  x = jax.ShapeDtypeStruct((80, 25), jnp.float32, sharding=split)
+  text = jax.jit(lambda x: x.sum(0)).lower(x).compile().as_text()
+  assert hlo.read(text, 8, {}).payload() == {"all-reduce": 100}
+
+
+# One gather that XLA for TPUs runs beside a loop of three: begun before it, ended after it, and
+# written out again in the fusion within.
+ASYNC = """HloModule m, is_scheduled=true
+
+%begin (a: f32[10]) -> (f32[10], f32[80]) {
+  %a = f32[10]{0} parameter(0)
+  %g.1 = f32[80]{0} all-gather(%a), channel_id=6, replica_groups={{0,1,2,3,4,5,6,7}}, ASYNC
+  ROOT %s = (f32[10]{0}, f32[80]{0}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%during (b: f32[10], w: f32[80], z: f32[5]) -> (f32[5], f32[10], f32[80]) {
+  %b = f32[10]{0} parameter(0)
+  %w = f32[80]{0} parameter(1)
+  %z = f32[5]{0} parameter(2)
+  %g.2 = f32[80]{0} all-gather(%b), channel_id=6, replica_groups={{0,1,2,3,4,5,6,7}}, ASYNC
+  %z2 = f32[5]{0} add(%z, %z)
+  ROOT %r = (f32[5]{0}, f32[10]{0}, f32[80]{0}) tuple(%z2, %b, %w)
+}
+
+%body (p: (s32[], f32[5], f32[10], f32[80])) -> (s32[], f32[5], f32[10], f32[80]) {
+  %p = (s32[], f32[5]{0}, f32[10]{0}, f32[80]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %j = s32[] add(%i, %one)
+  %pz = f32[5]{0} get-tuple-element(%p), index=1
+  %pb = f32[10]{0} get-tuple-element(%p), index=2
+  %pw = f32[80]{0} get-tuple-element(%p), index=3
+  %f = (f32[5]{0}, f32[10]{0}, f32[80]{0}) fusion(%pb, %pw, %pz), kind=kLoop, calls=%during
+  %fz = f32[5]{0} get-tuple-element(%f), index=0
+  %fb = f32[10]{0} get-tuple-element(%f), index=1
+  %fw = f32[80]{0} get-tuple-element(%f), index=2
+  ROOT %t = (s32[], f32[5]{0}, f32[10]{0}, f32[80]{0}) tuple(%j, %fz, %fb, %fw)
+}
+
+%until (q: (s32[], f32[5], f32[10], f32[80])) -> pred[] {
+  %q = (s32[], f32[5]{0}, f32[10]{0}, f32[80]{0}) parameter(0)
+  %k = s32[]{:T(128)} get-tuple-element(%q), index=0
+  %three = s32[] constant(3)
+  ROOT %less = pred[] compare(%k, %three), direction=LT
+}
+
+ENTRY %main (x: f32[10], y: f32[5]) -> f32[5] {
+  %x = f32[10]{0} parameter(0)
+  %y = f32[5]{0:T(128)S(1)} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (f32[10]{0}, f32[80]{0}) fusion(%x), kind=kCustom, calls=%begin
+  %sa = f32[10]{0} get-tuple-element(%start), index=0
+  %sw = f32[80]{0} get-tuple-element(%start), index=1
+  %t0 = (s32[], f32[5]{0}, f32[10]{0}, f32[80]{0}) tuple(%zero, %y, %sa, %sw)
+  %loop = (s32[], f32[5]{0}, f32[10]{0}, f32[80]{0}) while(%t0), condition=%until, body=%body
+  ROOT %out = f32[5]{0} get-tuple-element(%loop), index=1
+}
+""".replace("ASYNC", 'backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}')
+
+
+def test_a_gather_that_runs_beside_a_loop_counts_once():
+  profile = hlo.read(ASYNC, 8, {})
+  assert profile.payload() == {"all-gather": 320}
+  assert profile.collectives[0].times == 1
+  # The gather, three times z + z, and three times the counter: two numbers in, one out.
+  assert profile.hbm_bytes == (40 + 320) + 3 * (20 + 20) + 3 * (4 + 4 + 4) + 4 * (4 + 4 + 1)
+
+
+def test_what_lies_on_the_chip_is_no_traffic_of_the_main_memory():
+  on_chip = ASYNC.replace("%z2 = f32[5]{0}", "%z2 = f32[5]{0:T(128)S(1)}").replace(
+    "(f32[5]{0}, f32[10]{0}, f32[80]{0}) fusion", "(f32[5]{0:S(1)}, f32[10]{0}, f32[80]{0}) fusion"
+  )
+  assert hlo.read(ASYNC, 8, {}).hbm_bytes - hlo.read(on_chip, 8, {}).hbm_bytes == 3 * 20
+
+
+def test_a_loop_over_rows_reads_each_row_once_not_all_rows_each_time():
+  """Sums 100 rows and keeps the partial sums: a row in, the sum in and out, a row out.
+
+  With XLA's copies about eight rows an iteration, not the two hundred of two whole arrays.
+  """
+
+  def function(x):
+    return jax.lax.scan(lambda c, row: (c + row, c), jnp.zeros(10_000), x)[1]
+
+  profile = hlo.read(text_of(function, (100, 10_000), devices=1), 1, {})
+  row = 40_000
+  assert 4 * 100 * row <= profile.hbm_bytes < 10 * 100 * row
+
+
+def test_text_that_is_no_module_says_so():
+  with pytest.raises(ValueError, match=re.escape("compiled.as_text()")):
+    hlo.read("nothing\n", 1, {})
+
+
+def a_topology(name, shape, chip, slices=1):
+  return aot.Topology(name, shape, slices, chip, (None,) * math.prod(shape) * slices)
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "links", "diameter"),
+  [
+    ("v5e", (8, 8), 2, 14),  # no links from end to end in a slice smaller than the pod
+    ("v5e", (8, 16), 3, 7 + 8),
+    ("v5e", (16, 16), 4, 16),
+    ("v4", (4, 4, 4), 6, 6),
+    ("v5p", (2, 2, 1), 2, 2),
+    ("v6e", (1, 1), 0, 0),
+  ],
+)
+def test_links_and_hops_are_those_of_the_grid(name, shape, links, diameter):
+  top = a_topology(name, shape, getattr(chips, name.upper()))
+  assert (top.links, top.diameter) == (links, diameter)
+
+
+def test_a_collective_takes_its_bytes_over_the_links_and_its_hops():
+  top = a_topology("v5e:16x16", (16, 16), chips.V5E)
+  reduce = hlo.Collective("all-reduce", 10**9, 256, 3, "")
+  expected = 3 * (2 * 255 / 256 * 1e9 / (4 * 50e9) + 2 * 16 * 1e-6)
+  np.testing.assert_allclose(top.seconds(reduce), expected)
+  one_link = hlo.Collective("collective-permute", 10**9, 256, 1, "")
+  np.testing.assert_allclose(top.seconds(one_link), 1e9 / 50e9 + 1e-6)
+
+
+def test_what_goes_to_another_slice_goes_over_the_network():
+  two = a_topology("2xv5e:16x16", (16, 16), chips.V5E, slices=2)
+  send = hlo.Collective("send", 10**9, 512, 2, "")
+  np.testing.assert_allclose(two.seconds(send), 2 * (1e9 / 3.125e9 + 1e-6))
+
+
+@pytest.mark.parametrize(
+  ("name", "reason"),
+  [
+    ("nonsense", "is unknown; write one of v4, v5e, v5p, v6e"),
+    ("v9:2x2", "is unknown; write one of v4, v5e, v5p, v6e"),
+    ("v5e:8x8x8", "a slice of v5e has 2 axes and at most 256 chips"),
+    ("v5e:16x32", "a slice of v5e has 2 axes and at most 256 chips"),
+    ("v4:4x4", "a slice of v4 has 3 axes"),
+    ("v5e:0x2", "does not exist"),
+  ],
+)
+def test_a_topology_that_does_not_exist_says_what_does(name, reason):
+  with pytest.raises(ValueError, match=re.escape(reason)):
+    aot.topology(name)
+
+
+def test_assumptions_that_cannot_be_and_a_missing_libtpu_are_errors(monkeypatch):
+  exp = experiment.parse(tiny_config())
+  monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: object())
+  with pytest.raises(ValueError, match="sinkhorn_iterations=301: give 1 to"):
+    aot.setting(exp, 301, 10)
+  with pytest.raises(ValueError, match="greedy_rounds=0"):
+    aot.setting(exp, 60, 0)
+  monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=re.escape('pip install "ism_jax[aot]"')):
+    aot.setting(exp, 60, 10)
+
+
+@pytest.mark.parametrize(
+  ("message", "needed"),
+  [
+    (
+      "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+      "required for HLO temporaries (84.49G) exceeds available HBM (15.75G). HLO module: jit_f.",
+      84.49 * 2**30,
+    ),
+    (
+      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+      "Used 16.40G of 15.75G hbm. Exceeded hbm capacity by 665.60M.",
+      16.4 * 2**30,
+    ),
+    ("INTERNAL: something else (1.00G)", None),
+  ],
+)
+def test_the_memory_that_a_refused_program_needs_is_read_from_the_refusal(message, needed):
+  assert aot.out_of_memory(message) == needed
+
+
+def refusal(name):
+  """What libtpu says of a program that holds 512 GiB."""
+  mesh = sharding.data_mesh(aot.topology(name).devices[:1])
+  everywhere = sharding.replicated(mesh)
+  x = jax.ShapeDtypeStruct((64, 1024, 1024, 1024), jnp.float32, sharding=everywhere)
+  with pytest.raises(jax.errors.JaxRuntimeError) as error:
+    jax.jit(lambda x: 2 * x, out_shardings=everywhere).lower(x).compile()
+  return str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_chips_have_the_memory_that_libtpu_says_they_have(name):
+  pytest.importorskip("libtpu")
+  message = refusal(name)
+  assert aot.out_of_memory(message) == 512 * 2**30
+  available = float(re.search(r"available HBM \(([\d.]+)G\)", message)[1])
+  assert aot.topology(name).chip.memory == available * 2**30
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+  """Digits, replicated and sharded, for four chips, beside a topology that does not exist."""
+  pytest.importorskip("libtpu")
+  found = {}
+  for placement in ("replicated", "sharded"):
+    out = tmp_path_factory.mktemp(placement)
+    run = subprocess.run(
+      [
+        sys.executable, "-m", "ism_jax.aot", "--config=configs/digits.py", f"--out={out}",
+        "--topology=v5e:3x5,v5e:2x2", f"--config.placement={placement}", "--config.batch_size=16",
+        "--config.coupling.pool_size=2", "--config.scan_steps=2",
+        "--config.evaluation.batch_size=8",
+      ],
+      cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      check=False,
+    )  # fmt: skip
+    assert (out / "aot.json").exists(), run.stderr
+    found[placement] = run, json.loads((out / "aot.json").read_text()), out
+  return found
+
+
+@pytest.mark.slow
+def test_a_topology_that_does_not_exist_is_reported_and_the_others_are_too(command):
+  run, content, out = command["replicated"]
+  missing, there = content["topologies"]
+  assert "'v5e:3x5' does not exist; libtpu says" in missing["error"]
+  assert there["fits"] and there["chips"] == 4
+  assert run.returncode == 1
+  assert run.stderr.splitlines()[-1] == "Error: 1 of 2 topologies; see above."
+  table = (out / "aot.md").read_text()
+  assert table in run.stdout and "| v5e:2x2 | 4 | replicated |" in table
+
+
+@pytest.mark.slow
+def test_a_replicated_step_sums_the_gradient_and_sends_nothing_else(command):
+  _, content, _ = command["replicated"]
+  step = content["topologies"][1]["programs"]["train_steps"]
+  assert list(step["collective_bytes"]) == ["all-reduce"]
+  gradient = 4 * content["parameters"]
+  np.testing.assert_allclose(step["collective_bytes"]["all-reduce"], gradient, rtol=0.02)
+  np.testing.assert_allclose(step["sent_bytes"], 2 * 3 / 4 * gradient, rtol=0.02)
+  # The state's five trees are the arguments (small arrays are padded), read and written each step.
+  assert 5 * gradient <= step["memory"]["arguments"] < 1.2 * 5 * gradient
+  assert step["hbm_bytes"] > 2 * 5 * gradient
+
+
+@pytest.mark.slow
+def test_a_sharded_step_also_gathers_what_is_split(command):
+  _, content, _ = command["sharded"]
+  report = content["topologies"][1]
+  step, parameters = report["programs"]["train_steps"], content["parameters"]
+  # The target average, and the updated parameters (XLA gathers some of them twice).
+  gathered = step["collective_bytes"]["all-gather"]
+  assert 0.95 * 2 * 4 * parameters < gathered < 3 * 4 * parameters
+  whole, split = report["state"]["params"], report["state"]["target_ema"]
+  assert whole == 4 * parameters and split < 0.27 * whole
+
+
+@pytest.mark.slow
+def test_between_slices_goes_the_sum_of_each_alone():
+  """Each chip sends its part of the slice's gradient, a quarter, and of some arrays more."""
+  pytest.importorskip("libtpu")
+  config = tiny_config()
+  config.update({"batch_size": 32, "scan_steps": 2, "placement": "replicated"})
+  exp = experiment.parse(config)
+  report = aot.analyse(exp, aot.topology("2xv5e:2x2"), iterations=60, rounds=10)
+  sent = report["programs"]["train_steps"]["collective_bytes"]["send"]
+  gradient = report["state"]["params"]
+  assert gradient / 4 <= sent < 1.4 * gradient / 4
+
+
+@pytest.mark.slow
+def test_the_coupling_counts_its_loops_and_never_gathers_the_pool(command):
+  report = command["replicated"][1]["topologies"][1]
+  couple = report["programs"]["couple"]
+  assert couple["unknown_loops"] == []
+  assert sorted(couple["assumed_loops"].values()) == [6, 10]  # 60 iterations in tens, and rounds
+  assert set(report["coupling_share"]) == {"flops", "hbm_bytes", "sent_bytes", "seconds"}
+  assert "all-gather" not in couple["collective_bytes"]
