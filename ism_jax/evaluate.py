@@ -65,6 +65,11 @@ def evaluate(config, workdir: str, devices=None) -> dict:
   Returns:
     The contents of evaluation.json.
   """
+  if config.data.vae:
+    raise ValueError(
+      "--mode=evaluate compares pixels, and decoded latents have no reference here yet: use "
+      "--mode=sample, and score its npz with ADM's evaluator."
+    )
   exp, mesh, step, params = restore_ema(config, workdir, devices)
   checkpoints.check_writable(workdir)
   reference, ev = reference_lib.Reference(exp), exp.evaluation

@@ -7,6 +7,7 @@ is found here, before anything is compiled or written.
 
 import dataclasses
 import itertools
+import typing
 
 from absl import logging
 
@@ -208,6 +209,12 @@ def _build(cls, values, prefix: str = ""):
     )
   if missing := sorted(set(fields) - given):
     raise ValueError(f"config lacks {', '.join(prefix + k for k in missing)}.")
+  for name, kind in fields.items():
+    if typing.get_origin(kind) is tuple:
+      element = typing.get_args(kind)[0]
+      kinds = (int, float) if element is float else element
+      if wrong := [v for v in values[name] if not isinstance(v, kinds)]:
+        raise ValueError(f"config.{prefix}{name}: {wrong[0]!r} is no {element.__name__}.")
   return cls(
     **{
       name: _build(kind, values[name], f"{prefix}{name}.")

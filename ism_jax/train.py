@@ -268,10 +268,11 @@ def steps_function(exp: Experiment, mesh) -> Callable:
     (loss, parts), grad = gradient(
       state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
     )
-    # Sharded, each device updates its part of everything, and the parameters are gathered. (TPUs'
-    # XLA makes an all-reduce of a reduce-scatter of such shapes: asking for one gains nothing.)
+    # Sharded, each device updates its part of everything; the next step gathers the parameters in
+    # the dtype it computes in, and the last one's are gathered whole. (TPUs' XLA makes an
+    # all-reduce of a reduce-scatter of such shapes: asking for one gains nothing.)
     state = state_lib.update(place(state, updated), place(grad, updated.params), tx, exp.ema)
-    state = place(place(state, updated), placed)
+    state = place(state, updated)
     norms = {
       "gradient_norm": optax.tree.norm(grad),
       "parameter_norm": optax.tree.norm(state.params),

@@ -135,6 +135,7 @@ def test_a_config_from_a_checkpoint_is_the_same_experiment():
     ({"evaluation": {"w": (-1.0,)}}, "negative"),
     ({"sample": {"label": 10}}, "classes are 0..9"),
     ({"checkpoint": {"keep": 0}}, "keep=0"),
+    ({"evaluation": {"seeds": ("(0,)",)}}, r"evaluation.seeds: .* is no int"),
     ({"checkpoint": {"keep_every": -1}}, "keep_every=-1"),
   ],
 )
