@@ -14,7 +14,7 @@ class Chip(NamedTuple):
   Attributes:
     name: as it is sold.
     memory: bytes that a program may use of its main memory: what libtpu 0.0.52 calls available when
-      it refuses a program that needs more.
+      it refuses a program that needs more (0.0.42: up to 0.01 GiB more).
     flops: peak of bfloat16 matrix products per second.
     bandwidth: of the main memory, bytes per second.
     link: bytes per second of one link to a neighbour, one way: the datasheet's interconnect

@@ -296,17 +296,16 @@ def refusal(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_chips_have_the_memory_that_libtpu_says_they_have(name):
-  pytest.importorskip("libtpu")
   message = refusal(name)
   assert aot.out_of_memory(message) == 512 * 2**30
   available = float(re.search(r"available HBM \(([\d.]+)G\)", message)[1])
-  assert aot.topology(name).chip.memory == available * 2**30
+  # Versions of libtpu keep a few MB more or less for themselves.
+  np.testing.assert_allclose(aot.topology(name).chip.memory / 2**30, available, atol=0.02)
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
   """Digits, replicated and sharded, for four chips, beside a topology that does not exist."""
-  pytest.importorskip("libtpu")
   found = {}
   for placement in ("replicated", "sharded"):
     out = tmp_path_factory.mktemp(placement)
@@ -365,7 +364,6 @@ def test_a_sharded_step_also_gathers_what_is_split(command):
 @pytest.mark.slow
 def test_between_slices_goes_the_sum_of_each_alone():
   """Each chip sends its part of the slice's gradient, a quarter, and of some arrays more."""
-  pytest.importorskip("libtpu")
   config = tiny_config()
   config.update({"batch_size": 32, "scan_steps": 2, "placement": "replicated"})
   exp = experiment.parse(config)
