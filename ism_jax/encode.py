@@ -36,22 +36,6 @@ from ism_jax import logs, multihost, sharding
 from ism_jax.data import images, latents
 from ism_jax.pretrained import vae as vae_lib
 
-_IMAGES = flags.DEFINE_string("images", None, "Where the images are, see above.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the latents.")
-_SIZE = flags.DEFINE_integer("size", 256, "Height and width of the crops, in pixels.")
-_VAE = flags.DEFINE_string("vae", vae_lib.PUBLISHED, "A hub name, or a safetensors file.")
-_TFDS_DIR = flags.DEFINE_string("tfds_dir", "", "With tfds:NAME: its folder; TFDS's default.")
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 16, "Images at a time, on each device.", lower_bound=1
-)
-_IMAGES_PER_SHARD = flags.DEFINE_integer(
-  "images_per_shard", 1024, "Images in a shard.", lower_bound=1
-)
-_NUM_THREADS = flags.DEFINE_integer(
-  "num_threads", os.cpu_count(), "Threads that decode images, in each process.", lower_bound=1
-)
-_PLACE = multihost.define_flags()
-
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the shards of other processes
 _BATCHES_AHEAD = 4  # decoded while the devices encode
@@ -270,6 +254,8 @@ class _Progress:
 
 def check_writable(folder: str) -> None:
   """Makes a folder; raises OSError where it cannot be written."""
+  if "://" in folder:
+    raise OSError(f"--out={folder} is no folder: mount the bucket, and name a folder in it.")
   try:
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -318,32 +304,48 @@ def write_manifest(source: images.Source, out: str, settings: latents.Settings) 
   logging.info("%d images of %d classes are in %s.", found["images"], len(source.classes), out)
 
 
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("images", None, "Where the images are, see above.")
+  flags.DEFINE_string("out", None, "Folder of the latents.")
+  flags.DEFINE_integer("size", 256, "Height and width of the crops, in pixels.")
+  flags.DEFINE_string("vae", vae_lib.PUBLISHED, "A hub name, or a safetensors file.")
+  flags.DEFINE_string("tfds_dir", "", "With tfds:NAME: its folder; TFDS's default.")
+  positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
+  positive("batch_size", 16, "Images at a time, on each device.")
+  positive("images_per_shard", 1024, "Images in a shard.")
+  positive("num_threads", os.cpu_count(), "Threads that decode images, in each process.")
+  flags.mark_flags_as_required(["images", "out"])
+  multihost.define_flags()
+
+
 def main(argv):
   """Encodes; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   logs.only_ours()
+  given = flags.FLAGS
   with multihost.shared_fate(), logs.one_line_errors():
-    multihost.initialize(*_PLACE())
-    latents.check_size(_SIZE.value)
-    check_writable(_OUT.value)
-    source = images.open_source(_IMAGES.value, _TFDS_DIR.value)
+    multihost.initialize(*multihost.define_flags()())
+    latents.check_size(given.size)
+    check_writable(given.out)
+    source = images.open_source(given.images, given.tfds_dir)
     settings = encode(
       source,
-      vae_lib.load(_VAE.value),
-      _OUT.value,
-      size=_SIZE.value,
-      batch_size=_BATCH_SIZE.value,
-      images_per_shard=_IMAGES_PER_SHARD.value,
-      num_threads=_NUM_THREADS.value,
+      vae_lib.load(given.vae),
+      given.out,
+      size=given.size,
+      batch_size=given.batch_size,
+      images_per_shard=given.images_per_shard,
+      num_threads=given.num_threads,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
     if jax.process_index() == 0:
-      wait_for_shards(_OUT.value, settings)
-      write_manifest(source, _OUT.value, settings)
+      wait_for_shards(given.out, settings)
+      write_manifest(source, given.out, settings)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["images", "out"])
+  define_flags()
   app.run(main)

@@ -30,7 +30,6 @@ _FIXED = {
   "data.channels",
   "data.num_classes",
   "data.flip",
-  "data.vae",
   "model.size",
   "objective.guidance",
   "objective.fixed_w",

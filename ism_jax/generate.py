@@ -22,7 +22,7 @@ from ism_jax.pretrained import vae as vae_lib
 from ism_jax.sharding import AXIS, P
 
 GRID = (8, 10)  # rows and columns of a sample grid
-DECODED_TOGETHER = 4  # latents at a time on each device: 256x256 images take about 0.5 GB each
+DECODED_TOGETHER = 4  # latents at a time on each device: 256x256 images take about 0.3 GB each
 
 
 def to_uint8(x):

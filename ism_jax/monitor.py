@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 
-from ism_jax import generate, logs
+from ism_jax import generate, logs, sharding
 from ism_jax.experiment import Experiment
 from ism_jax.reference import Reference
 
@@ -24,6 +24,7 @@ class Monitor:
 
   def __init__(self, exp: Experiment, mesh, workdir: str):
     self._exp, self._mesh, self._workdir = exp, mesh, workdir
+    generate.pixels_function(exp.data.vae, mesh)  # a VAE that is missing is missed now
     # Decoded latents have no reference here: they are looked at.
     self._reference = None if exp.data.vae else Reference(exp)
     # One call draws them all; samples beyond num_images fill the mesh and are dropped.
@@ -34,6 +35,7 @@ class Monitor:
 
   def start(self, params) -> dict:
     """Starts drawing: {steps: (images, finite)} on the device."""
+    params = jax.device_put(params, sharding.replicated(self._mesh))  # once for all steps
     return {
       steps: generate.batch(
         self._exp,

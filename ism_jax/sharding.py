@@ -9,7 +9,7 @@ Axes: N rows over all devices, D columns.
 """
 
 import jax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -43,6 +43,15 @@ def rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, P(*(None,) * axis, AXIS))
 
 
+def local_rows(mesh: Mesh, count: int) -> np.ndarray:
+  """The numbers of those of `count` rows that lie on this process's devices, in order.
+
+  On a pod they are no contiguous range: JAX orders devices by the links between them.
+  """
+  places = rows(mesh).addressable_devices_indices_map((count,)).values()
+  return np.unique(np.concatenate([np.arange(count)[place] for place in places]))
+
+
 def split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
   """The longest axis that "data" divides, split over it; replicated where there is none."""
   parts = mesh.shape["data"]
@@ -53,15 +62,17 @@ def split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def device_memory(mesh: Mesh) -> float | None:
-  """Bytes that a device of the mesh can hold; None where nobody knows (a CPU)."""
-  device = mesh.devices.flat[0]
-  try:
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-  except (jax.errors.JaxRuntimeError, NotImplementedError):  # a device that is not there
-    limit = None
-  if limit is None and device.device_kind in chips.CHIPS:
-    limit = chips.CHIPS[device.device_kind].memory
-  return limit
+  """Bytes that a device of the mesh can hold; None where nobody knows (a CPU).
+
+  The same in all processes: by the kind of the device, or the least that any process's devices say.
+  """
+  kind = mesh.devices.flat[0].device_kind
+  if kind in chips.CHIPS:
+    return chips.CHIPS[kind].memory
+  limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
+  if jax.process_count() > 1:
+    limit = int(multihost_utils.process_allgather(np.float64(limit)).min())
+  return limit or None
 
 
 def global_arrays(sharding: NamedSharding, local):

@@ -396,8 +396,7 @@ def _train(
     pool_size=pool_size,
     flip=exp.data.flip,
     seed=exp.data.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.local_rows(mesh, exp.batch_size),
     num_threads=exp.data.num_threads,
   )
   position = {"log": None}

@@ -16,7 +16,15 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 out="$PWD/runs/check"
-[ $# -eq 0 ] || out="$(absolute "$1")"
+if [ $# -eq 0 ]; then
+  rm -rf "$out"
+else
+  out="$(absolute "$1")"
+fi
+[ ! -e "$out/checkpoints" ] || {
+  echo "Error: $out holds a run already, which would not train again. Name another folder." >&2
+  exit 1
+}
 ensure_env "check${EXTRAS:+,$EXTRAS}"
 
 scratch="$(mktemp -d)"
@@ -48,7 +56,12 @@ PYTHON
 JAX_PLATFORMS=cpu python -m ism_jax.encode --images="$scratch/photographs" \
   --out="$scratch/latents" --vae=random-small --images_per_shard=16 \
   --coordinator=localhost:1 --processes=1 --process=0
+# Four rows for each device, so that all three losses have some on each.
+devices="$(python -c 'from ism_jax import multihost
+multihost.initialize()
+import jax
+print("devices:", jax.device_count())' | sed -n 's/^devices: //p')"
 python -m ism_jax.main --config=configs/check.py --workdir="$out" \
-  --config.data.dir="$scratch/latents"
+  --config.data.dir="$scratch/latents" --config.batch_size=$((devices > 8 ? 4 * devices : 32))
 python -m ism_jax.main --mode=sample --workdir="$out" --out="$out/samples.npz"
 echo "The set-up works. Checkpoints, logs and decoded samples are in $out; grids/ has pictures."

@@ -41,10 +41,11 @@ require() {
 
 require_command() {
   [ ${#command[@]} -gt 0 ] || fail "the training command is missing behind --, such as
-  -- python -m ism_jax.main --config=configs/imagenet256.py --workdir=gs://BUCKET/FOLDER"
+  -- python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=LATENTS \\
+     --workdir=gs://BUCKET/FOLDER"
   case " ${command[*]} " in
-    *" --workdir="*://*) ;;
-    *) echo "Warning: no --workdir on gs://: what is written goes with the machine's disk." >&2 ;;
+    *" "*://*) ;;
+    *) echo "Warning: nothing on gs://: what is written goes with the machine's disk." >&2 ;;
   esac
 }
 

@@ -2,7 +2,8 @@
 # A run on one machine with NVIDIA GPUs: makes the environment, and runs the command in it.
 #
 #   bash launch/gpu.sh [--dry-run] -- \
-#     python -m ism_jax.main --config=configs/imagenet256.py --workdir=W
+#     python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=LATENTS \
+#       --workdir=W
 #
 # One process drives all GPUs of the machine, as JAX does without being told: images are read once,
 # and nothing has to find anything. For several machines there is slurm.sh. SIGTERM (or Ctrl-C for

@@ -20,7 +20,8 @@
 #
 #   export TPU_NAME=ism ZONE=... PROJECT=... ACCELERATOR_TYPE=v6e-64 RUNTIME_VERSION=v2-alpha-tpuv6e
 #   bash launch/tpu.sh watch --spot -- \
-#     python -m ism_jax.main --config=configs/imagenet256.py --workdir=gs://BUCKET/ism
+#     python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=LATENTS \
+#       --workdir=gs://BUCKET/ism
 #
 # Flags, or variables:
 #   --name=        TPU_NAME           of the queued resource and, with -0, -1, ..., of its slices
@@ -35,6 +36,8 @@
 #                  CREATE_FLAGS       more flags for creating, such as "--internal-ips --network=N"
 #                  SSH_FLAGS          more flags for ssh and scp, such as "--internal-ip"
 #
+# LATENTS is on every machine: a copy, or a bucket that the command mounts first, as in
+# -- bash -c 'mkdir -p ~/latents && gcsfuse BUCKET ~/latents && exec python -m ism_jax.main ...'.
 # The workdir is to be on gs://: a TPU that was preempted comes back with empty disks. The same
 # command then continues from the newest checkpoint. ssh to several machines takes the key from the
 # agent: ssh-add ~/.ssh/google_compute_engine.

@@ -157,8 +157,7 @@ def test_a_resumed_iterator_continues_bit_exactly_and_processes_share_the_rows(s
   next(iterator)
   state = json.loads(json.dumps(iterator.get_state()))
   parts = [
-    data.pools(source, **settings, process_index=p, process_count=2, num_threads=2)
-    for p in range(2)
+    data.pools(source, **settings, rows=rows, num_threads=2) for rows in (range(10), range(10, 20))
   ]
   for part in parts:
     part.set_state(state)

@@ -179,7 +179,7 @@ SMALL = ("--config.batch_size=64", "--config.scan_steps=2", "--config.optimizer.
          "--config.optimizer.schedule=constant",  # so that runs of any length compile once
          "--config.coupling.max_iterations=10",  # each is a collective over loopback
          "--config.log.every=4", "--config.log.gradients_every=0", "--config.monitor.every=0",
-         "--config.checkpoint.keep_every=8")  # fmt: skip
+         "--config.checkpoint.keep_every=8", "--config.placement=sharded")  # fmt: skip
 # A command that joins as main does; what process i of n then does is appended.
 WORKER = """
 import os, signal, sys, time
@@ -321,7 +321,8 @@ def test_two_processes_killed_and_continued_are_the_same_run(killed, whole):
 @pytest.mark.slow
 def test_two_processes_of_four_devices_are_one_of_eight(environment, tmp_path, whole):
   command = [sys.executable, "-m", "ism_jax.main", "--config=configs/digits.py", *SMALL,
-             "--config.steps=8", f"--workdir={tmp_path}"]  # fmt: skip
+             "--config.steps=8", "--config.placement=replicated",
+             f"--workdir={tmp_path}"]  # fmt: skip
   subprocess.run(command, cwd=ROOT, env=environment | {"JAX_NUM_CPU_DEVICES": "8"}, check=True)
   found, expected = saved_state(whole, 8), saved_state(tmp_path, 8)
   names = [name for name in expected if "params" in name or "ema" in name]

@@ -147,7 +147,13 @@ def _files_of_folder(folder) -> dict[str, list[_File]]:
 
 def _files_of_class_folder(folder, name):
   with os.scandir(os.path.join(folder, name)) as entries:
-    files = [entry.name for entry in entries if not entry.is_dir()]  # broken links, too
+    inside = {entry.name: entry.is_dir() for entry in entries}
+  files = [entry for entry, is_folder in inside.items() if not is_folder]  # broken links, too
+  if len(files) < len(inside):
+    logging.warning(
+        "Folders inside class folder %s are left out, such as %s; images must lie in %s itself.",
+        name, next(entry for entry, is_folder in inside.items() if is_folder), name,
+    )  # fmt: skip
   return [
     _File(f"{name}/{file}", os.path.join(folder, name, file))
     for file in _only_images(files, os.path.join(folder, name))

@@ -257,6 +257,10 @@ def read_manifest(directory: str) -> dict:
       f"data.name={NAME!r} needs data.dir: the folder of an encoded dataset, which `{command}` "
       "makes. Set data.dir=DIR."
     )
+  if "://" in directory:
+    raise ValueError(
+      f"data.dir={directory} is no folder: mount the bucket on every machine, or put a copy there."
+    )
   path = os.path.join(directory, MANIFEST)
   try:
     with open(path) as f:

@@ -193,15 +193,15 @@ def pools(
   seed,
   flip=False,
   num_threads=4,
-  process_index=0,
-  process_count=1,
+  rows=None,
 ):
   """An endless iterator over pools of training batches, each image exactly once per epoch.
 
   Args:
     source: see above; it may hold fewer images than a batch.
-    batch_size: rows of the global batch, of which process p yields [p * M, (p + 1) * M) with
-      M = batch_size / process_count.
+    batch_size: rows of the global batch.
+    rows: the numbers of those M that this process reads, in order, see `sharding.local_rows`;
+      default all.
     pool_size: batches in a pool, K.
     seed: of the shuffle and the flips.
     flip: see DataConfig; does not change the order.
@@ -210,20 +210,12 @@ def pools(
     A grain DatasetIterator of {"x1": float32 [K, M, H, W, C] in [-1, 1], "c": int32 [K, M]}; of
     latents, of {"moments": float16 [K, M, H, W, 2 C], "c"}, mean and log-variance.
     Its get_state() is a small dict of JSON that counts global batches: the same in every process,
-    and valid for another process_count, pool_size, num_threads or flip, but not for another source,
+    and valid for other rows, pool_size, num_threads or flip, but not for another source,
     seed or batch_size, which it does not notice.
   """
   if batch_size < 1 or pool_size < 1:
     raise ValueError(f"batch_size={batch_size} and pool_size={pool_size} must be at least 1.")
-  if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index={process_index} must lie in 0 .. {process_count - 1}.")
-  if batch_size % process_count:
-    nearest = max(1, round(batch_size / process_count)) * process_count
-    raise ValueError(
-      f"batch_size={batch_size} does not split over {process_count} processes; "
-      f"nearest that does: {nearest}."
-    )
-  rows = batch_size // process_count
+  rows = np.arange(batch_size) if rows is None else np.asarray(rows)
   size = len(source)
 
   # grain's own shuffle works one index at a time, and costs as much again as reading the record.
@@ -233,8 +225,7 @@ def pools(
     return np.stack([rng.permutation(size), flip * rng.integers(2, size=size)])
 
   def read(batch):
-    start = batch * batch_size + process_index * rows
-    epochs, places = np.divmod(np.arange(start, start + rows), size)
+    epochs, places = np.divmod(batch * batch_size + rows, size)
     parts = [drawn(e)[:, places[epochs == e]] for e in np.unique(epochs)]
     keys, mirror = np.concatenate(parts, axis=1)
     arrays, labels = source.read(keys, mirror.astype(bool))
