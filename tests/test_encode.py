@@ -558,6 +558,13 @@ def test_a_manifest_waits_for_all_shards(tmp_path, photos, vae, monkeypatch):
   assert not waiting.is_alive()
 
 
+def test_a_bucket_is_no_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(OSError, match="--out=gs://bucket/latents is no folder: mount the bucket"):
+    encode.check_writable("gs://bucket/latents")
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, photos, vae):
   (tmp_path / "file").touch()
   with pytest.raises(OSError, match=r"--out=\S+file/out cannot be written.*another folder"):

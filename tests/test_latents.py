@@ -175,6 +175,7 @@ def test_a_resumed_iterator_continues_bit_exactly_and_processes_share_the_rows(s
     ({"num_classes": 1000}, "in 3 classes.* in 1000 classes"),
     ({"vae": "other/vae"}, "of the VAE 'some/vae'.* of the VAE 'other/vae'.*data.vae"),
     ({"dir": ""}, r"needs data\.dir.*python -m ism_jax\.encode"),
+    ({"dir": "gs://bucket/latents"}, "gs://bucket/latents is no folder: mount the bucket"),
     ({"dir": "/nowhere/at/all"}, r"/nowhere/at/all does not exist.*python -m ism_jax\.encode"),
   ],
 )
