@@ -64,6 +64,9 @@ def decode_function(cfg: vae_lib.VaeConfig, mesh):
   return jax.jit(decode, out_shardings=sharding.replicated(mesh))
 
 
+load_vae = functools.lru_cache(vae_lib.load)
+
+
 @functools.lru_cache
 def pixels_function(name: str, mesh):
   """pixels(x1 [B, h, w, C]) -> uint8 [B, H, W, C] on every device.
@@ -74,7 +77,7 @@ def pixels_function(name: str, mesh):
   everywhere = sharding.replicated(mesh)
   if not name:
     return jax.jit(to_uint8, out_shardings=everywhere)
-  vae = vae_lib.load(name)
+  vae = load_vae(name)
   return functools.partial(decode_function(vae.cfg, mesh), jax.device_put(vae.params, everywhere))
 
 

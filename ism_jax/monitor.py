@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ism_jax import generate, logs, sharding
+from ism_jax.data import latents
 from ism_jax.experiment import Experiment
 from ism_jax.reference import Reference
 
@@ -25,6 +26,8 @@ class Monitor:
   def __init__(self, exp: Experiment, mesh, workdir: str):
     self._exp, self._mesh, self._workdir = exp, mesh, workdir
     generate.pixels_function(exp.data.vae, mesh)  # a VAE that is missing is missed now
+    if exp.data.vae:
+      latents.check_vae(exp.data.dir, generate.load_vae(exp.data.vae))
     # Decoded latents have no reference here: they are looked at.
     self._reference = None if exp.data.vae else Reference(exp)
     # One call draws them all; samples beyond num_images fill the mesh and are dropped.

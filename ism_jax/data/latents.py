@@ -257,7 +257,7 @@ def read_manifest(directory: str) -> dict:
       f"data.name={NAME!r} needs data.dir: the folder of an encoded dataset, which `{command}` "
       "makes. Set data.dir=DIR."
     )
-  if "://" in directory:
+  if "://" in os.fspath(directory):
     raise ValueError(
       f"data.dir={directory} is no folder: mount the bucket on every machine, or put a copy there."
     )
@@ -279,6 +279,16 @@ def read_manifest(directory: str) -> dict:
       f"{path} is of format {found.get('format')}, and this version reads {FORMAT}: encode anew."
     )
   return found
+
+
+def check_vae(directory: str, vae) -> None:
+  """Raises ValueError where the dataset was encoded with other weights than those of `vae`."""
+  encoded = read_manifest(directory)["vae_sha256"]
+  if encoded != vae.sha256:
+    raise ValueError(
+      f"data.vae={vae.name!r} has weights of sha256 {vae.sha256[:12]}..., but those that encoded "
+      f"{directory} have {encoded[:12]}...: name the weights that encoded it."
+    )
 
 
 class Latents:
