@@ -12,7 +12,7 @@ from absl import logging
 import jax
 import numpy as np
 
-from ism_jax import checkpoints, diagnosis, guidance, logs, metrics, sampling, sharding, train
+from ism_jax import checkpoints, diagnosis, guidance, logs, sampling, sharding, spectra, train
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax import reference as reference_lib
@@ -138,10 +138,10 @@ def as_markdown(report: dict) -> str:
     "high frequencies |",
     "|---|---|---|---|---|---|---|---|",
   ]
-  real = metrics.finest_octave(report["reference_spectrum"])
+  real = spectra.finest_octave(report["reference_spectrum"])
   row = lambda name, r: (
     f"| {name} | {r['frechet_distance']:.3f} | {r['times_floor']:.2f} | {r['accuracy']:.3f} | "
-    f"{r['nearest_neighbour']:.3f} | {metrics.finest_octave(r['spectrum']) / real:.2f} |"
+    f"{r['nearest_neighbour']:.3f} | {spectra.finest_octave(r['spectrum']) / real:.2f} |"
   )
   lines += [row(f"{r['steps']} | {r['w']:g} | {r['seed']}", r) for r in report["results"]]
   lines += [row(f"{name} | – | –", r) for name, r in report["yardsticks"].items()]

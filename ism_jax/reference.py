@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from ism_jax import data, generate, metrics
+from ism_jax import data, generate, metrics, spectra
 from ism_jax import judge as judge_lib
 from ism_jax.experiment import Experiment
 
@@ -51,8 +51,8 @@ class Reference:
       else "a bootstrap resample of the real images"
     )
     self.floor, self.floor_sd = self._floor(exp, features, training_images)
-    self.spectrum = metrics.radial_power(self.images)
-    self.bands = metrics.band_energies(self.images)
+    self.spectrum = spectra.radial_power(self.images)
+    self.bands = spectra.band_energies(self.images)
     self._training_flat = training_images.reshape(len(training_images), -1) / 127.5
     self._training = training_images, training_labels
     self._num_images = exp.evaluation.num_images
@@ -92,8 +92,8 @@ class Reference:
     flat = images[:NEIGHBOURS].reshape(len(images[:NEIGHBOURS]), -1) / 127.5
     return {
       "nearest_neighbour": metrics.nearest_neighbour_distance(flat, self._training_flat),
-      "spectrum": metrics.radial_power(images).tolist(),
-      "bands": metrics.band_energies(images).tolist(),
+      "spectrum": spectra.radial_power(images).tolist(),
+      "bands": spectra.band_energies(images).tolist(),
     }
 
   def yardsticks(self) -> dict[str, dict]:

@@ -43,7 +43,7 @@ class Run:
   Attributes:
     workdir: its folder. config: nested, as it was evaluated.
     results: those of evaluation.json; of "spectrum" and "bands" the ratio to the real images', and
-      "finest_octave", the same ratio for `metrics.finest_octave`.
+      "finest_octave", the same ratio for `spectra.finest_octave`.
     straightness: [{"w", "deviation_from_chord"}].
     training: means over the run of the couplings' diagnostics and of the gradient norms of the
       losses, under their names in metrics.jsonl.
@@ -87,8 +87,8 @@ def read_run(workdir: str, report: dict) -> Run:
 def over_real(result: dict, report: dict) -> dict:
   """A result of evaluation.json, its power and band energies as ratios to the real images'."""
   ratio = lambda name: (np.array(result[name]) / np.array(report[f"reference_{name}"])).tolist()
-  octave = metrics.finest_octave(result["spectrum"])
-  octave /= metrics.finest_octave(report["reference_spectrum"])
+  octave = spectra.finest_octave(result["spectrum"])
+  octave /= spectra.finest_octave(report["reference_spectrum"])
   return result | {
     "spectrum": ratio("spectrum"),
     "bands": ratio("bands"),

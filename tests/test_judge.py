@@ -245,7 +245,10 @@ def test_random_features_see_blur_and_are_the_same_for_ever(digits):
   images = digits[0]
   features = judges.random_features(images)
   assert features.shape == (len(images), 224)
-  np.testing.assert_allclose(judges.random_features(images[5:6]), features[5:6], rtol=1e-4)
+  # Features are up to 1; a mean that cancels to near 0 keeps the rounding of its terms.
+  np.testing.assert_allclose(
+    judges.random_features(images[5:6]), features[5:6], rtol=1e-5, atol=1e-5
+  )
   # A value of the first version: numbers measured with it stay comparable.
   np.testing.assert_allclose(features.mean(), 0.40209, rtol=1e-4)
   scale = features.std(0)
