@@ -1,0 +1,377 @@
+"""The Inception network of FID, Inception Score and sFID (Szegedy et al. 2015, arXiv:1512.00567).
+
+This is TensorFlow's graph of December 2015, which Heusel et al. (2017, arXiv:1706.08500) made the
+standard. It is not torchvision's Inception: it has 1008 classes, average pools leave out the
+padding, the last block takes maxima where the paper has averages, and its own bilinear resize to
+299x299 puts corners where pixels' centres belong. Weights come from the file that pytorch-fid and
+torch-fidelity publish; modules are named by that file's keys.
+
+Axes: B batch, H/W image size, C channels; h/w, i/j positions before and after resizing.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax.pretrained import torch_files, weights
+
+PUBLISHED = weights.Published(
+  what="FID Inception",
+  file="weights-inception-2015-12-05-6726825d.pth",
+  sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+  # pytorch-fid's pt_inception-2015-12-05-6726825d.pth is the same file.
+  url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+  "weights-inception-2015-12-05-6726825d.pth",
+)
+WHAT = "2048 features of the FID Inception of 2015"
+SIZE = 299
+OUTPUTS = {  # and their widths
+  "features": 2048,
+  "spatial": 2023,
+  "logits": 1008,
+  "biased_logits": 1008,
+  "features_64": 64,
+  "features_192": 192,
+  "features_768": 768,
+}
+_CLASSES = 1008
+_NORM = ("weight", "bias", "running_mean", "running_var")
+_NORM_EPSILON = 1e-3
+_SPATIAL_CHANNELS = 7
+# By default TPUs multiply float32 in one pass of bfloat16, and GPUs as TF32.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inception:
+  """The network with weights.
+
+  Attributes:
+    params: {layer: {"kernel", "bias"}} of float32 NumPy arrays; the batch normalisations are folded
+      into the convolutions before them.
+    sha256: of the file of weights; of random weights, of the parameters.
+    name: as it was asked for.
+  """
+
+  params: Any = dataclasses.field(repr=False)
+  sha256: str
+  name: str
+
+
+def load(name: str = "") -> Inception:
+  """Loads the network by the name of its weights.
+
+  Args:
+    name: "" for the published weights, from the cache or downloaded; a file of them, written by
+      `torch.save` or safetensors; or "random", for checks of a set-up without any weights: the
+      same for everyone, and meaning nothing.
+  Raises:
+    FileNotFoundError: no weights are there or to be had; says what to download.
+    ValueError: the file is damaged, or holds the weights of another network.
+  """
+  if name == "random":
+    params = _random_params()
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+      digest.update(leaf.tobytes())
+    return Inception(params, digest.hexdigest(), name)
+  path = weights.find(name, PUBLISHED)
+  params = params_from_state_dict(torch_files.read_state_dict(path), source=str(path))
+  return Inception(params, weights.sha256(path), name)
+
+
+def features(params, images, outputs=("features", "spatial", "logits")):
+  """What the metrics see of each image.
+
+  Args:
+    params: as in `Inception`.
+    images: uint8 [B, H, W, 3], RGB, of any size.
+    outputs: which of
+      "features": [B, 2048], averages over positions before the classifier: FID, KID, and precision
+        and recall;
+      "spatial": [B, 2023], rows, columns and the first 7 channels of the `mixed_6/conv` of ADM's
+        evaluator (guided-diffusion): sFID;
+      "logits": [B, 1008], *without* the classifier's bias: the Inception Score;
+      "biased_logits": [B, 1008], with it;
+      "features_64", "features_192", "features_768": averages after the first and the second maximum
+        pooling, and before the last grid reduction.
+  Returns:
+    {output: float32 array}.
+  """
+  unknown = sorted(set(outputs) - set(OUTPUTS))
+  if unknown:
+    raise ValueError(f"unknown outputs {', '.join(unknown)}; known are {', '.join(OUTPUTS)}.")
+  x = (resize(images) - 128) / 128
+  found = _Network().apply({"params": params}, x)
+  return {name: found[name] for name in outputs}
+
+
+def resize(images):
+  """Resizes as TensorFlow 1 does: bilinearly, without anti-aliasing or half-pixel centres.
+
+  Args:
+    images: uint8 [B, H, W, 3].
+  Returns:
+    float32 [B, 299, 299, 3] in [0, 255], not rounded; pixel i is the input at i * H / 299.
+  """
+  if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
+    raise ValueError(
+      f"got images of {images.dtype} {images.shape}; needed are uint8 [B, H, W, 3]. Round floats "
+      "by a stated protocol, and repeat the channel of grey images."
+    )
+  height, width = images.shape[1:3]
+  # Two taps each, as a product of matrices: a fiftieth of the network's work, and fast on a TPU,
+  # where gathering is not.
+  return jnp.einsum(
+    "ih,bhwc,jw->bijc",
+    _interpolation(height),
+    images.astype(jnp.float32),
+    _interpolation(width),
+    precision=_PRECISION,
+  )
+
+
+def params_from_state_dict(arrays, source="the state dict"):
+  """Parameters from PyTorch's tensors, of pytorch-fid's and torch-fidelity's layout.
+
+  Args:
+    arrays: NumPy arrays by key; batch normalisation's counts of batches may be there or not.
+    source: where the arrays are from, for the error.
+  Returns:
+    As in `Inception`.
+  Raises:
+    ValueError: names the missing and the unexpected keys and the wrong shapes.
+  """
+  given = {key: a for key, a in arrays.items() if not key.endswith(".num_batches_tracked")}
+  needed = _state_dict_shapes()
+  found = {key: np.shape(given[key]) for key in needed if key in given}
+  problems = [
+    f"{what}: {', '.join(keys[:6])}" + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+    for what, keys in (
+      ("missing", [key for key in needed if key not in given]),
+      ("unexpected", [str(key) for key in given if key not in needed]),
+      (
+        "of another shape",
+        [f"{key} is {a}, not {needed[key]}" for key, a in found.items() if a != needed[key]],
+      ),
+    )
+    if keys
+  ]
+  if problems:
+    raise ValueError(
+      f"{source} does not hold the FID Inception's weights; {'; '.join(problems)}. Needed are the "
+      f"tensors of {PUBLISHED.page}; torchvision's Inception is another network."
+    )
+  params = {}
+  for layer in _shapes():
+    if layer == "fc":
+      kernel, bias = given["fc.weight"].T, given["fc.bias"]
+    else:
+      norm = {kind: np.asarray(given[f"{layer}.bn.{kind}"], np.float64) for kind in _NORM}
+      scale = norm["weight"] / np.sqrt(norm["running_var"] + _NORM_EPSILON)
+      kernel = given[f"{layer}.conv.weight"].transpose(2, 3, 1, 0) * scale
+      bias = norm["bias"] - norm["running_mean"] * scale
+    params[layer] = {
+      "kernel": np.ascontiguousarray(kernel, np.float32),
+      "bias": np.ascontiguousarray(bias, np.float32),
+    }
+  return params
+
+
+def _state_dict_shapes():
+  """{key: shape} of PyTorch's tensors, whose kernels are [out, in] and [out, in, H, W]."""
+  shapes = {}
+  for layer, leaves in _shapes().items():
+    kernel, width = leaves["kernel"].shape, leaves["bias"].shape
+    if layer == "fc":
+      shapes |= {"fc.weight": kernel[::-1], "fc.bias": width}
+    else:
+      shapes[f"{layer}.conv.weight"] = (kernel[3], kernel[2], *kernel[:2])
+      shapes |= {f"{layer}.bn.{kind}": width for kind in _NORM}
+  return shapes
+
+
+def _interpolation(size):
+  """[299, size] weights of the input's pixels in each output pixel, at most two of them not 0."""
+  # In float32, as TensorFlow computes the positions.
+  position = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
+  low = position.astype(np.int64)
+  high_weight = position - low.astype(np.float32)
+  matrix = np.zeros((SIZE, size), np.float32)
+  rows = np.arange(SIZE)
+  matrix[rows, low] = 1 - high_weight
+  matrix[rows, np.minimum(low + 1, size - 1)] += high_weight  # the edge is repeated
+  return matrix
+
+
+@functools.lru_cache
+def _shapes():
+  """{layer: {"kernel", "bias"}}, in one order for ever."""
+  image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+  shapes = jax.eval_shape(_Network().init, jax.eval_shape(lambda: jax.random.key(0)), image)
+  return dict(sorted(shapes["params"].items()))
+
+
+def _random_params():
+  # NumPy's float32 uniforms are exact, whatever machine and accelerator: so is the checksum.
+  rng = np.random.default_rng(0)
+  params = {}
+  for layer, shapes in _shapes().items():
+    noise = {name: 2 * rng.random(leaf.shape, np.float32) - 1 for name, leaf in shapes.items()}
+    # Of variance 2 / inputs (He et al. 2015), which keeps activations of one size through ReLUs.
+    inputs = np.prod(shapes["kernel"].shape[:-1])
+    params[layer] = {
+      "kernel": noise["kernel"] * np.sqrt(6 / inputs, dtype=np.float32),
+      "bias": np.float32(0.1) * noise["bias"],
+    }
+  return params
+
+
+class _Network(nn.Module):
+  """Images [B, 299, 299, 3] of about [-1, 1] -> all outputs by name."""
+
+  @nn.compact
+  def __call__(self, x):
+    def conv(x, layer, channels, size=1, stride=1, padding=None, pool=lambda x: x):
+      sizes = (size, size) if isinstance(size, int) else size
+      # But for two at the beginning, those of stride 1 keep the size, and strided ones do not pad.
+      padding = padding or ("SAME" if stride == 1 else "VALID")
+      x = nn.Conv(channels, sizes, stride, padding, precision=_PRECISION, name=layer)(x)
+      return nn.relu(pool(x))
+
+    def within(block):
+      return lambda x, layer, *args, **options: conv(x, f"{block}.{layer}", *args, **options)
+
+    found = {}
+    x = conv(x, "Conv2d_1a_3x3", 32, 3, stride=2)
+    x = conv(x, "Conv2d_2a_3x3", 32, 3, padding="VALID")
+    x = conv(x, "Conv2d_2b_3x3", 64, 3)
+    x = _halve(x)
+    found["features_64"] = x.mean((1, 2))
+    x = conv(x, "Conv2d_3b_1x1", 80)
+    x = conv(x, "Conv2d_4a_3x3", 192, 3, padding="VALID")
+    x = _halve(x)
+    found["features_192"] = x.mean((1, 2))
+    for block, pooled in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+      x = _block_35(within(block), x, pooled)
+    x = _block_35_to_17(within("Mixed_6a"), x)
+    widths = {"Mixed_6b": 128, "Mixed_6c": 160, "Mixed_6d": 160, "Mixed_6e": 192}
+    for block, width in widths.items():
+      x = _block_17(within(block), x, width)
+      if block == "Mixed_6d":  # mixed_6 of TensorFlow's graph, whose first branch is its `conv`
+        found["spatial"] = x[..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
+    found["features_768"] = x.mean((1, 2))
+    x = _block_17_to_8(within("Mixed_7a"), x)
+    x = _block_8(within("Mixed_7b"), x, _average_branch)
+    # An oddity of this graph, with which it was trained.
+    x = _block_8(within("Mixed_7c"), x, _maximum_branch)
+    found["features"] = x = x.mean((1, 2))
+    found["logits"], found["biased_logits"] = _Classifier(name="fc")(x)
+    return found
+
+
+class _Classifier(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], _CLASSES))
+    bias = self.param("bias", nn.initializers.zeros, (_CLASSES,))
+    logits = jnp.dot(x, kernel, precision=_PRECISION)
+    return logits, logits + bias
+
+
+def _block_35(conv, x, pooled):
+  return _joined(
+    conv(x, "branch1x1", 64),
+    _chain(conv, x, ("branch5x5_1", 48), ("branch5x5_2", 64, 5)),
+    _chain(conv, x, ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)),
+    _average_branch(conv, x, pooled),
+  )
+
+
+def _block_35_to_17(conv, x):
+  double = ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)
+  return _joined(conv(x, "branch3x3", 384, 3, 2), _chain(conv, x, *double), _halve(x))
+
+
+def _block_17(conv, x, width):
+  return _joined(
+    conv(x, "branch1x1", 192),
+    _chain(
+      conv,
+      x,
+      ("branch7x7_1", width),
+      ("branch7x7_2", width, (1, 7)),
+      ("branch7x7_3", 192, (7, 1)),
+    ),
+    _chain(
+      conv,
+      x,
+      ("branch7x7dbl_1", width),
+      ("branch7x7dbl_2", width, (7, 1)),
+      ("branch7x7dbl_3", width, (1, 7)),
+      ("branch7x7dbl_4", width, (7, 1)),
+      ("branch7x7dbl_5", 192, (1, 7)),
+    ),
+    _average_branch(conv, x, 192),
+  )
+
+
+def _block_17_to_8(conv, x):
+  return _joined(
+    _chain(conv, x, ("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2)),
+    _chain(
+      conv,
+      x,
+      ("branch7x7x3_1", 192),
+      ("branch7x7x3_2", 192, (1, 7)),
+      ("branch7x7x3_3", 192, (7, 1)),
+      ("branch7x7x3_4", 192, 3, 2),
+    ),
+    _halve(x),
+  )
+
+
+def _block_8(conv, x, pool_branch):
+  single = conv(x, "branch3x3_1", 384)
+  double = _chain(conv, x, ("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3))
+  return _joined(
+    conv(x, "branch1x1", 320),
+    conv(single, "branch3x3_2a", 384, (1, 3)),
+    conv(single, "branch3x3_2b", 384, (3, 1)),
+    conv(double, "branch3x3dbl_3a", 384, (1, 3)),
+    conv(double, "branch3x3dbl_3b", 384, (3, 1)),
+    pool_branch(conv, x, 192),
+  )
+
+
+def _average_branch(conv, x, channels):
+  # In the graph the pool comes first. An average that leaves out the padding commutes with a 1x1
+  # convolution and its bias, and here has a quarter to a tenth of the channels.
+  average = functools.partial(
+    nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
+  )
+  return conv(x, "branch_pool", channels, pool=average)
+
+
+def _maximum_branch(conv, x, channels):
+  return conv(nn.max_pool(x, (3, 3), padding="SAME"), "branch_pool", channels)
+
+
+def _chain(conv, x, *layers):
+  for layer in layers:
+    x = conv(x, *layer)
+  return x
+
+
+def _halve(x):
+  return nn.max_pool(x, (3, 3), (2, 2))
+
+
+def _joined(*branches):
+  return jnp.concatenate(branches, axis=-1)
