@@ -15,17 +15,13 @@ for all of them, on a file system or a mounted bucket. Images that cannot be rea
 listed in the manifest by name and reason.
 """
 
-import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import concurrent.futures
 import contextlib
-import datetime
 import functools
 import os
-import re
 import tempfile
 import time
-from typing import NamedTuple
 
 from absl import app, flags, logging
 import jax
@@ -39,15 +35,6 @@ from ism_jax.pretrained import vae as vae_lib
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the shards of other processes
 _BATCHES_AHEAD = 4  # decoded while the devices encode
-
-
-class _Crop(NamedTuple):
-  """A decoded image, or why there is none."""
-
-  index: int
-  pixels: np.ndarray | None  # uint8 [size, size, 3]
-  label: int | None
-  reason: str | None
 
 
 def encode(
@@ -104,7 +91,7 @@ def encode(
     for shard in todo
     for start in range(0, len(settings.images_of(shard)), rows)
   ]
-  progress = _Progress(count)
+  progress = logs.Progress(count)
   with contextlib.closing(_encoded(source, vae, size, batches, rows, mesh, num_threads)) as encoded:
     for shard in todo:
       with latents.ShardWriter(out, settings, shard) as writer:
@@ -114,7 +101,7 @@ def encode(
             writer.add(crop.label, moments)
           else:
             writer.add_unreadable(source.name(crop.index), crop.reason)
-          progress.add(readable=crop.reason is None)
+          progress.add(1, unreadable=crop.reason is not None)
   return settings
 
 
@@ -124,12 +111,12 @@ def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:
   Images are decoded ahead of the devices, and results fetched one batch late.
   """
   params = jax.device_put(vae.params, sharding.replicated(mesh))
-  crop = functools.partial(_crop, source, size)
+  crop = functools.partial(images.read_crop, source, size)
   # Threads: PIL decodes, shrinks and resizes without Python's lock.
   indices = (i for batch in batches for i in batch)
   with (
     concurrent.futures.ThreadPoolExecutor(num_threads) as pool,
-    contextlib.closing(_in_order(pool, crop, indices, _BATCHES_AHEAD * rows)) as crops,
+    contextlib.closing(images.in_order(pool, crop, indices, _BATCHES_AHEAD * rows)) as crops,
   ):
     pending = None
     for batch in [*batches, None]:
@@ -163,54 +150,6 @@ def _checked(source, crops, moments):
     yield crop, moments[:, row]
 
 
-def _in_order(pool, function, items: Iterable, ahead: int) -> Iterator:
-  """function(item) of all items in their order, with `ahead` more under way in a pool."""
-  futures = collections.deque()
-  try:
-    for item in items:
-      futures.append(pool.submit(function, item))
-      if len(futures) > ahead:
-        yield futures.popleft().result()
-    while futures:
-      yield futures.popleft().result()
-  finally:
-    for future in futures:
-      future.cancel()
-
-
-def _crop(source: images.Source, size: int, index: int) -> _Crop:
-  """Reads and crops an image, or says why it cannot be.
-
-  Raises:
-    OSError: the storage fails. That is no property of the image: a run that went on would leave out
-      everything that follows.
-  """
-  label = None
-  try:
-    content, label = source.read(index)
-    return _Crop(index, images.centre_crop(images.decode(content), size), label, None)
-  except MemoryError:
-    raise
-  except Exception as error:  # PIL raises all kinds for damaged files
-    if label is None and not _of_one_file(error):
-      raise OSError(
-        f"{source.name(index)} cannot be read from its storage: {error}. Make that available "
-        "again; the same command goes on where this one was."
-      ) from error
-    # Without addresses in memory, so that another run gives the same reason.
-    reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
-    logging.warning("Image %s cannot be read: %s", source.name(index), reason)
-    return _Crop(index, None, label, reason)
-
-
-def _of_one_file(error) -> bool:
-  """Whether a file alone could not be read, and the folder that it is in is there."""
-  if isinstance(error, PermissionError):
-    return True
-  gone = isinstance(error, FileNotFoundError) and error.filename is not None
-  return gone and os.path.isdir(os.path.dirname(error.filename))
-
-
 @functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
 def both_moments(cfg: vae_lib.VaeConfig, mesh, params, pixels):
   """Moments of images uint8 [N, H, W, 3], as they are and mirrored: float16 [2, N, h, w, 2 C].
@@ -223,33 +162,6 @@ def both_moments(cfg: vae_lib.VaeConfig, mesh, params, pixels):
     lambda view: vae_lib.encode(cfg, params, view), jnp.stack([x, jnp.flip(x, axis=2)])
   )
   return jax.lax.with_sharding_constraint(both.astype(jnp.float16), sharding.rows(mesh, axis=1))
-
-
-class _Progress:
-  """Logs how far the images of a process are, every so often."""
-
-  def __init__(self, total: int):
-    self._total = total
-    self._done = self._unreadable = 0
-    self._start = self._last = self._first = None
-
-  def add(self, readable: bool) -> None:
-    """Counts an image."""
-    self._done += 1
-    self._unreadable += not readable
-    now = time.monotonic()
-    if self._start is None:  # without the compilation
-      self._start = self._last = now
-      self._first = self._done
-    if now - self._last < _SECONDS_BETWEEN_LINES and self._done < self._total:
-      return
-    self._last = now
-    rate = (self._done - self._first) / max(now - self._start, 1e-9)
-    left = round((self._total - self._done) / rate) if rate else 0
-    logging.info(
-        "%d/%d images, %d unreadable, %.1f images/s, ETA %s", self._done, self._total,
-        self._unreadable, rate, datetime.timedelta(seconds=left),
-    )  # fmt: skip
 
 
 def check_writable(folder: str) -> None:

@@ -29,6 +29,7 @@ def as_dict(config) -> dict:
 
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 def only_ours() -> None:
@@ -246,3 +247,30 @@ class Writer:
     rate = entry["steps_per_second"]
     eta = datetime.timedelta(seconds=round((self._total - step) / rate))
     logging.info("step %d/%d: %s, %.1f steps/s, ETA %s", step, self._total, losses, rate, eta)
+
+
+class Progress:
+  """Logs how many of `total` images a command has done, every so often."""
+
+  def __init__(self, total: int):
+    self._total = total
+    self._done = self._unreadable = 0
+    self._start = self._last = self._first = None
+
+  def add(self, done: int, unreadable: int = 0) -> None:
+    """Counts images, among them unreadable ones."""
+    self._done += done
+    self._unreadable += unreadable
+    now = time.monotonic()
+    if self._start is None:  # without the compilation
+      self._start = self._last = now
+      self._first = self._done
+    if now - self._last < _SECONDS_BETWEEN_LINES and self._done < self._total:
+      return
+    self._last = now
+    rate = (self._done - self._first) / max(now - self._start, 1e-9)
+    left = round((self._total - self._done) / rate) if rate else 0
+    logging.info(
+        "%d/%d images, %d unreadable, %.1f images/s, ETA %s", self._done, self._total,
+        self._unreadable, rate, datetime.timedelta(seconds=left),
+    )  # fmt: skip

@@ -4,13 +4,16 @@ A source is a list of images in a fixed order, by class and then by name. Nothin
 member of a tar file, also of one that lies inside another, is read where it is.
 """
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
 import dataclasses
 import hashlib
 import io
 import os
+import re
 import tarfile
+from typing import NamedTuple
 
 from absl import logging
 import numpy as np
@@ -21,7 +24,7 @@ from ism_jax.data import pipeline
 
 CROP = "ADM centre crop"
 TFDS = "tfds:"
-_SUFFIXES = (
+SUFFIXES = (
   ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
 _LEVELS_PER_LEVEL = 257  # 65535 / 255: 16-bit levels in one of 8 bits
@@ -84,7 +87,7 @@ def open_source(images: str, tfds_dir: str) -> Source:
   if empty := sorted(name for name, members in files.items() if not members):
     raise ValueError(
       f"{len(empty)} of the {len(files)} classes of {images} have no image: {', '.join(empty)}. "
-      f"Remove them, or add their images (files with one of the suffixes {' '.join(_SUFFIXES)})."
+      f"Remove them, or add their images (files with one of the suffixes {' '.join(SUFFIXES)})."
     )
   classes = tuple(sorted(files))
   flat = [
@@ -111,10 +114,10 @@ def open_source(images: str, tfds_dir: str) -> Source:
   )
 
 
-def _only_images(names, where):
+def only_images(names, where):
   """The names that have the suffix of an image; logs how many others there are."""
   visible = [name for name in names if not os.path.basename(name).startswith(".")]
-  found = [name for name in visible if name.lower().endswith(_SUFFIXES)]
+  found = [name for name in visible if name.lower().endswith(SUFFIXES)]
   if others := sorted(set(visible) - set(found)):
     logging.warning(
         "%s: %d files that are no images by their suffix are left out, such as %s.",
@@ -156,7 +159,7 @@ def _files_of_class_folder(folder, name):
     )  # fmt: skip
   return [
     _File(f"{name}/{file}", os.path.join(folder, name, file))
-    for file in _only_images(files, os.path.join(folder, name))
+    for file in only_images(files, os.path.join(folder, name))
   ]
 
 
@@ -182,7 +185,7 @@ def _members(path, class_name, start=0, size=None) -> list[_File]:
   members = {m.name.removeprefix("./"): m for m in _regular_members(path, start, size)}
   return [
     _File(f"{class_name}/{name}", path, members[name].offset_data, members[name].size)
-    for name in _only_images(members, f"{class_name}.tar")
+    for name in only_images(members, f"{class_name}.tar")
   ]
 
 
@@ -284,3 +287,60 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
   image = image.resize(shape, Image.Resampling.BICUBIC)
   left, top = (image.width - size) // 2, (image.height - size) // 2
   return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+class Crop(NamedTuple):
+  """A decoded image, or why there is none."""
+
+  index: int
+  pixels: np.ndarray | None  # uint8 [size, size, 3]
+  label: int | None
+  reason: str | None
+
+
+def read_crop(source: Source, size: int, index: int) -> Crop:
+  """Reads and crops an image, or says why it cannot be.
+
+  Raises:
+    OSError: the storage fails. That is no property of the image: a run that went on would leave out
+      everything that follows.
+  """
+  label = None
+  try:
+    content, label = source.read(index)
+    return Crop(index, centre_crop(decode(content), size), label, None)
+  except MemoryError:
+    raise
+  except Exception as error:  # PIL raises all kinds for damaged files
+    if label is None and not _of_one_file(error):
+      raise OSError(
+        f"{source.name(index)} cannot be read from its storage: {error}. Make that available "
+        "again, and run the same command again."
+      ) from error
+    # Without addresses in memory, so that another run gives the same reason.
+    reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
+    logging.warning("Image %s cannot be read: %s", source.name(index), reason)
+    return Crop(index, None, label, reason)
+
+
+def _of_one_file(error) -> bool:
+  """Whether a file alone could not be read, and the folder that it is in is there."""
+  if isinstance(error, PermissionError):
+    return True
+  gone = isinstance(error, FileNotFoundError) and error.filename is not None
+  return gone and os.path.isdir(os.path.dirname(error.filename))
+
+
+def in_order(pool, function, items: Iterable, ahead: int) -> Iterator:
+  """function(item) of all items in their order, with `ahead` more under way in a pool."""
+  futures = collections.deque()
+  try:
+    for item in items:
+      futures.append(pool.submit(function, item))
+      if len(futures) > ahead:
+        yield futures.popleft().result()
+    while futures:
+      yield futures.popleft().result()
+  finally:
+    for future in futures:
+      future.cancel()

@@ -1,0 +1,436 @@
+"""Images in files, whoever made them: ADM's npz, NumPy arrays, and folders of image files.
+
+ADM's npz (Dhariwal and Nichol 2021) holds arr_0, uint8 [N, H, W, C], and arr_1, labels [N]; every
+evaluator in the field reads it. 50,000 images of 256x256 are 9.8 GB: files are written and read in
+batches, and memory holds a few of these.
+
+Axes: N images in a file, B in a batch, H/W size, C channels.
+"""
+
+from collections.abc import Callable, Iterator
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+import zipfile
+import zlib
+
+from absl import logging
+from etils import epath
+import jax
+import numpy as np
+from PIL import Image
+
+from ism_jax.data import images as images_lib
+
+_IMAGES, _LABELS = "arr_0", "arr_1"  # ADM's names
+_LABEL_NAMES = (_LABELS, "labels")
+_CHANNELS = (1, 3)
+_GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # of PIL, and I;16...
+_LOSSY = (".jpg", ".jpeg")
+_ZIP = b"PK\x03\x04"  # how a zip begins
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # what reading a zip raises
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+  """Images of one size, in a fixed order.
+
+  Attributes:
+    path: where they are.
+    count: number of images, N.
+    image_shape: (H, W, C), C 1 or 3.
+    labels: int64 [N], where the file has some.
+    sha256: () -> checksum of the file; of a folder, of the files' names and checksums. Reads all.
+    batches: B -> iterator of uint8 [B, H, W, C], the last one shorter. Raises ValueError, with the
+      file's name, for damage that only reading shows.
+  """
+
+  path: str
+  count: int
+  image_shape: tuple[int, int, int]
+  labels: np.ndarray | None
+  sha256: Callable[[], str]
+  batches: Callable[[int], Iterator[np.ndarray]]
+
+
+def open(path: str, num_threads: int | None = None) -> Samples:
+  """Finds images, and checks all that can be known without decoding them.
+
+  Args:
+    path: an npz with images in arr_0 (or in its only array of four axes) and perhaps labels in
+      arr_1 or labels; an npy of images; or a folder of image files, in folders inside it too, which
+      are sorted by name. Arrays are uint8 [N, H, W, 1 or 3]. Files are decoded as
+      `data.images.decode` says, to one channel where all are grey.
+    num_threads: that decode image files; default one for each processor.
+  Raises:
+    ValueError: there are no two images of one size, as uint8, to be had.
+  """
+  path = os.fspath(path)
+  if "://" in path:
+    raise ValueError(f"{path} is no local path: copy it to this machine, or mount its bucket.")
+  if os.path.isdir(path):
+    found = _open_folder(path, num_threads or os.cpu_count())
+  elif os.path.isfile(path):
+    found = _open_arrays(path)
+  else:
+    raise ValueError(
+      f"{path}: there is no such file or folder. Needed is an npz or npy file of images, or a "
+      "folder of image files."
+    )
+  if found.count < 2:
+    raise ValueError(f"{path} holds {found.count} image: statistics need at least 2.")
+  return found
+
+
+# Arrays.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+  """An array in a file. `name`: of the member of a zip; "" in a file of its own."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  fortran_order: bool
+
+
+def _open_arrays(path) -> Samples:
+  try:
+    with pathlib.Path(path).open("rb") as file:
+      zipped = file.read(len(_ZIP)) == _ZIP  # also of one that has lost its end
+    if zipped:
+      arrays = []
+      with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+          if member.filename.endswith(".npy"):
+            with archive.open(member) as file:
+              arrays.append(_header(path, member.filename, file, member.file_size))
+    else:
+      with pathlib.Path(path).open("rb") as file:
+        arrays = [_header(path, "", file, os.path.getsize(path))]
+  except _DAMAGE as error:
+    raise _damaged(path, error) from error
+  images = _images_of(path, arrays)
+  labels = None
+  for array in arrays:
+    if (
+      array.name.removesuffix(".npy") in _LABEL_NAMES
+      and array.shape == images.shape[:1]
+      and array.dtype.kind in "iu"
+    ):
+      with _opened(path, array) as f:
+        labels = np.frombuffer(f.read(), array.dtype).astype(np.int64)
+      break
+  return Samples(
+    path=path,
+    count=images.shape[0],
+    image_shape=images.shape[1:],
+    labels=labels,
+    sha256=functools.partial(_sha256, path),
+    batches=functools.partial(_array_batches, path, images),
+  )
+
+
+def _header(path, name, file, size) -> _Array:
+  """Reads the header of an npy file of `size` bytes, from its beginning."""
+  where = f"{name} in {path}" if name else path
+  try:
+    shape, fortran_order, dtype = _read_header(file)
+  except ValueError as error:
+    raise ValueError(
+      f"{where} is no array of NumPy's, or its header is damaged ({error}): needed is an npz or an "
+      "npy file of images, or a folder of image files."
+    ) from error
+  needed = file.tell() + math.prod(shape) * dtype.itemsize
+  if not dtype.hasobject and size != needed:
+    raise ValueError(
+      f"{where} is truncated or damaged: {size} bytes, and an array of shape {shape} has {needed}. "
+      "Fetch or write it again."
+    )
+  return _Array(name, shape, dtype, fortran_order)
+
+
+def _read_header(file):
+  """(shape, whether in Fortran order, dtype) from the beginning of an npy file."""
+  version = np.lib.format.read_magic(file)
+  if version == (1, 0):
+    return np.lib.format.read_array_header_1_0(file)
+  return np.lib.format.read_array_header_2_0(file)  # raises for 3.0, which only records need
+
+
+def _images_of(path, arrays) -> _Array:
+  """The one of the arrays that holds the images.
+
+  Raises:
+    ValueError: none does, or not as they are needed.
+  """
+  of_four_axes = [array for array in arrays if len(array.shape) == 4]
+  named = [array for array in arrays if array.name == f"{_IMAGES}.npy"]
+  chosen = named if named and named[0] in of_four_axes else of_four_axes
+  if len(chosen) != 1:
+    held = ", ".join(
+      f"{a.name.removesuffix('.npy')} {a.dtype} {list(a.shape)}".strip() for a in arrays
+    )
+    raise ValueError(
+      f"{path} holds {held or 'no arrays'}, of which {len(chosen) or 'none'} may be images: needed "
+      f"are uint8 [N, H, W, C] in {_IMAGES}."
+    )
+  (images,) = chosen
+  what = f"{path}: the images are {images.dtype} {list(images.shape)}"
+  if images.dtype != np.uint8:
+    raise ValueError(
+      f"{what}, and uint8 in 0..255 is needed. From numbers in [-1, 1]: "
+      "np.uint8(np.clip(np.round(127.5 * (x + 1)), 0, 255)); from [0, 1]: "
+      "np.uint8(np.clip(np.round(255 * x), 0, 255))."
+    )
+  if images.shape[3] not in _CHANNELS:
+    if images.shape[1] in _CHANNELS:
+      remedy = "these are channels first: x.transpose(0, 2, 3, 1)"
+    elif images.shape[3] == 4:
+      remedy = "if the fourth channel is alpha, drop it: x[..., :3]"
+    else:
+      remedy = "the last axis must be the channels"
+    raise ValueError(f"{what}, and [N, H, W, 1 or 3] is needed; {remedy}.")
+  if 0 in images.shape:
+    raise ValueError(f"{what}: there are no images.")
+  if images.fortran_order:
+    raise ValueError(
+      f"{what} in Fortran order, which cannot be read image by image: save np.ascontiguousarray(x)."
+    )
+  return images
+
+
+@contextlib.contextmanager
+def _opened(path, array: _Array):
+  """The file of an array, at its data. Damage is a ValueError, also inside the context."""
+  try:
+    with contextlib.ExitStack() as stack:
+      if array.name:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+        file = stack.enter_context(archive.open(array.name))
+      else:
+        file = stack.enter_context(pathlib.Path(path).open("rb"))
+      _read_header(file)
+      yield file
+  except _DAMAGE as error:
+    raise _damaged(path, error) from error
+
+
+def _damaged(path, error) -> ValueError:
+  return ValueError(f"{path} is truncated or damaged: {error}. Fetch or write it again.")
+
+
+def _array_batches(path, images: _Array, batch_size) -> Iterator[np.ndarray]:
+  count, *image_shape = images.shape
+  with _opened(path, images) as file:
+    for start in range(0, count, batch_size):
+      shape = (min(batch_size, count - start), *image_shape)
+      content = file.read(math.prod(shape))
+      if len(content) < math.prod(shape):
+        raise EOFError(f"it ends in images {start} to {start + shape[0] - 1}")
+      yield np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _sha256(path) -> str:
+  with pathlib.Path(path).open("rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# Folders.
+
+
+def _open_folder(folder, num_threads) -> Samples:
+  names = []
+  for where, folders, files in os.walk(folder):
+    folders[:] = (name for name in folders if not name.startswith("."))
+    names += [os.path.relpath(os.path.join(where, name), folder) for name in files]
+  listed, names = len(names), sorted(images_lib.only_images(names, folder))
+  if not names:
+    raise ValueError(
+      f"{folder} holds no images: none of its {listed} files has one of the suffixes "
+      f"{' '.join(images_lib.SUFFIXES)}."
+    )
+  paths = [os.path.join(folder, name) for name in names]
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+    headers = list(pool.map(_size_and_grey, paths))
+  sizes = [size for size, _ in headers]
+  if others := [i for i, size in enumerate(sizes) if size != sizes[0]]:
+    describe = lambda i: "{} is {}x{}".format(names[i], *sizes[i])
+    raise ValueError(
+      f"{folder} holds images of several sizes: {describe(0)} pixels (width x height), but "
+      f"{describe(others[0])}, and {len(others)} of {len(names)} differ from the first. Put those "
+      "of one size in a folder of their own, or resize them."
+    )
+  if lossy := [name for name in names if name.lower().endswith(_LOSSY)]:
+    logging.warning(
+        "%s: %d of %d images are JPEG files, such as %s: what compression lost moves the Fréchet "
+        "distance. Samples are best kept as PNG or npz.", folder, len(lossy), len(names), lossy[0],
+    )  # fmt: skip
+  width, height = sizes[0]
+  channels = 1 if all(grey for _, grey in headers) else 3
+
+  def sha256():
+    digest = hashlib.sha256()
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+      for name, content in zip(names, pool.map(_sha256, paths), strict=True):
+        digest.update(f"{name}\n{content}\n".encode())
+    return digest.hexdigest()
+
+  return Samples(
+    path=folder,
+    count=len(names),
+    image_shape=(height, width, channels),
+    labels=None,
+    sha256=sha256,
+    batches=functools.partial(_folder_batches, paths, (height, width, channels), num_threads),
+  )
+
+
+def _size_and_grey(path) -> tuple[tuple[int, int], bool]:
+  """((width, height), whether it has no colours) from the header of an image file."""
+  try:
+    with Image.open(path) as image:
+      return image.size, image.mode in _GREY_MODES or image.mode.startswith("I;16")
+  except Exception as error:  # PIL raises all kinds for damaged files
+    raise _unreadable(path, error) from error
+
+
+def _decode(path, image_shape) -> np.ndarray:
+  """uint8 [H, W, C] of an image file."""
+  try:
+    content = pathlib.Path(path).read_bytes()
+    pixels = np.asarray(images_lib.decode(content))[..., : image_shape[2]]
+  except MemoryError:
+    raise
+  except Exception as error:
+    raise _unreadable(path, error) from error
+  if pixels.shape != image_shape:
+    raise ValueError(f"{path} has become {pixels.shape} since it was {image_shape}: start again.")
+  return pixels
+
+
+def _unreadable(path, error) -> ValueError:
+  return ValueError(
+    f"{path} cannot be read as an image ({type(error).__name__}: {error}): remove it, or make it "
+    "again."
+  )
+
+
+def _folder_batches(paths, image_shape, num_threads, batch_size) -> Iterator[np.ndarray]:
+  decode = functools.partial(_decode, image_shape=image_shape)
+  # Threads: PIL decodes without Python's lock. The next batch is decoded while this one is used.
+  with (
+    concurrent.futures.ThreadPoolExecutor(num_threads) as pool,
+    contextlib.closing(images_lib.in_order(pool, decode, paths, batch_size)) as decoded,
+  ):
+    for start in range(0, len(paths), batch_size):
+      rows = min(batch_size, len(paths) - start)
+      yield np.stack([next(decoded) for _ in range(rows)])
+
+
+# Writing.
+
+
+@contextlib.contextmanager
+def writer(path: str, count: int, image_shape: tuple[int, int, int]):
+  """A context in which add(images, labels) appends to ADM's npz, batch by batch.
+
+  The file is there once the context is left with all images, and whole; an error leaves none. Its
+  bytes depend on the images and labels alone. Of several processes the first alone writes.
+
+  Args:
+    path: local, or of an object store such as gs://, for which it passes through a temporary file.
+    count: images that it will hold, N. image_shape: (H, W, C).
+  Returns:
+    add(images uint8 [B, H, W, C], labels int [B]).
+  Raises:
+    ValueError: images or labels of another type or shape, more or fewer than `count`.
+    OSError: there is no room for `count` images.
+  """
+  path = os.fspath(path)
+  if jax.process_index() != 0:
+    add, _ = _appender(path, count, image_shape, lambda images: None)
+    yield add
+    return
+  with contextlib.ExitStack() as stack:
+    local = os.path.abspath(path)
+    if "://" in path:
+      folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ism_jax_samples_"))
+      local = os.path.join(folder, "samples.npz")
+    os.makedirs(os.path.dirname(local), exist_ok=True)
+    _check_room(path, os.path.dirname(local), count * math.prod(image_shape))
+    temporary = f"{local}.tmp"
+    try:
+      with pathlib.Path(temporary).open("wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+          with _member(archive, _IMAGES) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)}
+            np.lib.format.write_array_header_1_0(member, header)
+            add, all_labels = _appender(path, count, image_shape, member.write)
+            yield add
+            labels = all_labels()
+          with _member(archive, _LABELS) as member:
+            np.lib.format.write_array(member, labels)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, local)
+    except BaseException:
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+      raise
+    if "://" in path:
+      epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+      epath.Path(local).copy(path, overwrite=True)
+
+
+def _appender(path, count, image_shape, write):
+  """add(images, labels), which checks and writes them, and a function to all labels at the end."""
+  taken, added = [], 0
+
+  def add(images, labels):
+    nonlocal added
+    images, labels = np.ascontiguousarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or images.shape != (len(images), *image_shape):
+      raise ValueError(
+        f"{path} was given {images.dtype} images of shape {images.shape}; needed are uint8 of "
+        f"shape [B, {', '.join(map(str, image_shape))}]."
+      )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+      raise ValueError(
+        f"{path} was given {labels.dtype} labels of shape {labels.shape} for {len(images)} images; "
+        "needed is one integer each."
+      )
+    added += len(images)
+    if added > count:
+      raise ValueError(f"{path} was given {added} images, and is to hold {count}.")
+    write(images.data)
+    taken.append(labels.astype(np.int64))
+
+  def all_labels():
+    if added < count:
+      raise ValueError(f"{path} was given {added} images, and is to hold {count}.")
+    return np.concatenate([np.empty(0, np.int64), *taken])
+
+  return add, all_labels
+
+
+def _member(archive, name):
+  """A member of a zip, open for writing, that has no date: equal samples make equal files."""
+  return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+def _check_room(path, folder, needed) -> None:
+  free = shutil.disk_usage(folder).free
+  if free < needed:
+    raise OSError(
+      f"{path} takes {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB: make room, or "
+      "name another folder (in TMPDIR, for one through which files reach an object store)."
+    )
