@@ -100,7 +100,7 @@ def get_base() -> ml_collections.ConfigDict:
         "seed": 0,
         "batch_size": 64,
       },
-      "monitor": {"every": 0, "num_images": 500, "steps": (1, 4), "w": 0.5},
+      "monitor": {"every": 0, "num_images": 500, "steps": (1, 4), "w": 0.5, "score": False},
       "evaluation": {
         "num_images": 50_000,
         "steps": (1, 2, 4, 8, 128),
@@ -108,8 +108,14 @@ def get_base() -> ml_collections.ConfigDict:
         "seeds": (0,),
         "batch_size": 512,
         "enlarge": 1,
-        "features": "classifier",
+        "labels": "balanced",
+        "rounding": "nearest",
+        "networks": "inception",
+        "weights": "",
+        "reference": "",
         "reference_split": "train",
+        "save_samples": False,
+        "at_end": False,
       },
     }
   )

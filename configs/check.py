@@ -21,5 +21,8 @@ def get_config(variant: str = "ism"):
       "checkpoint": {"every": 8},
       "sample": {"num_images": 30, "batch_size": 16},
       "monitor": {"every": 8, "num_images": 30, "steps": (1,)},
+      "evaluation": {
+          "num_images": 30, "batch_size": 16, "steps": (1, 2), "w": (0.5,), "weights": "random",
+      },
   })  # fmt: skip
   return base.apply_variant(config, variant)

@@ -26,9 +26,10 @@ def get_config(variant: str = "ism"):
       "log": {"every": 200},
       "checkpoint": {"every": 2_000, "keep": 2},
       "sample": {"steps": "1", "num_images": 100, "batch_size": 100},
-      "monitor": {"every": 1_000},
+      "monitor": {"every": 1_000, "score": True},
       "evaluation": {
           "num_images": 1_797, "batch_size": 600, "enlarge": 8, "w": (0.0, 0.25, 0.5, 1.0, 2.0),
+          "networks": "classifier",
       },
   })  # fmt: skip
   # One EMA: the best for sm of 0.95, 0.99 and 0.999 (5.7, 6.1 and 6.5 times the floor, one step).

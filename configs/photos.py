@@ -26,10 +26,10 @@ def get_config(variant: str = "ism"):
       "log": {"every": 200},
       "checkpoint": {"every": 2_000, "keep": 2},
       "sample": {"steps": "1", "num_images": 100, "batch_size": 100},
-      "monitor": {"every": 1_000},
+      "monitor": {"every": 1_000, "score": True},
       "evaluation": {
           "num_images": 512, "batch_size": 512, "enlarge": 4, "w": (0.0, 0.5),
-          "features": "random", "reference_split": "test",
+          "networks": "random,classifier", "reference_split": "test",
       },
   })  # fmt: skip
   # One EMA: as for digits.

@@ -149,7 +149,7 @@ def decays(config: dict) -> str:
 
 
 def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
-  """Fréchet distance in floors, and accuracy: a row a config, a column an NFE.
+  """Distance and accuracy: a row a config, a column an NFE.
 
   Args:
     w: guidance, or None for each row's best at each NFE, which is then shown.
@@ -163,7 +163,7 @@ def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
 
   lines = []
   for name, runs in rows.items():
-    distances = [cell(runs, "times_floor", n) for n in counts]
+    distances = [cell(runs, "distance", n) for n in counts]
     accuracy = cell(runs, "accuracy", 1, ".3f")
     lines.append([name, decays(runs[0].config), *distances, accuracy])
   return markdown(["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"], lines)
@@ -201,12 +201,11 @@ def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
 
 def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
   """comparison.md of the contents of comparison.json."""
-  w, yardsticks = content["w"], content["yardsticks"]
+  w, yardsticks, network = content["w"], content["yardsticks"], content["network"]
   lines = [
     f"# {content['dataset']}",
     "",
-    f"Fréchet distance on {content['features']}, as a multiple of the floor, the distance of "
-    f"{content['floor_is']}: {content['floor']:.3f}. Mean ± standard deviation over training "
+    f"{content['distance_is']}, on {network['features']}. Mean ± standard deviation over training "
     "seeds.",
     "",
   ]
@@ -214,13 +213,21 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
     lines += [f"w = {s:g} (CFG {1 + s:g}):", "", *frechet_table(rows, s)]
   lines += ["The best w (in parentheses) of each row and NFE, by the mean over the seeds:", ""]
   lines += frechet_table(rows, None)
-  told = (f"{name} {score['times_floor']:.2f}" for name, score in yardsticks.items())
-  lines += [f"Yardsticks, in floors: {', '.join(told)}.", ""]
+  if floor := network["floor"]:
+    lines += [
+      f"The floor is the distance of {floor['is']}, {floor['mean']:.3f} ± {floor['sd']:.3f}.", ""
+    ]  # fmt: skip
+  if yardsticks:
+    told = (f"{name} {score['distance']:.2f}" for name, score in yardsticks.items())
+    lines += [
+      f"Yardsticks: {', '.join(told)}.",
+      "",
+      "Power of the highest octave of frequencies, and energy of each wavelet band, w = "
+      f"{w:g}, over those of the real images:",
+      "",
+      *spectrum_table(rows, w),
+    ]
   lines += [
-    f"Power of the highest octave of frequencies, and energy of each wavelet band, w = {w:g}, over "
-    "those of the real images:",
-    "",
-    *spectrum_table(rows, w),
     "Straightness (mean squared distance of 128-step paths to their chords), and means over the "
     "training; gradient norms are of the weighted loss:",
     "",
@@ -277,7 +284,8 @@ def compare(
   content = {
     "dataset": report["config"]["data"]["name"],
     "w": w,
-    **{name: report[name] for name in ("features", "floor_is", "floor", "floor_sd")},
+    "network": report["networks"][0],
+    "distance_is": summary.distance_is(report),
     "yardsticks": {
       name: summary.over_real(score, report) for name, score in report["yardsticks"].items()
     },
@@ -291,9 +299,10 @@ def compare(
   }
   logs.write_whole(path("comparison.json"), json.dumps(content, indent=2))
   logs.write_whole(path("comparison.md"), as_markdown(content, rows))
-  figures.spectra(spectra, rows, w, path("spectrum.png"))
+  if report["reference_spectrum"]:
+    figures.spectra(spectra, rows, w, path("spectrum.png"))
   if by_w := summary.frechet_by_w(rows):
-    figures.frechet_against_w(by_w, rows, path("frechet_against_w.png"))
+    figures.frechet_against_w(by_w, rows, content["distance_is"], path("frechet_against_w.png"))
   if guidance:
     figures.effective_guidance(content["effective_scale"], JUMPS, w, path("effective_guidance.png"))
   if against:

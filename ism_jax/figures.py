@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes tell more.
 """
 
+import collections
 import io
 import os
 import re
@@ -118,7 +119,49 @@ def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
   save_figure(fig, path)
 
 
-def frechet_against_w(by_steps: dict[int, dict], names, path: str) -> None:
+def best_w(report: dict) -> dict[int, float]:
+  """{steps: the w of the lowest headline distance}, by the mean over the seeds; see `evaluate`."""
+  network = report["networks"][0]["name"]
+  found = collections.defaultdict(lambda: collections.defaultdict(list))
+  for r in report["results"]:
+    found[r["steps"]][r["w"]].append(r["scores"][network]["frechet_distance"])
+  return {n: min(by_w, key=lambda w: np.mean(by_w[w])) for n, by_w in found.items()}
+
+
+def sweep(report: dict, path: str) -> None:
+  """An evaluation's headline distance, means over the seeds: against the steps and against w.
+
+  The best w of each number of steps has a ring.
+  """
+  network = report["networks"][0]
+  found = collections.defaultdict(list)
+  for r in report["results"]:
+    found[r["steps"], r["w"]].append(r["scores"][network["name"]]["frechet_distance"])
+  found = {key: float(np.mean(values)) for key, values in found.items()}
+  counts, strengths = (sorted({key[i] for key in found}) for i in (0, 1))
+  fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+  lines = (
+    (axes[0], [(f"w = {w:g}", [(n, (n, w)) for n in counts]) for w in strengths]),
+    (axes[1], [(f"NFE {n}", [(w, (n, w)) for w in strengths]) for n in counts]),
+  )
+  for ax, of_axis in lines:
+    for number, (label, points) in enumerate(of_axis):
+      at, values = zip(*[(x, found[key]) for x, key in points if key in found], strict=True)
+      ax.plot(at, values, label=label, **style(number))
+    ax.legend(fontsize=8, frameon=False)
+  best = best_w(report)
+  for ax, at in zip(axes, (lambda n, w: n, lambda n, w: w), strict=True):
+    ring = {"ls": "", "marker": "o", "ms": 12, "mfc": "none", "mec": "black"}
+    ax.plot([at(n, w) for n, w in best.items()], [found[key] for key in best.items()], **ring)
+  axes[0].set_xscale("log", base=2)
+  axes[0].set(xlabel="NFE", ylabel=f"Fréchet distance, {network['name']}")
+  axes[0].set_xticks(counts, [str(n) for n in counts])
+  axes[1].set(xlabel="w (rings: the best w of each NFE)")
+  _log2(axes[0].yaxis)
+  save_figure(fig, path)
+
+
+def frechet_against_w(by_steps: dict[int, dict], names, distance_is: str, path: str) -> None:
   """`summary.frechet_by_w` against w: a panel an NFE, means and the range of the seeds."""
   size = (2.4 * len(by_steps) + 2, 4)
   fig, axes = plt.subplots(
@@ -133,7 +176,7 @@ def frechet_against_w(by_steps: dict[int, dict], names, path: str) -> None:
       ax.fill_between(w, low, high, color=looks[name]["color"], alpha=0.2, lw=0)
     ax.set(title=f"NFE {steps}", xlabel="w")
   _log2(axes[0, 0].yaxis)
-  axes[0, 0].set_ylabel("Fréchet distance, in floors")
+  axes[0, 0].set_ylabel(distance_is)
   _legend(fig, axes)
   save_figure(fig, path)
 

@@ -1,13 +1,16 @@
 """From parameters to images: compiled sampling over the mesh, in batches, and grids to look at.
 
 Samples of latents are decoded. Sample i depends on the seed and on i alone, whatever the batch size
-or the number of devices; it has class i modulo the number of classes, or the one asked for.
+or the number of devices.
 
 Axes: N images, B batch, H/W size, C channels.
 """
 
+from collections.abc import Iterator
+import dataclasses
 import functools
 import io
+import time
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +28,16 @@ GRID = (8, 10)  # rows and columns of a sample grid
 DECODED_TOGETHER = 4  # latents at a time on each device: 256x256 images take about 0.3 GB each
 
 
-def to_uint8(x):
-  """[-1, 1] -> 0..255, rounded: the inverse of the input pipeline's u / 127.5 - 1."""
-  return jnp.clip(jnp.round(127.5 * (x + 1)), 0, 255).astype(jnp.uint8)
+def to_uint8(x, rounding: str = "nearest"):
+  """[-1, 1] -> 0..255.
+
+  Args:
+    rounding: "nearest", the inverse of the input pipeline's u / 127.5 - 1, or "truncate", the floor
+      of the same number, as ADM's code has it: half a level darker.
+  """
+  levels = 127.5 * (x + 1)
+  levels = {"nearest": jnp.round, "truncate": jnp.floor}[rounding](levels)
+  return jnp.clip(levels, 0, 255).astype(jnp.uint8)
 
 
 @functools.lru_cache
@@ -53,11 +63,11 @@ def sample_function(exp: Experiment, mesh, steps):
   return jax.jit(draw, in_shardings=everywhere, out_shardings=(sharding.rows(mesh), everywhere))
 
 
-def decode_function(cfg: vae_lib.VaeConfig, mesh):
+def decode_function(cfg: vae_lib.VaeConfig, mesh, rounding: str = "nearest"):
   """decode(parameters of the VAE, x1 [B, h, w, 4]) -> uint8 [B, 8 h, 8 w, 3] on every device."""
 
   def on_device(params, x1):
-    decode = lambda z: to_uint8(vae_lib.decode(cfg, params, z[None])[0])
+    decode = lambda z: to_uint8(vae_lib.decode(cfg, params, z[None])[0], rounding)
     return jax.lax.map(decode, x1, batch_size=DECODED_TOGETHER)
 
   decode = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
@@ -67,18 +77,28 @@ def decode_function(cfg: vae_lib.VaeConfig, mesh):
 load_vae = functools.lru_cache(vae_lib.load)
 
 
+def decoded_shape(exp: Experiment) -> tuple[int, int, int]:
+  """(H, W, C) of a sample as an image."""
+  if not exp.data.vae:
+    return exp.image_shape
+  size = exp.data.image_size * load_vae(exp.data.vae).cfg.factor
+  return size, size, 3
+
+
 @functools.lru_cache
-def pixels_function(name: str, mesh):
+def pixels_function(name: str, mesh, rounding: str = "nearest"):
   """pixels(x1 [B, h, w, C]) -> uint8 [B, H, W, C] on every device.
 
   Args:
     name: of the VAE that decodes, see `vae.load`; "" where x1 are pixels.
+    rounding: see `to_uint8`.
   """
   everywhere = sharding.replicated(mesh)
   if not name:
-    return jax.jit(to_uint8, out_shardings=everywhere)
+    return jax.jit(functools.partial(to_uint8, rounding=rounding), out_shardings=everywhere)
   vae = load_vae(name)
-  return functools.partial(decode_function(vae.cfg, mesh), jax.device_put(vae.params, everywhere))
+  decode = decode_function(vae.cfg, mesh, rounding)
+  return functools.partial(decode, jax.device_put(vae.params, everywhere))
 
 
 def batch(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
@@ -96,40 +116,78 @@ def batch(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
   return pixels(x1), finite
 
 
-def class_labels(exp: Experiment, num_images: int) -> np.ndarray:
-  """All classes in turn, int64 [N]."""
-  return np.arange(num_images) % exp.data.num_classes
+def class_labels(exp: Experiment, num_images: int, seed: int = 0) -> np.ndarray:
+  """Labels by the protocol of `evaluation.labels`, int64 [N]."""
+  if exp.evaluation.labels == "balanced":
+    return np.arange(num_images) % exp.data.num_classes
+  return np.random.default_rng(seed).integers(exp.data.num_classes, size=num_images)
 
 
-def generate(exp: Experiment, mesh, params, *, num_images, steps, w, seed, batch_size, label=-1):
-  """Draws samples.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+  """Samples, drawn.
+
+  Attributes:
+    images: uint8 [B, H, W, C], on every device; those behind `labels` only fill the mesh.
+    labels: int64 [b], b <= B.
+    drawing, decoding: seconds that each took, compilation included.
+  """
+
+  images: jax.Array
+  labels: np.ndarray
+  drawing: float
+  decoding: float
+
+
+def batches(
+  exp: Experiment, mesh, params, labels, *, steps, w, seed, batch_size
+) -> Iterator[Batch]:
+  """Draws samples of these labels [N], each batch when it is asked for.
 
   Args:
     steps: a count or schedule. w: guidance, one number or one per image [N].
-    label: a class, or -1 for all in turn.
-  Returns:
-    (uint8 [N, H, W, C], int64 labels [N]), NumPy arrays.
+  Raises:
+    FloatingPointError: samples are not finite.
   """
   for strength in np.unique(w):
     experiment_lib.check_guidance(exp, steps, float(strength))
+  num_images = len(labels)
   w = np.broadcast_to(np.asarray(w, np.float32), (num_images,))
-  labels = class_labels(exp, num_images) if label == -1 else np.full(num_images, label)
   batch_size = -(-min(batch_size, num_images) // mesh.size) * mesh.size
-  images = []
+  draw = sample_function(exp, mesh, steps)
+  pixels = pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
+  params = jax.device_put(params, sharding.replicated(mesh))
   for start in range(0, num_images, batch_size):
     # The last batch wraps around to keep its size: one compilation for all.
     numbers = np.arange(start, start + batch_size)
     rows = numbers % num_images
-    drawn, finite = batch(
-        exp, mesh, params, numbers=numbers, labels=labels[rows], steps=steps, w=w[rows], seed=seed
-    )  # fmt: skip
+    began = time.perf_counter()
+    x1, finite = draw(
+      params, jax.random.key(seed), np.int32(numbers), np.int32(labels[rows]), w[rows]
+    )
     if not finite:
       raise FloatingPointError(
         f"samples {start} to {start + batch_size - 1} of {steps} steps at w={np.unique(w)} are not "
         "finite: the parameters are, so the network has diverged; use an earlier checkpoint."
       )
-    images.append(np.asarray(drawn)[: num_images - start])
-  return np.concatenate(images), labels
+    drawn = time.perf_counter()
+    images = jax.block_until_ready(pixels(x1))
+    yield Batch(
+      images, labels[start : start + batch_size], drawn - began, time.perf_counter() - drawn
+    )
+
+
+def generate(exp: Experiment, mesh, params, *, num_images, steps, w, seed, batch_size, label=-1):
+  """Draws samples, all at once: see `batches`.
+
+  Args:
+    label: a class, or -1 for those of `class_labels`.
+  Returns:
+    (uint8 [N, H, W, C], int64 labels [N]), NumPy arrays.
+  """
+  labels = class_labels(exp, num_images, seed) if label == -1 else np.full(num_images, label)
+  drawn = batches(exp, mesh, params, labels, steps=steps, w=w, seed=seed, batch_size=batch_size)
+  return np.concatenate([np.asarray(b.images)[: len(b.labels)] for b in drawn]), labels
 
 
 def grid_png(images, enlarge: int) -> bytes:

@@ -100,25 +100,35 @@ def judge_features(judge, images):
   return features, probabilities
 
 
-def random_features(images):
-  """Fixed features: a convolutional network at random weights, the same for ever.
+def classify(params, images, num_classes):
+  """What a judge of these parameters sees in images: a pure function.
+
+  Args:
+    images: uint8 [B, H, W, C].
+  Returns:
+    features float32 [B, 64], logits float32 [B, num_classes].
+  """
+  return _Classifier(num_classes).apply({"params": params}, _to_unit_range(images))
+
+
+def random_params(image_shape):
+  """Parameters of `random_features` for images [H, W, C], the same for ever."""
+  return _RandomNetwork().init(jax.random.key(0), jnp.zeros((1, *image_shape)))
+
+
+def random_features(params, images):
+  """Fixed features: a convolutional network at random weights.
 
   Three GELU layers of 3x3 convolutions, of strides 1, 2 and 2: the means over the image of the
   first two, and the last one's over each quadrant. A network that was never trained sees every
   frequency; a classifier may ignore what does not tell the classes apart.
 
   Args:
-    images: uint8 [N, H, W, C].
+    images: uint8 [B, H, W, C].
   Returns:
-    float32 [N, 32 + 64 + 4 * 32].
+    float32 [B, 32 + 64 + 4 * 32].
   """
-  images = np.asarray(images)
-  params = _init_random(images.shape[1:])
-  found = [
-    _random_forward(params, images[start : start + _EVAL_BATCH])
-    for start in range(0, len(images), _EVAL_BATCH)
-  ]
-  return np.concatenate(found)
+  return _RandomNetwork().apply(params, _to_unit_range(images))
 
 
 def train_judge(images, labels, *, num_classes, seed=0):
@@ -200,16 +210,6 @@ def _init(key, image_shape, num_classes):
   return _Classifier(num_classes).init(key, jnp.zeros((1, *image_shape)))["params"]
 
 
-@functools.lru_cache
-def _init_random(image_shape):
-  return _RandomNetwork().init(jax.random.key(0), jnp.zeros((1, *image_shape)))
-
-
-@jax.jit
-def _random_forward(params, images):
-  return _RandomNetwork().apply(params, _to_unit_range(images))
-
-
 def _optimizer():
   schedule = optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS)
   return optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
@@ -227,7 +227,7 @@ def _shift(image, offset):
 
 @functools.partial(jax.jit, static_argnames="num_classes")
 def _forward(params, images, num_classes):
-  features, logits = _Classifier(num_classes).apply({"params": params}, _to_unit_range(images))
+  features, logits = classify(params, images, num_classes)
   return features, jax.nn.softmax(logits)
 
 

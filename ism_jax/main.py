@@ -25,6 +25,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
 _OUT = flags.DEFINE_string("out", None, "With --mode=sample: the npz file to write.")
+_SAMPLES = flags.DEFINE_string(
+    "samples", None,
+    "With --mode=evaluate: images to judge instead of the checkpoint's, an npz or a folder.",
+)  # fmt: skip
 flags.mark_flag_as_required("workdir")
 _PLACE = multihost.define_flags()
 
@@ -35,6 +39,8 @@ def main(argv):
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   if (_MODE.value == "sample") != (_OUT.value is not None):
     raise app.UsageError("--mode=sample needs --out=FILE.npz, and no other mode takes it.")
+  if _SAMPLES.value is not None and _MODE.value != "evaluate":
+    raise app.UsageError("--samples goes with --mode=evaluate.")
   if _CONFIG.value is None and _MODE.value == "train":
     raise SystemExit("Error: --mode=train needs --config, such as --config=configs/digits.py.")
   logs.only_ours()
@@ -52,10 +58,14 @@ def main(argv):
         )
       config = override(saved, argv)
     if _MODE.value == "train":
+      if config.evaluation.at_end:
+        evaluate.check(config)  # what is missing is missed now
       train.train(config, _WORKDIR.value)
-    elif _MODE.value == "evaluate":
+    if _SAMPLES.value is not None:
+      evaluate.evaluate_samples(config, _WORKDIR.value, _SAMPLES.value)
+    elif _MODE.value == "evaluate" or (_MODE.value == "train" and config.evaluation.at_end):
       evaluate.evaluate(config, _WORKDIR.value)
-    else:
+    elif _MODE.value == "sample":
       evaluate.sample(config, _WORKDIR.value, _OUT.value)
 
 

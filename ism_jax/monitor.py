@@ -17,7 +17,7 @@ from ism_jax.reference import Reference
 
 
 class Monitor:
-  """Samples of `config.monitor`, scored against the reference if they are pixels; noise of seed 0.
+  """Samples of `config.monitor`, looked at and perhaps scored against the reference; seed 0.
 
   Few samples are farther from the reference by chance: these distances compare with each other, not
   with those of an evaluation.
@@ -28,8 +28,9 @@ class Monitor:
     generate.pixels_function(exp.data.vae, mesh)  # a VAE that is missing is missed now
     if exp.data.vae:
       latents.check_vae(exp.data.dir, generate.load_vae(exp.data.vae))
-    # Decoded latents have no reference here: they are looked at.
-    self._reference = None if exp.data.vae else Reference(exp)
+    # On one device: scores are made by the first process, without the others.
+    alone = sharding.data_mesh(jax.local_devices()[:1])
+    self._reference = Reference(exp, alone) if exp.monitor.score else None
     # One call draws them all; samples beyond num_images fill the mesh and are dropped.
     self._count = -(-exp.monitor.num_images // mesh.size) * mesh.size
     self._labels = generate.class_labels(exp, self._count)
@@ -72,8 +73,9 @@ class Monitor:
         )
       images = images[: self._exp.monitor.num_images]
       if self._reference:
-        scores = self._reference.score(images, self._labels[: len(images)])
-        values |= {f"monitor/steps_{steps}/{name}": value for name, value in scores.items()}
+        found = self._reference.score(images, self._labels[: len(images)])
+        for network, scores in found.items():
+          values |= {f"monitor/steps_{steps}/{network}_{k}": v for k, v in scores.items()}
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
       logs.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
       writer.image(step, f"samples/steps_{steps}", png)

@@ -1,123 +1,359 @@
-"""What samples are judged against: real images, their features, and yardsticks beside the numbers.
+"""What samples are judged against: real images as feature networks see them.
 
-Axes: N images, H/W size, C channels, F features.
+Either the dataset's own images, or files of statistics: those of `python -m ism_jax.statistics`,
+ADM's, jax-fid's or MeanFlow's, as they are. With the images at hand there is more: a floor and
+yardsticks beside the distances, frequencies, and how near samples are to what was trained on.
+
+Axes: N images, H/W size, C channels, F features, S spatial features, K kept features.
 """
 
+import hashlib
+import io
+import json
 import os
 
+from absl import logging
+import jax
 import numpy as np
 
-from ism_jax import data, generate, metrics, spectra
-from ism_jax import judge as judge_lib
+from ism_jax import data, features, generate, logs, metrics, scores, spectra
 from ism_jax.experiment import Experiment
+from ism_jax.features import Network
 
 FLOOR_REPEATS = 20
 NEIGHBOURS = 512  # samples whose nearest real image is searched, among all
+KEPT = 50_000  # real images whose features are kept, at most
+_MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # ours, ADM's and jax-fid's; MeanFlow's
+_SPATIAL_MOMENTS = ("mu_s", "sigma_s")  # ours and ADM's
+_IMAGES = "arr_0"  # ADM's
+_KEPT, _PROTOCOL, _COUNT = "features", "protocol", "count"  # ours
+
+
+def write(path: str, statistics: scores.Statistics, protocol: dict) -> None:
+  """Writes statistics as an npz that other tools read too: mu [F], sigma [F, F], float64.
+
+  Beside them mu_s and sigma_s of the spatial features, the kept features [K, F], the count of
+  images, and how they were made, as JSON.
+  """
+  moments = lambda names, s: dict(zip(names, (s.mean, s.covariance), strict=True))
+  arrays = moments(_MOMENTS[0], statistics.features)
+  if statistics.spatial:
+    arrays |= moments(_SPATIAL_MOMENTS, statistics.spatial)
+  if statistics.kept is not None:
+    arrays[_KEPT] = np.float32(statistics.kept)
+  arrays |= {_COUNT: np.int64(statistics.features.count), _PROTOCOL: json.dumps(protocol)}
+  archive = io.BytesIO()
+  np.savez(archive, **arrays)
+  logs.write_whole(path, archive.getvalue())
+
+
+def read_protocol(path: str) -> dict:
+  """How a file of statistics was made, as `write` was told; {} of others'.
+
+  Raises:
+    ValueError: it is no npz file, or damaged.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return json.loads(str(file[_PROTOCOL])) if _PROTOCOL in file else {}
+  except Exception as error:  # zipfile and NumPy have many errors for damage
+    raise ValueError(f"{path} is no npz file of statistics, or damaged ({error}).") from error
+
+
+def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
+  """Reads statistics that this project or another wrote.
+
+  Of ADM's file the images (arr_0) are seen by the network, for precision, recall and KID.
+
+  Returns:
+    (statistics, {"file", "sha256", and "protocol" as it was written})
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, or holds other keys or the features of another network.
+  """
+  if not os.path.exists(path):
+    raise FileNotFoundError(
+      f"there is no file of reference statistics {path}; make one with python -m "
+      "ism_jax.statistics, or download that of ADM."
+    )
+  with open(path, "rb") as f:
+    sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = {name: file[name] for name in file.files}
+  except Exception as error:  # zipfile and NumPy have many errors for damage
+    raise ValueError(f"{path} is no npz file of statistics, or damaged ({error}).") from error
+  names = next((names for names in _MOMENTS if all(n in arrays for n in names)), None)
+  if names is None:
+    raise ValueError(
+      f"{path} holds {', '.join(sorted(arrays))}; needed are "
+      f"{' or '.join(' and '.join(names) for names in _MOMENTS)}, a mean and a covariance."
+    )
+  about = json.loads(str(arrays[_PROTOCOL])) if _PROTOCOL in arrays else {}
+  made_with = (about.get("network", network.name), about.get("weights", network.sha256))
+  if made_with != (network.name, network.sha256):
+    raise ValueError(
+      f"{path} was made with {made_with[0]}, weights {made_with[1][:12]}; this evaluation uses "
+      f"{network.name}, weights {network.sha256[:12]}: make it again, or pass those weights."
+    )
+  sizes = {k: a.shape[-1] for k, a in output_shapes(network, (64, 64, 3)).items()}
+  count = int(arrays.get(_COUNT, 0))
+  moments = _moments(path, arrays, names, count, sizes["features"], network)
+  spatial = None
+  if "spatial" in sizes and all(name in arrays for name in _SPATIAL_MOMENTS):
+    spatial = _moments(path, arrays, _SPATIAL_MOMENTS, count, sizes["spatial"], network)
+  kept = arrays.get(_KEPT)
+  if kept is None and arrays.get(_IMAGES, np.empty(0)).ndim == 4:
+    logging.info("%s sees the %d images of %s.", network.name, len(arrays[_IMAGES]), path)
+    kept = features.of_images((network,), mesh, arrays[_IMAGES])[network.name]["features"]
+  told = {"file": path, "sha256": sha256} | ({"protocol": about} if about else {})
+  return scores.Statistics(moments, spatial, kept), told
+
+
+def _moments(path, arrays, names, count, size, network):
+  mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
+  if mean.shape != (size,) or covariance.shape != (size, size):
+    raise ValueError(
+      f"{names[0]} of {path} has shape {mean.shape} and {names[1]} {covariance.shape}; "
+      f"{network.name} has {size} features: needed are [{size}] and [{size}, {size}]."
+    )
+  if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+    raise ValueError(f"{names[0]} or {names[1]} of {path} holds NaN or infinity: make it again.")
+  return metrics.FeatureStatistics(mean, covariance, count)
+
+
+def output_shapes(network: Network, image_shape) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes [1, ...] of what a network gives for an image [H, W, C]."""
+  image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
+  return jax.eval_shape(network.apply, network.params, image)
 
 
 class Reference:
-  """Real images, the features of `evaluation.features`, and a judge of the classes.
+  """What samples of an experiment are judged against.
 
   Attributes:
-    held_out: whether the reference is another split than the one trained on. Then the floor is the
-      distance of training images to the reference; else that of a bootstrap resample of it.
-    floor, floor_sd: Fréchet distance, mean and standard deviation of `FLOOR_REPEATS` draws.
+    networks: those of `evaluation.networks`, in that order.
+    statistics: {network: of the real images}. sources: {network: where they are from}.
+    floors: {network: {"mean", "sd", "is"}}, Fréchet distances of real images to real images, for
+      the networks that are made of the dataset.
+    images: `DatasetImages`, or None where the reference is files.
+  """
+
+  def __init__(self, exp: Experiment, mesh):
+    self._mesh, ev = mesh, exp.evaluation
+    self._num_images = ev.num_images
+    files, weights = ev.reference_files(), ev.weight_files()
+    if not files and exp.data.vae:
+      raise ValueError(
+        "evaluation.reference is empty, and latents hold no images to compare with: make "
+        f"statistics with python -m ism_jax.statistics --images=IMAGES --networks={ev.networks} "
+        "--out=DIR, or download ADM's, and pass --config.evaluation.reference=FILE."
+      )
+    self.images = None if files else DatasetImages(exp)
+    real = self.images
+    load = {
+      "classifier": lambda: features.classifier(
+        *real.training, num_classes=exp.data.num_classes, cache_dir=real.cache_dir
+      ),
+      "random": lambda: features.random(real.reference, mesh),
+    }
+    self.networks = tuple(
+      load[name]() if name in load else features.published(name, weights.get(name, ""))
+      for name in ev.network_names()
+    )
+    for network in self.networks:
+      if network.held_out_accuracy is not None:
+        logging.info("The features are %s.", network.what)
+    if files:
+      found = {n.name: read(files[n.name], n, mesh) for n in self.networks}
+      self.statistics = {name: statistics for name, (statistics, _) in found.items()}
+      self.sources = {name: source for name, (_, source) in found.items()}
+      self.floors = {}
+    else:
+      self.statistics = self._see(real.reference)
+      source = {"split": ev.reference_split, "images": len(real.reference)}
+      self.sources = {n.name: source for n in self.networks}
+      self.floors = {
+        n.name: self._floor(n.name) for n in self.networks if n.name in features.OF_THE_DATASET
+      }
+    self.check_count(ev.num_images)
+
+  def _see(self, images) -> dict[str, scores.Statistics]:
+    tallies = {n.name: scores.Tally(n, len(images), keep=KEPT) for n in self.networks}
+    for name, outputs in features.of_images(self.networks, self._mesh, images).items():
+      tallies[name].add(outputs)
+    return {name: tally.statistics() for name, tally in tallies.items()}
+
+  def _floor(self, name):
+    real, count = self.statistics[name], self._num_images
+    if not self.images.held_out:
+      mean, sd = metrics.bootstrap_floor(real.kept, seed=0, repeats=FLOOR_REPEATS)
+      return {"mean": mean, "sd": sd, "is": "a bootstrap resample of the real images"}
+    (network,) = (n for n in self.networks if n.name == name)
+    training, _ = self.images.training
+    seen = features.of_images((network,), self._mesh, training)[name]["features"]
+    rng, distances = np.random.default_rng(0), []
+    for _ in range(FLOOR_REPEATS):
+      chosen = seen[rng.integers(len(seen), size=count)]
+      distances.append(metrics.frechet_distance(metrics.feature_statistics(chosen), real.features))
+    return {
+      "mean": float(np.mean(distances)),
+      "sd": float(np.std(distances, ddof=1)),
+      "is": f"{count} training images",
+    }
+
+  def check_count(self, num_images: int) -> None:
+    """Warns of distances that would mean little, after hours of sampling."""
+    for name, real in self.statistics.items():
+      size = len(real.features.mean)
+      if num_images <= size:
+        logging.warning(
+            "%d samples do not determine the covariance of %d features of %s: the Fréchet distance "
+            "comes out too large. 50,000 samples are usual.", num_images, size, name
+        )  # fmt: skip
+
+  def check_images(self, path: str, image_shape, labels) -> None:
+    """Raises if images [H, W, C] of these labels [N] cannot be judged against this reference."""
+    if self.images and image_shape != self.images.reference.shape[1:]:
+      raise ValueError(
+        f"the images of {path} have shape {image_shape}, those of the dataset "
+        f"{self.images.reference.shape[1:]}: resize them, or pass files of evaluation.reference."
+      )
+    classes = self.images.num_classes if self.images else None
+    if classes and labels is not None and not 0 <= labels.min() <= labels.max() < classes:
+      raise ValueError(
+        f"the labels of {path} run from {labels.min()} to {labels.max()}; the dataset's are 0 to "
+        f"{classes - 1}."
+      )
+
+  def score(self, images, labels) -> dict[str, dict]:
+    """{network: {metric: value}}, brief, of host images uint8 [N, H, W, C] of `labels` [N]."""
+    judging = Judging(self, len(images), brief=True)
+    judging.add(features.of_images(self.networks, self._mesh, images), images, labels)
+    return judging.result()["scores"]
+
+  def yardsticks(self) -> dict[str, dict]:
+    """`Judging.result` of real images and of bad ones."""
+    found = {}
+    for name, (images, labels) in self.images.yardsticks().items():
+      judging = Judging(self, len(images))
+      judging.add(features.of_images(self.networks, self._mesh, images), images, labels)
+      found[name] = judging.result()
+    # Among those trained on, a real image is its own neighbour.
+    next(iter(found.values()))["nearest_neighbour"] = self.images.own_neighbour_distance()
+    return found
+
+
+class Judging:
+  """What is added up of a set of samples, batch by batch, until it can be scored.
+
+  Args:
+    total: samples that will be added. brief: without frequencies, and without what compares single
+      images: nearest neighbours, KID, precision and recall.
+  """
+
+  def __init__(self, reference: Reference, total: int, brief: bool = False):
+    self._reference, self._labelled = reference, True
+    self._images = None if brief else reference.images
+    self._tallies = {
+      network.name: scores.Tally(
+        network,
+        total,
+        keep=0 if brief or reference.statistics[network.name].kept is None else total,
+        inception_score=network.name == "inception",
+      )
+      for network in reference.networks
+    }
+    self._first, self._added, self._spectrum, self._bands = [], 0, 0.0, 0.0
+
+  def add(self, outputs: dict, images, labels) -> None:
+    """Adds samples.
+
+    Args:
+      outputs: of `features.extractor`, whose rows behind the labels or images are padding.
+      images: uint8 [B, H, W, C], fetched only if they are described.
+      labels: [b], b <= B, or None for samples without.
+    """
+    count = len(images) if labels is None else len(labels)
+    self._labelled &= labels is not None
+    for name, tally in self._tallies.items():
+      tally.add({k: np.asarray(a)[:count] for k, a in outputs[name].items()}, labels)
+    if self._images:
+      images = np.asarray(images)[:count]
+      self._first.append(images[: max(0, NEIGHBOURS - self._added)])
+      self._spectrum += count * spectra.radial_power(images)
+      self._bands += count * spectra.band_energies(images)
+    self._added += count
+
+  def result(self) -> dict:
+    """{"scores": {network: {metric: value}}}, and of described samples their "nearest_neighbour"
+    (mean distance of the first ones to the training images), "spectrum" and "bands".
+    """
+    found = {"scores": {}}
+    for name, tally in self._tallies.items():
+      values = tally.scores(self._reference.statistics[name], labelled=self._labelled)
+      if name in self._reference.floors:
+        floor = self._reference.floors[name]["mean"]
+        values["times_floor"] = values["frechet_distance"] / floor
+      found["scores"][name] = values
+    if self._images:
+      found["nearest_neighbour"] = metrics.nearest_neighbour_distance(
+        _flat(np.concatenate(self._first)), self._images.flat
+      )
+      found["spectrum"] = (self._spectrum / self._added).tolist()
+      found["bands"] = (self._bands / self._added).tolist()
+    return found
+
+
+class DatasetImages:
+  """The dataset's own images: those trained on, and those compared with.
+
+  Attributes:
+    training: (uint8 [N, H, W, C], labels [N]).
+    reference: uint8 [N, H, W, C], of `evaluation.reference_split`.
+    held_out: whether that is another split than the one trained on. Then a floor is the distance of
+      training images to the reference; else that of a bootstrap resample of it.
+    spectrum, bands: of the reference, see `spectra`.
+    flat: float64 [N, H W C], the training images.
+    num_classes: of the dataset.
+    cache_dir: of judges.
   """
 
   def __init__(self, exp: Experiment):
     split = exp.evaluation.reference_split
     self.held_out = split != "train"
-    training_images, training_labels = data.all_images(data.load_source(exp.data))
-    self.images = training_images
+    self.training = data.all_images(data.load_source(exp.data))
+    self.reference = self.training[0]
     if self.held_out:
-      self.images, _ = data.all_images(data.load_source(exp.data, split))
-    self.judge = judge_lib.load_judge(
-      training_images,
-      training_labels,
-      num_classes=exp.data.num_classes,
-      cache_dir=os.path.join(data.directory(exp.data), "judges"),
-    )
-    self._random_features = exp.evaluation.features == "random"
-    if self._random_features:
-      self._scale = judge_lib.random_features(self.images).std(0)
-      self.features_are = "the features of a fixed network at random weights"
-    else:
-      self.features_are = "64 features of a classifier trained on 80 % of the training images"
-    features = self.features(self.images)
-    self.statistics = metrics.feature_statistics(features)
-    self.floor_is = (
-      f"{exp.evaluation.num_images} training images"
-      if self.held_out
-      else "a bootstrap resample of the real images"
-    )
-    self.floor, self.floor_sd = self._floor(exp, features, training_images)
-    self.spectrum = spectra.radial_power(self.images)
-    self.bands = spectra.band_energies(self.images)
-    self._training_flat = training_images.reshape(len(training_images), -1) / 127.5
-    self._training = training_images, training_labels
-    self._num_images = exp.evaluation.num_images
+      self.reference, _ = data.all_images(data.load_source(exp.data, split))
+    self.cache_dir = os.path.join(data.directory(exp.data), "judges")
+    self.spectrum = spectra.radial_power(self.reference)
+    self.bands = spectra.band_energies(self.reference)
+    self._num_images, self.num_classes = exp.evaluation.num_images, exp.data.num_classes
+    self.flat = _flat(self.training[0])
 
-  def features(self, images) -> np.ndarray:
-    """Features [N, F] of uint8 [N, H, W, C]."""
-    if self._random_features:
-      return judge_lib.random_features(images) / self._scale
-    return judge_lib.judge_features(self.judge, images)[0]
+  def own_neighbour_distance(self) -> float:
+    """Mean distance of images trained on to the nearest other one."""
+    return metrics.nearest_neighbour_distance(self.flat[:NEIGHBOURS], self.flat, exclude_self=True)
 
-  def _floor(self, exp, features, training_images):
-    if not self.held_out:
-      return metrics.bootstrap_floor(features, seed=0, repeats=FLOOR_REPEATS)
-    rng, count = np.random.default_rng(0), exp.evaluation.num_images
-    training_features = self.features(training_images)
-    distances = []
-    for _ in range(FLOOR_REPEATS):
-      chosen = training_features[rng.integers(len(training_features), size=count)]
-      distances.append(
-        metrics.frechet_distance(metrics.feature_statistics(chosen), self.statistics)
-      )
-    return float(np.mean(distances)), float(np.std(distances, ddof=1))
-
-  def score(self, images, labels) -> dict[str, float]:
-    """The numbers of a set of images meant to show `labels`."""
-    statistics = metrics.feature_statistics(self.features(images))
-    distance = metrics.frechet_distance(statistics, self.statistics)
-    _, probabilities = judge_lib.judge_features(self.judge, images)
-    return {
-      "frechet_distance": distance,
-      "times_floor": distance / self.floor,
-      "accuracy": float(np.mean(probabilities.argmax(1) == labels)),
-    }
-
-  def describe(self, images) -> dict:
-    """How near images are to those trained on, and their frequencies."""
-    flat = images[:NEIGHBOURS].reshape(len(images[:NEIGHBOURS]), -1) / 127.5
-    return {
-      "nearest_neighbour": metrics.nearest_neighbour_distance(flat, self._training_flat),
-      "spectrum": spectra.radial_power(images).tolist(),
-      "bands": spectra.band_energies(images).tolist(),
-    }
-
-  def yardsticks(self) -> dict[str, dict]:
-    """Scores of real images and of bad ones."""
+  def yardsticks(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{name: (images, labels)}: real images first, then bad ones."""
     rng = np.random.default_rng(0)
-    images, labels = self._training
+    images, labels = self.training
     if self.held_out:  # as many as there are samples; otherwise the reference itself
       chosen = rng.permutation(len(images))[: self._num_images]
       images, labels = images[chosen], labels[chosen]
-    class_means = np.stack([
-        images[labels == c].mean(0) for c in range(self.judge.num_classes)
-    ])  # fmt: skip
+    class_means = np.stack([images[labels == c].mean(0) for c in range(self.num_classes)])
     coarse = images.reshape(len(images), images.shape[1] // 2, 2, images.shape[2] // 2, 2, -1)
     coarse = coarse.mean((2, 4)).repeat(2, 1).repeat(2, 2)
     noise = np.asarray(generate.to_uint8(rng.standard_normal(images.shape)))
-    sets = {
-      "training images" if self.held_out else "real images": images,
-      "at half resolution": np.uint8(coarse.round()),
-      "class means": np.uint8(class_means.round())[labels],
-      "noise": noise,
+    return {
+      "training images" if self.held_out else "real images": (images, labels),
+      "at half resolution": (np.uint8(coarse.round()), labels),
+      "class means": (np.uint8(class_means.round())[labels], labels),
+      "noise": (noise, labels),
     }
-    found = {name: self.score(i, labels) | self.describe(i) for name, i in sets.items()}
-    # Among those trained on, a real image is its own neighbour.
-    next(iter(found.values()))["nearest_neighbour"] = metrics.nearest_neighbour_distance(
-      self._training_flat[:NEIGHBOURS], self._training_flat, exclude_self=True
-    )
-    return found
+
+
+def _flat(images):
+  return images.reshape(len(images), -1) / 127.5

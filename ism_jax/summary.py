@@ -14,12 +14,14 @@ import os
 import numpy as np
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import metrics
+from ism_jax import spectra as spectra_lib
 
 # What decides whether Fréchet distances of two runs are distances to the same thing.
 COMPARABLE = (
   "data.name",
-  "evaluation.features",
+  "evaluation.networks",
+  "evaluation.weights",
+  "evaluation.reference",
   "evaluation.reference_split",
   "evaluation.num_images",
 )
@@ -42,8 +44,7 @@ class Run:
 
   Attributes:
     workdir: its folder. config: nested, as it was evaluated.
-    results: those of evaluation.json; of "spectrum" and "bands" the ratio to the real images', and
-      "finest_octave", the same ratio for `spectra.finest_octave`.
+    results: those of evaluation.json as `over_real` has them. distance_is: what their distance is.
     straightness: [{"w", "deviation_from_chord"}].
     training: means over the run of the couplings' diagnostics and of the gradient norms of the
       losses, under their names in metrics.jsonl.
@@ -53,6 +54,7 @@ class Run:
   workdir: str
   config: dict
   results: list[dict]
+  distance_is: str
   straightness: list[dict]
   training: dict[str, float]
   jumps: dict[str, float]
@@ -78,6 +80,7 @@ def read_run(workdir: str, report: dict) -> Run:
     workdir=workdir,
     config=report["config"],
     results=[over_real(result, report) for result in report["results"]],
+    distance_is=distance_is(report),
     straightness=report["straightness"],
     training=_means(entries, lambda name: name.startswith(("coupling/", "gradient_norm/"))),
     jumps=jump_losses(entries),
@@ -85,15 +88,30 @@ def read_run(workdir: str, report: dict) -> Run:
 
 
 def over_real(result: dict, report: dict) -> dict:
-  """A result of evaluation.json, its power and band energies as ratios to the real images'."""
-  ratio = lambda name: (np.array(result[name]) / np.array(report[f"reference_{name}"])).tolist()
-  octave = spectra.finest_octave(result["spectrum"])
-  octave /= spectra.finest_octave(report["reference_spectrum"])
-  return result | {
-    "spectrum": ratio("spectrum"),
-    "bands": ratio("bands"),
-    "finest_octave": octave,
-  }
+  """A result of evaluation.json: its setting, "distance" (see `distance_is`), "accuracy" if a
+  classifier judged it, and if the real images were at hand "spectrum", "bands" and "finest_octave"
+  as ratios to theirs.
+  """
+  scores = result["scores"]
+  headline = scores[report["networks"][0]["name"]]
+  found = {k: v for k, v in result.items() if k != "scores"}
+  found["distance"] = headline.get("times_floor", headline["frechet_distance"])
+  if "classifier" in scores:
+    found["accuracy"] = scores["classifier"]["accuracy"]
+  if "spectrum" in result:
+    for name in ("spectrum", "bands"):
+      found[name] = (np.array(result[name]) / np.array(report[f"reference_{name}"])).tolist()
+    octave = [
+      spectra_lib.finest_octave(r) for r in (result["spectrum"], report["reference_spectrum"])
+    ]
+    found["finest_octave"] = octave[0] / octave[1]
+  return found
+
+
+def distance_is(report: dict) -> str:
+  """What "distance" is: the first network's Fréchet distance, in floors where it has one."""
+  network = report["networks"][0]
+  return f"Fréchet distance, {'in floors' if network['floor'] else network['name']}"
 
 
 def _means(entries: list[dict], wanted: Callable[[str], bool]) -> dict[str, float]:
@@ -159,7 +177,10 @@ def group(runs: list[Run]) -> dict[str, list[Run]]:
 
 def measured(runs: list[Run], name: str, steps: int, w: float | None) -> list:
   """The results `name` of runs at this number of steps and w: a number or an array each."""
-  each = [[r[name] for r in run.results if (r["steps"], r["w"]) == (steps, w)] for run in runs]
+  each = [
+    [r[name] for r in run.results if (r["steps"], r["w"]) == (steps, w) and name in r]
+    for run in runs
+  ]
   return [np.mean(values, axis=0) for values in each if values]
 
 
@@ -185,7 +206,7 @@ def guidances(runs: list[Run]) -> list[float]:
 
 def best_w(runs: list[Run], steps: int) -> float | None:
   """The w of the lowest Fréchet distance in `steps` steps, by the mean over the runs."""
-  means = {w: measured(runs, "times_floor", steps, w) for w in guidances(runs)}
+  means = {w: measured(runs, "distance", steps, w) for w in guidances(runs)}
   means = {w: np.mean(values) for w, values in means.items() if values}
   return min(means, key=means.get, default=None)
 
@@ -203,12 +224,12 @@ def spectra(rows: dict[str, list[Run]], steps: int, w: float) -> dict[str, dict[
 
 
 def frechet_by_w(rows: dict[str, list[Run]]) -> dict[int, dict[str, dict[float, list[float]]]]:
-  """{steps: {row: {w: Fréchet distances in floors}}}, of the rows with more than one w."""
+  """{steps: {row: {w: distances}}}, of the rows with more than one w."""
   several = {row: runs for row, runs in rows.items() if len(guidances(runs)) > 1}
   found = {}
   for steps in step_counts([run for runs in several.values() for run in runs]):
     found[steps] = {
-      row: {w: v for w in guidances(runs) if (v := measured(runs, "times_floor", steps, w))}
+      row: {w: v for w in guidances(runs) if (v := measured(runs, "distance", steps, w))}
       for row, runs in several.items()
     }
   return found
@@ -266,10 +287,11 @@ def panels(points: dict[str, list[Run]], w: float) -> dict[str, dict[str, dict[s
   counts = [n for n in dict.fromkeys((1, few, counts[-1])) if n in counts]
   jumps = dict.fromkeys(d for runs in points.values() for run in runs for d in run.jumps)
   strengths = dict.fromkeys((0.0, w))
+  told = next(iter(points.values()))[0].distance_is
   per_point = lambda value: {label: value(runs) for label, runs in points.items()}
   shown = {
-    f"Fréchet distance, in floors, w = {s:g}": {
-      f"NFE {n}": per_point(lambda runs: measured(runs, "times_floor", n, s)) for n in counts
+    f"{told}, w = {s:g}": {
+      f"NFE {n}": per_point(lambda runs: measured(runs, "distance", n, s)) for n in counts
     }
     for s in strengths
   }

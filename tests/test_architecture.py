@@ -11,18 +11,19 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
 
 # Each module may import those in the lines below its own.
 LAYERS = [
-    {"main", "compare", "encode", "aot"},
-    {"summary", "figures"},
+    {"main", "compare", "encode", "aot", "statistics"},
+    {"summary"},
     {"evaluate"},
     {"train"},
     {"monitor"},
-    {"reference"},
+    {"reference", "figures"},
     {"generate", "flops"},
-    {"experiment"},
+    {"experiment", "scores"},
+    {"features", "samples"},
     {"sampling", "diagnosis"},
     {"objectives"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
-     "metrics", "judge", "logs"},
+     "metrics", "spectra", "judge", "logs"},
     {"paths", "pretrained", "chips", "hlo", "multihost"},
 ]  # fmt: skip
 MATHEMATICS = {

@@ -10,13 +10,19 @@ import scipy.optimize
 
 from ism_jax import compare, couplings, logs, summary
 
+NETWORK = {
+  "name": "classifier", "features": "f", "floor": {"mean": 0.1, "sd": 0.0, "is": "g"},
+}  # fmt: skip
 REAL = {"reference_spectrum": [4.0, 2.0, 1.0, 0.5], "reference_bands": [2.0, 1.0]}
 
 
 def result(steps, w, times_floor, spectrum=(4.0, 2.0, 1.0, 0.5), bands=(2.0, 1.0), accuracy=0.5):
+  scores = {
+    "frechet_distance": times_floor / 10, "times_floor": times_floor, "accuracy": accuracy
+  }  # fmt: skip
   return {
-    "steps": steps, "w": w, "seed": 0, "frechet_distance": times_floor / 10, "accuracy": accuracy,
-    "times_floor": times_floor, "nearest_neighbour": 1.0, "spectrum": spectrum, "bands": bands,
+    "steps": steps, "w": w, "seed": 0, "scores": {"classifier": scores},
+    "nearest_neighbour": 1.0, "spectrum": spectrum, "bands": bands,
   }  # fmt: skip
 
 
@@ -26,8 +32,8 @@ def write_run(workdir, results, variant="ism", entries=(), straight=(), **overri
   for key, value in overrides.items():
     config.update_from_flattened_dict({key.replace("__", "."): value})
   report = REAL | {
-    "config": logs.as_dict(config), "results": results, "features": "f", "floor_is": "g",
-    "floor": 0.1, "floor_sd": 0.0, "yardsticks": {"noise": result(0, 0, 77.0)},
+    "config": logs.as_dict(config), "results": results, "networks": [NETWORK],
+    "yardsticks": {"noise": result(0, 0, 77.0)},
     "straightness": [{"w": w, "deviation_from_chord": value} for w, value in straight],
   }  # fmt: skip
   workdir.mkdir()
@@ -75,7 +81,7 @@ def test_a_w_that_one_seed_lacks_is_not_the_best(tmp_path):
 def test_the_spread_is_over_trainings_and_not_over_seeds_of_noise(tmp_path):
   results = [result(1, 0.5, 1.0), result(1, 0.5, 3.0) | {"seed": 1}]
   (run,) = read(write_run(tmp_path / "a", results))
-  assert compare.spread(summary.measured([run], "times_floor", 1, 0.5)) == "2.00"
+  assert compare.spread(summary.measured([run], "distance", 1, 0.5)) == "2.00"
   assert compare.spread([1.0, 2.0, 4.5]) == f"2.50 ± {np.sqrt((1.5**2 + 0.5**2 + 2**2) / 2):.2f}"
 
 
@@ -111,7 +117,7 @@ def test_the_tables_show_what_each_run_has_and_a_dash_for_what_it_lacks(tmp_path
   for name in ("spectrum", "frechet_against_w"):
     assert (tmp_path / "out" / f"{name}.png").stat().st_size
   content = json.loads((tmp_path / "out" / "comparison.json").read_text())
-  assert content["rows"]["`ism`"][0]["results"][1]["times_floor"] == 4.0
+  assert content["rows"]["`ism`"][0]["results"][1]["distance"] == 4.0
 
 
 def test_a_row_is_named_by_what_changes_what_is_learnt(tmp_path):

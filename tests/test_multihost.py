@@ -350,8 +350,10 @@ def test_two_processes_evaluate_as_one(environment, tmp_path, whole):
   for key, tolerance in (("results", 1e-2), ("straightness", 1e-3)):
     (a,), (b,) = found.pop(key), expected.pop(key)
     assert a.keys() == b.keys()
-    for name in a:
-      np.testing.assert_allclose(a[name], b[name], rtol=tolerance, err_msg=name)
+    a, b = (r | r.pop("scores", {}).get("classifier", {}) for r in (a, b))
+    for name in a.keys() - {"images_per_second"}:
+      np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=1e-3, err_msg=name)
+  assert [r.pop("devices") for r in (found, expected)] == ["8 x cpu", "1 x cpu"]
   assert found == expected  # of the reference: to the last bit
 
 

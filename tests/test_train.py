@@ -8,6 +8,7 @@ import signal
 from conftest import tiny_config
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from ism_jax import (
@@ -100,7 +101,7 @@ def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):
   state = jax.device_get(train.train(config, str(tmp_path), one_device))
   assert_equal_trees(state, run[1])
   lines = entries(tmp_path)
-  scores = {e["step"]: e for e in lines if "monitor/steps_1/times_floor" in e}
+  scores = {e["step"]: e for e in lines if "monitor/steps_1/classifier_times_floor" in e}
   assert list(scores) == [4, 8]
   norms = [e for e in lines if "gradient_norm/consistency" in e]
   assert [e["step"] for e in norms] == [4, 8] and norms[0] != norms[1]
@@ -112,15 +113,19 @@ def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):
       num_images=30, steps=2, w=config.monitor.w, seed=0, batch_size=30,
   )  # fmt: skip
   with pytest.warns(UserWarning, match="30 samples"):
-    expected = reference.Reference(exp).score(images, labels)
+    expected = reference.Reference(exp, sharding.data_mesh(one_device)).score(images, labels)
   for name in ("frechet_distance", "accuracy"):
-    np.testing.assert_allclose(scores[8][f"monitor/steps_2/{name}"], expected[name], rtol=1e-3)
+    np.testing.assert_allclose(
+      scores[8][f"monitor/steps_2/classifier_{name}"], expected["classifier"][name], rtol=1e-3
+    )
   png = (tmp_path / "grids" / "steps2_00000008.png").read_bytes()
   assert png == generate.grid_png(images, exp.evaluation.enlarge)
   assert png != (tmp_path / "grids" / "steps2_00000004.png").read_bytes()
   (events,) = tmp_path.glob("events.out.tfevents.*")
   content = events.read_bytes()
-  assert content.count(b"samples/steps_2") == 2 and b"monitor/steps_1/accuracy" in content
+  assert (
+    content.count(b"samples/steps_2") == 2 and b"monitor/steps_1/classifier_accuracy" in content
+  )
 
 
 def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
@@ -267,17 +272,27 @@ def test_an_evaluation_leaves_numbers_tables_and_grids(run, one_device):
   assert report == json.loads((workdir / "evaluation.json").read_text())
   settings = [(r["steps"], r["w"]) for r in report["results"]]
   assert settings == [(1, 0.0), (1, 0.5), (128, 0.0), (128, 0.5)]
-  assert report["step"] == 8 and report["judge_held_out_accuracy"] > 0.97
-  yardsticks = report["yardsticks"]
-  assert yardsticks["real images"]["frechet_distance"] < 1e-6
-  assert report["floor"] < yardsticks["class means"]["frechet_distance"]
-  assert yardsticks["class means"]["frechet_distance"] < yardsticks["noise"]["frechet_distance"]
+  (network,) = report["networks"]
+  assert report["step"] == 8 and network["held_out_accuracy"] > 0.97
+  floor, distance = (
+    network["floor"]["mean"],
+    lambda r: r["scores"]["classifier"]["frechet_distance"],
+  )
+  real, class_means, noise = (
+    report["yardsticks"][name] for name in ("real images", "class means", "noise")
+  )
+  assert distance(real) < 1e-6 < floor < distance(class_means) < distance(noise)
+  assert real["scores"]["classifier"]["precision"] == real["scores"]["classifier"]["recall"] == 1
+  assert class_means["scores"]["classifier"]["recall"] < 0.2
   # Eight steps of training: the samples are still noise, and the judge says so.
-  assert report["results"][0]["frechet_distance"] > 20 * report["floor"]
+  assert distance(report["results"][0]) > 20 * floor
+  assert report["results"][2]["images_per_second"] is None  # the only batch compiled the sampler
+  assert report["results"][3]["images_per_second"]["drawn"] > 0
   markdown = (workdir / "evaluation.md").read_text()
   assert "| 128 | 0.5 | 0 |" in markdown and "class means" in markdown
-  from PIL import Image
-
+  assert not (workdir / evaluate.PARTIAL).exists()
+  with Image.open(workdir / "evaluation.png") as figure:
+    assert figure.size[0] > 1000
   with Image.open(workdir / "samples_steps1_w0.5.png") as grid:
     assert grid.size == (10 * 9 * 8, 8 * 9 * 8)
 

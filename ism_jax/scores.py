@@ -1,0 +1,108 @@
+"""Numbers of a set of images, from what feature networks see in them, in one pass.
+
+Features are added batch by batch. Moments and sums are kept of them; the features themselves only
+where a metric compares single samples (KID, precision and recall).
+
+Axes: N images, B batch, F features, S spatial features, K kept features.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from ism_jax import metrics
+from ism_jax.features import Network
+
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1_000
+INCEPTION_SPLITS = 10
+NEIGHBOURHOOD = 3  # k of precision and recall
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+  """What a network sees in a set of images.
+
+  Attributes:
+    features, spatial: moments; spatial ones where the network has them.
+    kept: float32 [K, F], features of single images, or None.
+  """
+
+  features: metrics.FeatureStatistics
+  spatial: metrics.FeatureStatistics | None = None
+  kept: np.ndarray | None = None
+
+
+class Tally:
+  """What is added up of one network's outputs.
+
+  Args:
+    total: images that will be added. keep: how many images' features are kept, evenly spread.
+    inception_score: whether it is wanted; the network needs logits.
+  """
+
+  def __init__(self, network: Network, total: int, *, keep: int = 0, inception_score: bool = False):
+    self._network, self._total, self._added = network, total, 0
+    self._features, self._spatial, self._score = metrics.Moments(), None, None
+    self._keep = np.linspace(0, total - 1, min(keep, total)).round().astype(int)
+    self._kept, self._right = [], 0
+    if inception_score:
+      self._score = metrics.InceptionScore(total, INCEPTION_SPLITS)
+
+  def add(self, outputs: dict[str, np.ndarray], labels=None) -> None:
+    """Adds the outputs [B, ...] of the next images, of these classes [B] if they have any."""
+    features = outputs["features"]
+    self._features.update(features)
+    if "spatial" in outputs:
+      self._spatial = self._spatial or metrics.Moments()
+      self._spatial.update(outputs["spatial"])
+    chosen = self._keep[np.searchsorted(self._keep, self._added) :] - self._added
+    self._kept.append(features[chosen[chosen < len(features)]])
+    if self._score:
+      self._score.update(outputs["logits"])
+    if self._network.held_out_accuracy is not None and labels is not None:
+      self._right += np.count_nonzero(outputs["logits"].argmax(1) == labels)
+    self._added += len(features)
+
+  def leave_out(self, count: int) -> None:
+    """Says that so many of the total could not be read, and will not be added."""
+    self._total -= count
+
+  def statistics(self) -> Statistics:
+    """Of all that was added."""
+    if self._added != self._total:
+      raise ValueError(f"{self._added} images were added of {self._total}.")
+    return Statistics(
+      features=self._features.statistics(),
+      spatial=self._spatial and self._spatial.statistics(),
+      kept=np.concatenate(self._kept) if len(self._keep) else None,
+    )
+
+  def scores(self, real: Statistics, *, labelled: bool) -> dict[str, float]:
+    """The metrics that the network and the reference allow.
+
+    Args:
+      labelled: whether labels were added.
+    Returns:
+      "frechet_distance" (FID, FD-DINOv2), and where there is what they need
+      "spatial_frechet_distance" (sFID), "inception_score", "kid", "precision", "recall" and
+      "accuracy". Beside means over splits or subsets is their deviation, with "_sd" in its name.
+    """
+    seen = self.statistics()
+    found = {"frechet_distance": metrics.frechet_distance(seen.features, real.features)}
+    if seen.spatial and real.spatial:
+      found["spatial_frechet_distance"] = metrics.frechet_distance(seen.spatial, real.spatial)
+    if self._score:
+      found["inception_score"], found["inception_score_sd"] = self._score.result()
+    if seen.kept is not None and real.kept is not None:
+      # An unbiased estimate: smaller subsets change its spread, not its mean.
+      size = min(KID_SUBSET_SIZE, len(seen.kept), len(real.kept))
+      found["kid"], found["kid_sd"] = metrics.kernel_distance(
+        seen.kept, real.kept, subsets=KID_SUBSETS, subset_size=size
+      )
+      found["precision"], found["recall"] = metrics.precision_recall(
+        real.kept, seen.kept, k=NEIGHBOURHOOD
+      )
+    if self._network.held_out_accuracy is not None and labelled:
+      found["accuracy"] = self._right / self._total
+    return found

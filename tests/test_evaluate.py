@@ -1,0 +1,178 @@
+"""Judging checkpoints and files of images, on a network at random weights."""
+
+import logging
+
+from conftest import tiny_config
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ism_jax import checkpoints, evaluate, experiment, generate, logs, sharding, train
+from ism_jax import reference as references
+from ism_jax import samples as samples_lib
+
+IMAGES = 120
+
+
+def config_of(**evaluation):
+  config = tiny_config()
+  config.evaluation.update(
+    {"num_images": IMAGES, "batch_size": 50, "steps": (1, 2), "w": (0.0, 0.5)} | evaluation
+  )
+  return config
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.data_mesh(jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def parameters(mesh):
+  exp = experiment.parse(config_of())
+  state = train.init_function(exp, mesh)(train.base_keys(0).init)
+  leaves, tree = jax.tree.flatten(state.ema)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noisy = [a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+  return state.replace(ema=jax.tree.unflatten(tree, noisy))
+
+
+@pytest.fixture
+def workdir(parameters, tmp_path):
+  with checkpoints.open_manager(str(tmp_path / "run"), keep=1) as manager:
+    checkpoints.save(manager, 4, parameters, {}, logs.as_dict(config_of()))
+  return str(tmp_path / "run")
+
+
+def without_speed(report):
+  return report | {
+    "results": [{k: v for k, v in r.items() if k != "images_per_second"} for r in report["results"]]
+  }
+
+
+def test_an_interrupted_evaluation_ends_as_one_that_was_not(workdir, mesh, monkeypatch):
+  devices = list(mesh.devices.flat)
+  whole = evaluate.evaluate(config_of(), workdir, devices)
+  drawn, draw = [], generate.batches
+
+  def watched(*args, **kwargs):
+    if len(drawn) == 2:
+      raise KeyboardInterrupt
+    drawn.append((kwargs["steps"], kwargs["w"]))
+    return draw(*args, **kwargs)
+
+  monkeypatch.setattr(generate, "batches", watched)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.evaluate(config_of(), workdir, devices)
+  finished, drawn[:] = list(drawn), ["one"]
+  with pytest.raises(KeyboardInterrupt):  # of another evaluation: nothing is taken over
+    evaluate.evaluate(config_of(rounding="truncate"), workdir, devices)
+  assert drawn == ["one", (1, 0.0)]
+  monkeypatch.setattr(generate, "batches", draw)
+  evaluate.evaluate(config_of(rounding="truncate", steps=(1,), w=(0.0,)), workdir, devices)
+
+  drawn.clear()
+  monkeypatch.setattr(generate, "batches", watched)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.evaluate(config_of(), workdir, devices)
+  assert drawn == finished == [(1, 0.0), (1, 0.5)]
+  drawn.clear()
+  again = evaluate.evaluate(config_of(), workdir, devices)
+  assert drawn == [(2, 0.0), (2, 0.5)]
+  assert without_speed(again) == without_speed(whole)
+
+
+def test_samples_in_a_file_are_judged_as_those_of_the_checkpoint(workdir, mesh, tmp_path):
+  config = config_of(save_samples=True, steps=(1,), w=(0.5,))
+  ours = evaluate.evaluate(config, workdir, list(mesh.devices.flat))
+  path = f"{workdir}/samples_steps1_w0.5_seed0.npz"
+  theirs = evaluate.evaluate_samples(config, str(tmp_path / "other"), path)
+  assert theirs["sha256"] == samples_lib.open(path).sha256()
+  (a,), (b,) = ours["results"], theirs["results"]
+  for metric, value in a["scores"]["classifier"].items():
+    np.testing.assert_allclose(b["scores"]["classifier"][metric], value, rtol=1e-4, err_msg=metric)
+  np.testing.assert_allclose(b["spectrum"], a["spectrum"])
+  assert "| samples |" in (tmp_path / "other" / "evaluation.md").read_text()
+
+  config.sample.update({"num_images": IMAGES, "steps": "1", "w": 0.5, "batch_size": 40})
+  evaluate.sample(config, workdir, str(tmp_path / "x.npz"), list(mesh.devices.flat))
+  with np.load(tmp_path / "x.npz") as drawn, np.load(path) as kept:
+    # Other batches sum in another order, and may round to the next level.
+    difference = np.abs(np.int32(drawn["arr_0"]) - kept["arr_0"])
+    assert difference.max() <= 1 and difference.mean() < 1e-3
+    np.testing.assert_array_equal(drawn["arr_1"], kept["arr_1"])
+
+
+def test_the_tally_of_batches_is_the_score_of_all_samples(workdir, mesh):
+  """The padded and the last, smaller batch count neither twice nor never."""
+  config = config_of(steps=(1,), w=(0.5,), save_samples=True)
+  report = evaluate.evaluate(config, workdir, list(mesh.devices.flat))
+  with np.load(f"{workdir}/samples_steps1_w0.5_seed0.npz") as archive:
+    images, labels = archive["arr_0"], archive["arr_1"]
+  assert len(images) == IMAGES
+  reference = references.Reference(experiment.parse(config), mesh)
+  (result,) = report["results"]
+  for metric, value in reference.score(images, labels)["classifier"].items():
+    np.testing.assert_allclose(result["scores"]["classifier"][metric], value, rtol=1e-4)
+
+
+def test_uniform_labels_are_drawn_and_balanced_ones_are_not():
+  balanced, uniform = (
+    generate.class_labels(experiment.parse(config_of(labels=kind)), 1000, seed=3)
+    for kind in ("balanced", "uniform")
+  )
+  assert set(np.bincount(balanced)) == {100}
+  counts = np.bincount(uniform, minlength=10)
+  assert 60 < counts.min() < counts.max() < 140 and len(set(counts)) > 3
+  other = generate.class_labels(experiment.parse(config_of(labels="uniform")), 1000, seed=4)
+  assert (uniform != other).any()
+
+
+def test_truncation_is_half_a_level_darker_than_rounding():
+  x = jnp.linspace(-1, 1, 10_001)
+  nearest, truncated = (np.asarray(generate.to_uint8(x, r), float) for r in experiment.ROUNDINGS)
+  levels = 127.5 * (np.asarray(x, float) + 1)
+  assert np.abs(nearest - levels).max() < 0.501 and 0.49 < (levels - truncated).mean() < 0.51
+  assert truncated.max() == 255
+
+
+@pytest.mark.parametrize(
+  ("evaluation", "message"),
+  [
+    ({"networks": "vgg"}, "'vgg' is unknown; known are classifier, random, inception, dinov2"),
+    ({"networks": "random,random"}, "names a network twice"),
+    ({"rounding": "floor"}, "known are nearest, truncate"),
+    ({"labels": "all"}, "known are balanced, uniform"),
+    ({"networks": "inception,dinov2", "reference": "a.npz"}, "no NETWORK=FILE"),
+    ({"networks": "inception,dinov2", "reference": "inception=a"}, "no file for dinov2; add dino"),
+    ({"networks": "classifier", "reference": "a.npz"}, "classifier is made of the dataset"),
+    ({"networks": "random", "weights": "a.pth"}, "random is made of the dataset"),
+  ],
+)
+def test_a_wrong_protocol_is_an_error_before_anything_is_sampled(evaluation, message):
+  with pytest.raises(ValueError, match=message):
+    experiment.parse(config_of(**evaluation))
+
+
+def test_latents_without_a_reference_say_how_to_make_one(mesh):
+  config = config_of(networks="inception", weights="random")
+  config.data.update({"name": "latents", "vae": "random-small", "channels": 4, "image_size": 32})
+  with pytest.raises(ValueError, match=r"ism_jax\.statistics .*--config\.evaluation\.reference="):
+    references.Reference(experiment.parse(config), mesh)
+
+
+def test_too_few_samples_for_a_covariance_are_a_warning_before_sampling(mesh, caplog):
+  with caplog.at_level(logging.WARNING):
+    references.Reference(experiment.parse(config_of(num_images=50)), mesh)
+  assert "50 samples do not determine the covariance of 64 features" in caplog.text
+
+
+def test_an_evaluation_of_other_images_refuses_what_cannot_be_compared(mesh, tmp_path):
+  np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 16, 16, 1), np.uint8))
+  with pytest.raises(ValueError, match=r"have shape \(16, 16, 1\), those of the dataset \(8, 8, 1"):
+    evaluate.evaluate_samples(config_of(), str(tmp_path), str(tmp_path / "large.npz"))
+  np.savez(tmp_path / "c.npz", arr_0=np.zeros((4, 8, 8, 1), np.uint8), arr_1=np.arange(8, 12))
+  with pytest.raises(ValueError, match="run from 8 to 11; the dataset's are 0 to 9"):
+    evaluate.evaluate_samples(config_of(), str(tmp_path), str(tmp_path / "c.npz"))
+  assert not (tmp_path / "evaluation.json").exists()
