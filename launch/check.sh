@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Checks a set-up from end to end: real photographs to latents, latents to a checkpoint, a checkpoint
-# to decoded samples, with all devices, in a few minutes on two CPU cores:
+# to decoded samples and their FID, with all devices, in a few minutes on two CPU cores:
 #
 #   bash launch/check.sh [OUT]        OUT defaults to runs/check
 #
 # The photographs are those that scikit-learn and scikit-image ship, so nothing is downloaded; the
-# network is tiny and the autoencoder is at random weights, so the samples mean nothing. On a pod it
-# runs on every machine, each with its own copy of the data, and they train together; OUT must then
+# network is tiny, the autoencoder and Inception are at random weights, so samples and numbers mean
+# nothing. On a pod it runs on every machine, each with its own copy of the data, and they train together; OUT must then
 # be a folder that all see:
 #
 #   bash launch/tpu.sh run -- bash launch/check.sh gs://BUCKET/check
@@ -52,10 +52,12 @@ for name, photograph in photographs.items():
     Image.fromarray(photograph[y : y + side, x : x + side]).save(folder / f"{i}.jpg", quality=95)
 PYTHON
 
-# Of several machines each encodes all of it for itself, without the devices that start together.
+# Of several machines each sees all of it for itself, without the devices that start together.
+alone=(--coordinator=localhost:1 --processes=1 --process=0)
 JAX_PLATFORMS=cpu python -m ism_jax.encode --images="$scratch/photographs" \
-  --out="$scratch/latents" --vae=random-small --images_per_shard=16 \
-  --coordinator=localhost:1 --processes=1 --process=0
+  --out="$scratch/latents" --vae=random-small --images_per_shard=16 "${alone[@]}"
+JAX_PLATFORMS=cpu python -m ism_jax.statistics --images="$scratch/photographs" \
+  --out="$scratch/statistics" --weights=random "${alone[@]}"
 # Four rows for each device, so that all three losses have some on each.
 devices="$(python -c 'from ism_jax import multihost
 multihost.initialize()
@@ -64,4 +66,7 @@ print("devices:", jax.device_count())' | sed -n 's/^devices: //p')"
 python -m ism_jax.main --config=configs/check.py --workdir="$out" \
   --config.data.dir="$scratch/latents" --config.batch_size=$((devices > 8 ? 4 * devices : 32))
 python -m ism_jax.main --mode=sample --workdir="$out" --out="$out/samples.npz"
-echo "The set-up works. Checkpoints, logs and decoded samples are in $out; grids/ has pictures."
+python -m ism_jax.main --mode=evaluate --workdir="$out" \
+  --config.evaluation.reference="$scratch/statistics/inception.npz"
+echo "The set-up works. Checkpoints, logs, decoded samples and evaluation.md are in $out;" \
+  "grids/ has pictures."
