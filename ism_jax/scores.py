@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from ism_jax import metrics
-from ism_jax.features import Network
+from ism_jax.features import PUBLISHED, Network
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1_000
@@ -94,12 +94,14 @@ class Tally:
       found["spatial_frechet_distance"] = metrics.frechet_distance(seen.spatial, real.spatial)
     if self._score:
       found["inception_score"], found["inception_score_sd"] = self._score.result()
-    if seen.kept is not None and real.kept is not None:
+    single = seen.kept is not None and real.kept is not None
+    if single and self._network.name in PUBLISHED:
       # An unbiased estimate: smaller subsets change its spread, not its mean.
       size = min(KID_SUBSET_SIZE, len(seen.kept), len(real.kept))
       found["kid"], found["kid_sd"] = metrics.kernel_distance(
         seen.kept, real.kept, subsets=KID_SUBSETS, subset_size=size
       )
+    if single:
       found["precision"], found["recall"] = metrics.precision_recall(
         real.kept, seen.kept, k=NEIGHBOURHOOD
       )

@@ -362,7 +362,7 @@ def test_weights_load_from_a_file_that_pytorch_saved(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_published_architecture_agrees_with_transformers(tmp_path, monkeypatch):
+def test_the_published_architecture_agrees_with_transformers(pytorch, tmp_path, monkeypatch):
   """At its full width, and with 4 blocks of its 24."""
   import torch
   import transformers
