@@ -10,7 +10,7 @@ from test_inception import random_state_dict
 
 from ism_jax import evaluate, features, samples, statistics
 
-COUNT = 100
+COUNT = 60
 
 
 def crops(seed, shrink):
@@ -39,7 +39,8 @@ def test_our_numbers_of_real_photographs_are_those_of_torch_fidelity(pytorch, tm
   theirs = torch_fidelity.calculate_metrics(
       input1=str(tmp_path / "drawn"), input2=str(tmp_path / "real"), cuda=False, batch_size=20,
       isc=True, fid=True, kid=True, prc=True, kid_subset_size=COUNT, cache=False, verbose=False,
-      feature_extractor_weights_path=weights,
+      feature_extractor="inception-v3-compat", feature_extractor_weights_path=weights,
+      feature_layer_prc="2048", save_cpu_ram=True,
   )  # fmt: skip
 
   networks = (features.published("inception", weights),)

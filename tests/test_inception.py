@@ -93,8 +93,7 @@ def convolutions():
   return shapes
 
 
-@pytest.fixture(scope="module")
-def state_dict():
+def random_state_dict():
   """Weights of which none is special: normalisations scale and shift, and no bias is zero."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal(shape, np.float32)
@@ -110,6 +109,11 @@ def state_dict():
     state[f"{layer}.bn.running_mean"] = 0.3 * normal(width) * np.sqrt(variance)
     state[f"{layer}.bn.running_var"] = variance
   return {key: np.asarray(value, np.float32) for key, value in state.items()}
+
+
+@pytest.fixture(scope="module")
+def state_dict():
+  return random_state_dict()
 
 
 def photographs(shape, seed=0):
