@@ -181,11 +181,22 @@ def test_a_workdir_that_cannot_be_written_is_said_first(environment):
 @pytest.mark.slow
 def test_a_short_training_makes_digits_that_the_judge_recognises(environment, tmp_path):
   """A fifth of the demo's steps: far from done, and far beyond noise, in one step."""
-  arguments = (f"--workdir={tmp_path}", "--config.steps=1500", "--config.evaluation.steps=(1,)",
-               "--config.evaluation.w=(0.5,)")  # fmt: skip
-  for mode in ("train", "evaluate"):
-    code, said = ism(environment, f"--mode={mode}", *arguments)
-    assert code == 0, said
+  code, said = ism(
+      environment, f"--workdir={tmp_path}", "--config.steps=1500",
+      "--config.evaluation.at_end=True", "--config.evaluation.steps=(1,)",
+      "--config.evaluation.w=(0.5,)",
+  )  # fmt: skip
+  assert code == 0, said
   (result,) = json.loads((tmp_path / "evaluation.json").read_text())["results"]
-  assert result["accuracy"] > 0.8
-  assert result["times_floor"] < 30
+  scores = result["scores"]["classifier"]
+  assert scores["accuracy"] > 0.8
+  assert scores["times_floor"] < 30
+
+
+def test_an_evaluation_at_the_end_is_checked_at_the_beginning(environment, tmp_path):
+  code, said = ism(
+      environment, f"--workdir={tmp_path}", *SMALL, "--config.evaluation.at_end=True",
+      "--config.evaluation.networks=inception", "--config.evaluation.weights=nowhere.pth",
+  )  # fmt: skip
+  assert code == 1 and "Error: no FID Inception weights: there is no file 'nowhere.pth'" in said
+  assert "Traceback" not in said and not (tmp_path / "checkpoints").exists()
