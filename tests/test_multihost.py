@@ -353,7 +353,7 @@ def test_two_processes_evaluate_as_one(environment, tmp_path, whole):
     a, b = (r | r.pop("scores", {}).get("classifier", {}) for r in (a, b))
     for name in a.keys() - {"images_per_second"}:
       np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=1e-3, err_msg=name)
-  assert [r.pop("devices") for r in (found, expected)] == ["8 x cpu", "1 x cpu"]
+  assert [r.pop("devices") for r in (found, expected)] == ["8 x cpu", "4 x cpu"]
   assert found == expected  # of the reference: to the last bit
 
 
