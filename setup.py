@@ -46,6 +46,7 @@ setuptools.setup(
       "torchvision==0.28.0",
       "transformers>=5.2,<6",
     ],
+    "torch": ["torch>=2.13", "diffusers>=0.35,<0.43"],  # runs what ism_jax.export writes
     # Compiles for TPUs that are not there; the libtpu that goes with this JAX, and no other.
     "aot": ["jax[tpu]>=0.10.2,<0.12"],
     "check": ["scikit-image>=0.25,<0.27"],  # the photographs of launch/check.sh

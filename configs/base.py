@@ -24,6 +24,7 @@ def get_base() -> ml_collections.ConfigDict:
       "batch_size": 256,  # open; SiT, DiT and SM
       "micro_batches": 1,
       "scan_steps": 8,
+      "init_from": "",  # a state dict of SiT, or an export
       "placement": "auto",
       "data": {
         "name": "latents",

@@ -199,6 +199,8 @@ class Experiment:
     batch_size: M, images per step over all devices.
     micro_batches: pieces of each device's rows, one after the other, to save memory.
     scan_steps: steps per compiled call; divides the pool size.
+    init_from: file of a state dict with which a run begins, SiT's or one of ours (see
+      `state_dicts`); "" is a new network. A run that continues does not read it.
     placement: of the train state: "replicated" (all of it on every device), "sharded" (ZeRO-1: the
       optimizer's moments and both averages split over the devices of a slice) or "auto" (replicated
       where a device's memory allows).
@@ -210,6 +212,7 @@ class Experiment:
   batch_size: int
   micro_batches: int
   scan_steps: int
+  init_from: str
   placement: str
   data: pipeline.DataConfig
   model: model_lib.ModelConfig

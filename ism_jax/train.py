@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ism_jax import checkpoints, couplings, data, logs, objectives, sharding
+from ism_jax import checkpoints, couplings, data, logs, objectives, sharding, state_dicts
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax import monitor as monitor_lib
@@ -163,9 +163,14 @@ def replicated_bytes(exp: Experiment, devices: int) -> float:
 
 def _create(exp: Experiment) -> Callable:
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
-  return lambda key: state_lib.create(
-    model_lib.init_params(key, exp.network(), exp.image_shape), tx
-  )
+
+  def create(key, imported=None):
+    params = model_lib.init_params(key, exp.network(), exp.image_shape)
+    if imported is not None:
+      params = state_dicts.complete(imported, params)
+    return state_lib.create(params, tx)
+
+  return create
 
 
 def _placed(exp: Experiment, mesh, shapes, parameters_too=False):
@@ -178,7 +183,10 @@ def _placed(exp: Experiment, mesh, shapes, parameters_too=False):
 
 
 def init_function(exp: Experiment, mesh) -> Callable:
-  """init(key) -> TrainState, placed on the mesh."""
+  """init(key) -> TrainState, placed on the mesh.
+
+  init(key, params) begins with these parameters; see `state_dicts.complete`.
+  """
   create = _create(exp)
   placed = _placed(exp, mesh, jax.eval_shape(create, jax.random.key(0)))
   return jax.jit(create, out_shardings=placed)
@@ -401,7 +409,10 @@ def _train(
   )
   position = {"log": None}
   if manager.latest_step() is None:
-    state = init_function(exp, mesh)(keys.init)
+    imported = None
+    if exp.init_from:
+      imported = state_dicts.load(exp.init_from, exp.network(), exp.image_shape)
+    state = init_function(exp, mesh)(keys.init, imported)
   else:
     restored_step, (state, position) = _restore(exp, config, mesh, manager)
     pools.set_state(position["pools"])

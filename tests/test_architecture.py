@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
 # Each module may import those in the lines below its own.
 LAYERS = [
     {"main", "compare", "encode", "aot", "statistics"},
-    {"summary"},
+    {"summary", "export"},
     {"evaluate"},
     {"train"},
     {"monitor"},
@@ -21,10 +21,10 @@ LAYERS = [
     {"experiment", "scores"},
     {"features", "samples"},
     {"sampling", "diagnosis"},
-    {"objectives"},
+    {"objectives", "state_dicts"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
      "metrics", "spectra", "judge", "logs"},
-    {"paths", "pretrained", "chips", "hlo", "multihost"},
+    {"paths", "pretrained", "chips", "hlo", "multihost", "pytorch"},
 ]  # fmt: skip
 MATHEMATICS = {
   "paths",
@@ -49,6 +49,7 @@ def layer_of(module):
   return next((i for i, layer in enumerate(LAYERS) if module in layer), None)
 
 
+IN_PYTORCH = PACKAGE / "pytorch.py"  # the one module that is; nothing here imports it
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 MODULES += ["data", "pretrained"]
 
@@ -74,12 +75,24 @@ def test_the_mathematics_knows_no_flags_files_configs_or_devices(module):
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_module_imports_tensorflow_or_torch(path):
-  assert not {name.split(".")[0] for name in imports(path)} & {"tensorflow", "torch"}
+  found = {name.split(".")[0] for name in imports(path)}
+  assert not found & {"tensorflow", "torch"} - ({"torch"} if path == IN_PYTORCH else set())
+  assert "ism_jax.pytorch" not in imports(path)
+
+
+def test_the_pytorch_module_needs_nothing_but_pytorch():
+  found = {name.split(".")[0] for name in imports(IN_PYTORCH)}
+  # diffusers where latents are decoded, and no sooner.
+  assert found - sys.stdlib_module_names == {"torch", "diffusers"}
+  top = ast.parse(IN_PYTORCH.read_text()).body
+  assert not any(isinstance(node, ast.ImportFrom) and node.module == "diffusers" for node in top)
 
 
 def test_everything_is_imported_without_tensorflow_and_torch_and_touches_no_device():
   # Two commands in one process would define the flag --out twice.
-  modules = [f"ism_jax.{m}" for m in MODULES if m != "compare"] + ["ism_jax.pretrained.vae"]
+  modules = [f"ism_jax.{m}" for m in MODULES if m not in ("compare", "pytorch")] + [
+    "ism_jax.pretrained.vae"
+  ]
   script = (
     # As where they are not installed: tensorboardX takes torch where it is.
     "import importlib, sys\n"

@@ -1,0 +1,303 @@
+"""Exports the parameters of a checkpoint to PyTorch.
+
+  python -m ism_jax.export --workdir=W --out=DIR [--tree=ema|target_ema|params]
+      [--dtype=float32|bfloat16] [--step=N]
+
+DIR works without this project. It gets `model.safetensors`, a state dict with the keys of SiT's
+code; `config.json`; `ism_pytorch.py`, the network and its sampler, which need PyTorch alone; and
+`README.md`, a model card, with the evaluation in the workdir where that is of the same parameters.
+It is written whole or not at all, and replaces nothing. Training begins with it by
+--config.init_from=DIR.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import tempfile
+
+from absl import app, flags, logging
+from etils import epath
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from ism_jax import checkpoints, evaluate, logs, sharding, state_dicts
+from ism_jax import experiment as experiment_lib
+from ism_jax import model as model_lib
+from ism_jax.experiment import Experiment
+from ism_jax.pretrained import vae as vae_lib
+
+TREES = {  # of the train state
+  "ema": "inference EMA",
+  "target_ema": "target EMA",
+  "params": "online parameters",
+}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+CODE = "ism_pytorch.py"
+CARD = "README.md"
+
+# Of the machine that trained: not for the reader of an export.
+_PATHS = (("init_from",), ("data", "dir"), ("evaluation", "weights"), ("evaluation", "reference"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+  """One parameter tree of a checkpoint.
+
+  Attributes:
+    exp: the experiment. config: the same as the checkpoint has it, a nested dict.
+    step: of the checkpoint. tree: one of `TREES`. params: the tree.
+  """
+
+  exp: Experiment
+  config: dict
+  step: int
+  tree: str
+  params: dict
+
+
+def restore(workdir: str, tree: str, step: int | None = None) -> Trained:
+  """Reads a parameter tree, and nothing else of the state, to one device.
+
+  Args:
+    tree: one of `TREES`. step: of the checkpoint; None for the newest that is whole.
+  Raises:
+    FileNotFoundError: no such checkpoint. ValueError: it is damaged.
+  """
+  place = sharding.replicated(sharding.data_mesh(jax.local_devices()[:1]))
+  with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
+
+    def read(step):
+      config = checkpoints.read_config(manager, step)
+      exp = experiment_lib.parse(config)
+      shapes = jax.eval_shape(
+        lambda: model_lib.init_params(jax.random.key(0), exp.network(), exp.image_shape)
+      )
+      like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
+      params = checkpoints.restore_tree(manager, tree, like, step)
+      return Trained(exp, config, step, tree, jax.device_get(params))
+
+    return read(step) if step is not None else checkpoints.restore_newest(manager, read)[1]
+
+
+def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = None) -> None:
+  """Writes a checkpoint's parameters to a new folder; see the module's docstring.
+
+  Args:
+    out: a folder that is empty or not there. dtype: one of `DTYPES`, of the file.
+  Raises:
+    OSError: `out` is not empty or cannot be written. Otherwise as `restore`.
+  """
+  check_empty(out)
+  trained = restore(workdir, tree, step)
+  write(trained, out, dtype=dtype, evaluation=read_evaluation(workdir, trained))
+  logging.info("Wrote the %s of step %d to %s.", TREES[tree], trained.step, out)
+
+
+def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = None) -> None:
+  """Writes the folder of an export.
+
+  Args:
+    out, dtype: as of `export`. evaluation: of these parameters, the report of `evaluate.evaluate`.
+  Raises:
+    OSError: `out` is not empty or cannot be written.
+  """
+  check_empty(out)
+  exp = trained.exp
+  if exp.data.vae and not _on_the_hub(exp.data.vae):
+    logging.warning(
+        "data.vae=%s is no name on the Hugging Face hub: whoever samples in PyTorch has to pass "
+        "the autoencoder to to_pixels.", exp.data.vae,
+    )  # fmt: skip
+  state = state_dicts.from_params(trained.params, exp.network(), exp.image_shape)
+  state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
+  # Renaming is atomic, within one file system, and replaces no folder that has something in it.
+  parent, name = os.path.split(os.path.abspath(os.path.expanduser(out)))
+  os.makedirs(parent, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
+    folder = pathlib.Path(temporary) / name
+    folder.mkdir()
+    settings = json.dumps(describe(trained, dtype), indent=2) + "\n"
+    (folder / state_dicts.CONFIG).write_text(settings)
+    (folder / CODE).write_bytes(pathlib.Path(__file__).with_name("pytorch.py").read_bytes())
+    (folder / CARD).write_text(card(trained, dtype, evaluation))
+    weights = folder / state_dicts.WEIGHTS
+    # Other readers ask the metadata whose arrays these are.
+    safetensors.numpy.save_file(state, weights, {"format": "pt"})
+    weights.chmod((folder / CARD).stat().st_mode)  # which is for the owner's eyes only
+    for path in folder.iterdir():
+      with path.open("rb") as file:
+        os.fsync(file.fileno())
+    os.rename(folder, os.path.join(parent, name))
+
+
+def check_empty(out: str) -> None:
+  """Raises OSError unless `out` can be made: no bucket, and nothing in it yet."""
+  if "://" in out:
+    raise OSError(f"--out={out} is no folder: name one, and copy it to the bucket.")
+  path = pathlib.Path(out).expanduser()
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise FileExistsError(f"--out={out} is there and not empty; name another, or remove it.")
+  checkpoints.check_writable(path)
+
+
+def describe(trained: Trained, dtype: str) -> dict:
+  """config.json: what `pytorch.Config` reads, where the parameters are from, and their config."""
+  exp = trained.exp
+  depth, width, heads = exp.model.dimensions
+  config = json.loads(json.dumps(trained.config))
+  for *sections, name in _PATHS:
+    section = config
+    for part in sections:
+      section = section[part]
+    section[name] = ""
+  return {
+    "architecture": exp.model.size,
+    "depth": depth,
+    "width": width,
+    "heads": heads,
+    "patch": exp.model.patch,
+    "image_size": exp.data.image_size,
+    "channels": exp.data.channels,
+    "num_classes": exp.data.num_classes,
+    "guided": exp.objective.intrinsic,
+    "w_max": exp.objective.w_max,
+    "fixed_w": exp.objective.fixed_w,
+    "t_interval": exp.objective.t_interval,
+    "vae": exp.data.vae,
+    "vae_scale": vae_lib.SD_VAE.scale,
+    "step": trained.step,
+    "tree": trained.tree,
+    "dtype": dtype,
+    "config": config,
+  }
+
+
+def read_evaluation(workdir: str, trained: Trained) -> dict | None:
+  """The report of `evaluate.evaluate` in a workdir, if it is of these parameters."""
+  path = epath.Path(workdir) / "evaluation.json"
+  if not path.exists():
+    return None
+  report = json.loads(path.read_text())
+  measured = report.get("step"), report.get("parameters")
+  if measured == (trained.step, TREES[trained.tree]) and "networks" in report:
+    return report
+  logging.warning(
+      "%s is no evaluation of the %s at step %d: the model card has none.",
+      path, TREES[trained.tree], trained.step,
+  )  # fmt: skip
+  return None
+
+
+def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
+  """The model card, in Markdown with the hub's header.
+
+  Args:
+    evaluation: as `read_evaluation` returns it.
+  """
+  exp, module = trained.exp, pathlib.Path(CODE).stem
+  guided, vae, null = exp.objective.intrinsic, exp.data.vae, exp.null_class
+  w = exp.sample.w if guided else exp.objective.fixed_w
+  sees = "x".join(map(str, exp.image_shape)) + (f" latents of `{vae}`" if vae else " images")
+  guidance = (
+    f"`w` is the guidance, one number or one for each sample: 0 is none, {exp.objective.w_max:g} "
+    "the most it was trained at."
+    if guided
+    else f"The guidance is fixed at `w` = {w:g}; 128 steps alone take any other."
+  )
+  decoding = (
+    "`to_pixels` decodes with that autoencoder, which it gets through diffusers (`pip install "
+    "diffusers`), or with the AutoencoderKL that it is given as `vae`."
+    if vae
+    else "Images come from the network as they are: `to_pixels` only rounds them."
+  )
+  embedders = "`d_embedder.*` and `w_embedder.*`" if guided else "`d_embedder.*`"
+  measured = ["Not measured for these parameters."]
+  if evaluation is not None:
+    table = evaluate.as_markdown(evaluation).partition("\n")[2].strip()  # without its title
+    measured = ["Measured on the JAX network with these parameters in float32.", "", table]
+  lines = [
+    "---",
+    "library_name: pytorch",
+    "tags:",
+    "- shortcut-models",
+    "- flow-matching",
+    "- class-conditional",
+    "---",
+    f"# {exp.model.size} on {exp.data.name}, {exp.variant}",
+    "",
+    f"A few-step sampler of {exp.data.num_classes} classes. The network, {exp.model.size}, sees "
+    f"{sees}. It was trained for {trained.step:,} steps of {exp.batch_size} images with ism_jax, a "
+    'JAX implementation of "Improved Training Technique for Shortcut Models" '
+    "([arXiv:2510.21250](https://arxiv.org/abs/2510.21250)) that is not its authors', as the "
+    f"variant `{exp.variant}`. The parameters are the {TREES[trained.tree]}, in {dtype}.",
+    "",
+    "## Use",
+    "",
+    "With PyTorch, in this folder:",
+    "",
+    "```python",
+    "import torch",
+    f"from {module} import draw_noise, load, sample, to_pixels",
+    "",
+    'model = load(".")',
+    "x0 = draw_noise(model, 8, seed=0)",
+    f"x1 = sample(model, x0, c=torch.arange(8) % {null}, w={w:g}, steps=4)",
+    "pixels = to_pixels(model, x1)  # uint8 [8, H, W, C]",
+    "```",
+    "",
+    f'`steps` is 1, 2, 4, ... or 128, or a schedule such as "1/2,1/4,1/4". {guidance} `c` are '
+    f"classes, and {null} is none. {decoding}",
+    "",
+    "## Files",
+    "",
+    f"- `{state_dicts.WEIGHTS}`: a state dict with the keys of the official SiT code, and "
+    f"{embedders}, added to its conditioning.",
+    f"- `{state_dicts.CONFIG}`: the network, and under `config` all that it was trained with.",
+    f"- `{CODE}`: the network and its sampler, in one file that needs PyTorch alone.",
+    "",
+    "ism_jax trains on from them with `--config.init_from=FOLDER`.",
+    "",
+    "## Evaluation",
+    "",
+    *measured,
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def _on_the_hub(name: str) -> bool:
+  return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
+  flags.DEFINE_string("out", None, "Folder to make.")
+  flags.DEFINE_enum("tree", "ema", list(TREES), "Which parameters.")
+  flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the file.")
+  flags.DEFINE_integer("step", None, "Of the checkpoint; the newest.")
+  flags.mark_flags_as_required(["workdir", "out"])
+
+
+def parse_flags(argv):
+  """The flags; what is wrong with them is one line."""
+  with logs.one_line_flag_errors():
+    return flags.FLAGS(argv)
+
+
+def main(argv):
+  """Exports; see the module's docstring."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  logs.only_ours()
+  given = flags.FLAGS
+  with logs.one_line_errors():
+    export(given.workdir, given.out, tree=given.tree, dtype=given.dtype, step=given.step)
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main, flags_parser=parse_flags)

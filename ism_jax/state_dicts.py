@@ -1,0 +1,221 @@
+"""Our parameters as the state dict of SiT's PyTorch code, and such a state dict as our parameters.
+
+Keys and layouts are the official code's (SiT, arXiv:2401.08740), in which time runs from noise to
+data and the network predicts x1 - x0, as here. The embedders of d and w, which it lacks, are named
+after its t_embedder. PyTorch's matrices are [out, in] where Flax has [in, out], its patch embedding
+is a convolution [D, C, ph, pw] where ours is a matrix [ph pw C, D], and its blocks are numbered
+where ours are stacked.
+
+Axes: T tokens, D width, C channels.
+"""
+
+import pathlib
+from typing import Any
+
+from absl import logging
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax import model as model_lib
+from ism_jax.pretrained import torch_files
+
+WEIGHTS = "model.safetensors"  # of a folder that `export` writes
+CONFIG = "config.json"
+EMBEDDERS = ("d_embedder", "w_embedder")  # which SiT's own code does not have
+
+_POSITIONS = "pos_embed"
+_MODULES = {  # of ours: SiT's name, with the number of the block
+  "x_embedder": "x_embedder.proj",
+  "y_embedder": "y_embedder.embedding_table",
+  **{f"{name}/mlp_{i}": f"{name}.mlp.{i}" for name in ("t_embedder", *EMBEDDERS) for i in (0, 2)},
+  "blocks/adaLN_modulation": "blocks.{}.adaLN_modulation.1",
+  "blocks/attn/qkv": "blocks.{}.attn.qkv",
+  "blocks/attn/proj": "blocks.{}.attn.proj",
+  "blocks/fc1": "blocks.{}.mlp.fc1",
+  "blocks/fc2": "blocks.{}.mlp.fc2",
+  "final_adaLN_modulation": "final_layer.adaLN_modulation.1",
+  "final_linear": "final_layer.linear",
+}
+_LEAVES = {"kernel": "weight", "bias": "bias", "embedding": "weight"}
+_LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
+
+
+def from_params(params, model: model_lib.SiT, shape: tuple[int, int, int]) -> dict[str, Any]:
+  """The state dict of parameters of a network of [H, W, C] images, in their dtype.
+
+  Fixed in SiT too, but part of its state dict, is `pos_embed` [1, T, D].
+  """
+  grid = tuple(n // model.cfg.patch for n in shape[:2])
+  state = {_POSITIONS: model_lib.position_embedding(model.cfg.dimensions[1], grid)[None]}
+  for path, array in traverse_util.flatten_dict(params, sep="/").items():
+    if "{}" in (key := _key(path)):
+      state |= {key.format(i): _to_torch(path, layer, model) for i, layer in enumerate(array)}
+    else:
+      state[key] = _to_torch(path, array, model)
+  return state
+
+
+def to_params(
+  state: dict[str, Any], model: model_lib.SiT, shape: tuple[int, int, int], source: str
+):
+  """The parameters of a network of [H, W, C] images that a state dict holds.
+
+  Of a network that predicts variances as well (SiT's learn_sigma) the velocity is kept.
+
+  Args:
+    state: arrays by key. The keys of an embedder of d or w may all be absent.
+    source: where they are from, for the error.
+  Returns:
+    A nested dict of float32 NumPy arrays, without the embedders that are absent: see `complete`.
+  Raises:
+    ValueError: keys are missing, unexpected, of another shape or not finite: all are listed.
+  """
+  state = _without_variances(state, model, shape[-1])
+  abstract = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model, shape))
+  given = {str(key).partition(".")[0] for key in state}
+  abstract = {k: v for k, v in abstract.items() if k in given or k not in EMBEDDERS}
+  wanted = jax.eval_shape(lambda params: from_params(params, model, shape), abstract)
+  if wrong := _differences(state, {key: tuple(a.shape) for key, a in wanted.items()}):
+    raise ValueError(
+      f"{source} does not hold the network of model.size={model.cfg.size!r} for {shape[0]}x"
+      f"{shape[1]}x{shape[2]} images of {model.num_classes} classes"
+      f"{'' if model.guided else ', without a w input'}:\n"
+      + "\n".join(f"  {line}" for line in wrong)
+      + f"\n{_remedy(state)}"
+    )
+  _check_positions(state[_POSITIONS], from_params({}, model, shape)[_POSITIONS], source)
+  flat = {}
+  for path in traverse_util.flatten_dict(abstract, sep="/"):
+    if "{}" in (key := _key(path)):
+      layers = range(model.cfg.dimensions[0])
+      flat[path] = np.stack([_to_flax(path, state[key.format(i)]) for i in layers])
+    else:
+      flat[path] = _to_flax(path, state[key])
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def complete(imported, fresh):
+  """`imported`, with the embedders that it lacks.
+
+  Their first layers are the `fresh` ones, their last are zero: they add exactly nothing to the
+  conditioning, whatever d and w are, and begin to learn with the first step.
+  """
+  added = {
+    name: fresh[name] | {"mlp_2": jax.tree.map(jnp.zeros_like, fresh[name]["mlp_2"])}
+    for name in fresh.keys() - imported.keys()
+  }
+  return imported | added
+
+
+def read(path) -> tuple[dict[str, Any], str]:
+  """Reads a state dict from a file, or from a folder that `export` wrote.
+
+  Args:
+    path: what torch.save or safetensors wrote: a state dict, or a dict of several, as SiT's
+      training saves: "ema", "model". The average is preferred.
+  Returns:
+    (arrays by key, what they are)
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, or no file of tensors; see `torch_files.read_state_dict`.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir():
+    path /= WEIGHTS
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"there is no file {path}; name a state dict of SiT (.pt or .safetensors) or an export."
+    )
+  saved = torch_files.read_state_dict(path)
+  for name, what in (("ema", "the EMA"), ("model", "the raw parameters (there is no EMA)")):
+    if isinstance(saved.get(name), dict):
+      return saved[name], f"{what} of {path}"
+  return saved, str(path)
+
+
+def load(path, model: model_lib.SiT, shape: tuple[int, int, int]):
+  """`to_params` of what `read` finds."""
+  state, source = read(path)
+  params = to_params(state, model, shape, source)
+  embedders = EMBEDDERS if model.guided else EMBEDDERS[:1]
+  absent = [name for name in embedders if name not in params]
+  logging.info(
+      "Parameters are %s%s.", source,
+      f", which has no {' and no '.join(absent)}: new ones add nothing at first" if absent else "",
+  )  # fmt: skip
+  return params
+
+
+def _key(path):
+  module, _, leaf = path.rpartition("/")
+  return f"{_MODULES[module]}.{_LEAVES[leaf]}"
+
+
+def _to_torch(path, array, model):
+  if path == "x_embedder/kernel":
+    patch = model.cfg.patch
+    return array.reshape(patch, patch, -1, array.shape[-1]).transpose(3, 2, 0, 1)
+  return array.T if path.endswith("kernel") else array
+
+
+def _to_flax(path, array):
+  array = np.asarray(array, np.float32)
+  if path == "x_embedder/kernel":
+    array = array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+  elif path.endswith("kernel"):
+    array = array.T
+  return np.ascontiguousarray(array)
+
+
+def _without_variances(state, model, channels):
+  """`state`, with the first half of the channels of each pixel where there are twice as many."""
+  pixels, kept = model.cfg.patch**2, dict(state)
+  for key in _LAST:
+    array = state.get(key)
+    if isinstance(array, np.ndarray) and array.shape[:1] == (2 * pixels * channels,):
+      halves = array.reshape(pixels, 2, channels, *array.shape[1:])
+      kept[key] = halves[:, 0].reshape(-1, *array.shape[1:])
+  return kept
+
+
+def _differences(state, wanted):
+  """What is wrong with a state dict of these shapes, one line for each key."""
+  lines = []
+  for key in sorted(state.keys() | wanted.keys(), key=str):
+    array = state.get(key)
+    if key not in state:
+      lines.append(f"missing: {key} {wanted[key]}")
+    elif key not in wanted:
+      lines.append(f"unexpected: {key} {getattr(array, 'shape', type(array).__name__)}")
+    elif not isinstance(array, np.ndarray) or array.shape != wanted[key]:
+      found = getattr(array, "shape", type(array).__name__)
+      lines.append(f"of another shape: {key} {found}, needed {wanted[key]}")
+    elif not jnp.issubdtype(array.dtype, jnp.floating):
+      lines.append(f"no floating-point numbers: {key} {array.dtype}")
+    elif not np.isfinite(np.asarray(array, np.float32)).all():
+      lines.append(f"not finite: {key}")
+  return lines
+
+
+def _remedy(state):
+  """What to do about a state dict that does not fit."""
+  embed = state.get("x_embedder.proj.weight")
+  if getattr(embed, "ndim", 0) != 4:
+    return "It is no state dict of SiT: name another file."
+  depth = len({key.split(".")[1] for key in state if str(key).startswith("blocks.")})
+  return (
+    f"It has {depth} blocks of width {embed.shape[0]}, patches of {embed.shape[2]} pixels and "
+    f"{embed.shape[1]} channels: pass the model.size and data of that network, or another file."
+  )
+
+
+def _check_positions(found, ours, source):
+  # Ours are computed, not read. Files of lower precision round them.
+  error = np.abs(np.asarray(found, np.float32) - ours).max()
+  if error > 4 * float(jnp.finfo(found.dtype).eps):
+    raise ValueError(
+      f"{source} has another {_POSITIONS} than SiT's sinusoids, which are fixed here (they differ "
+      f"by up to {error:.2g}): its other weights would mean nothing. Name another file."
+    )
