@@ -219,8 +219,8 @@ def test_a_changed_bit_or_two_swapped_values_on_disk_are_noticed(tmp_path):
 
 DAMAGES = {
   "flipped array": lambda at, w: replace_on_disk(at, w.tobytes()[:8], bytes(8)),
-  "other position": lambda at, w: replace_on_disk(at / "data", b"7", b"6"),
-  "other config": lambda at, w: replace_on_disk(at / "config", b"ism", b"isn"),
+  "other position": lambda at, w: replace_on_disk(at / "data", b": 7", b": 6"),
+  "other config": lambda at, w: replace_on_disk(at / "config", b'"ism"', b'"isn"'),
   "other checksums": lambda at, w: replace_on_disk(at / "checksums", b'"state"', b'"stale"'),
   "no checksums": lambda at, w: shutil.rmtree(at / "checksums"),
   "empty config": lambda at, w: (at / "config" / "metadata").write_bytes(b""),
