@@ -356,12 +356,13 @@ def as_markdown(report: dict) -> str:
     ]
   rows = [_row(report, result) for result in report["results"]]
   rows += [_row(report, result, name) for name, result in report["yardsticks"].items()]
-  columns = dict.fromkeys(column for row in rows for column in row)
+  found = dict.fromkeys(column for row in rows for column in row)
+  columns = sorted(found, key=lambda column: column != "samples")  # names first, else as found
   lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
   lines += [f"| {' | '.join(row.get(column, '–') for column in columns)} |" for row in rows]
   if drawn:
     lines += ["", "The best w for each number of steps, by " + _headline(report) + ":", ""]
-    lines += [f"- {steps} steps: w = {w:g}" for steps, w in sorted(figures.best_w(report).items())]
+    lines += [f"- NFE {steps}: w = {w:g}" for steps, w in sorted(figures.best_w(report).items())]
   return "\n".join(lines) + "\n"
 
 
