@@ -41,6 +41,29 @@ from ism_jax.experiment import Experiment
 
 PARTIAL = "evaluation_partial.json"
 PATHS = 256  # paths whose straightness is measured
+_SETTING = ("steps", "w", "seed")
+# {(network, metric): (name in the field, format)}, in the order of the tables.
+_COLUMNS = {
+  ("inception", "frechet_distance"): ("FID", "{:.2f}"),
+  ("inception", "spatial_frechet_distance"): ("sFID", "{:.2f}"),
+  ("inception", "inception_score"): ("IS", "{:.1f}"),
+  ("inception", "kid"): ("KID", "{:.5f}"),
+  ("inception", "precision"): ("precision", "{:.3f}"),
+  ("inception", "recall"): ("recall", "{:.3f}"),
+  ("dinov2", "frechet_distance"): ("FD-DINOv2", "{:.1f}"),
+  ("dinov2", "kid"): ("KD-DINOv2", "{:.4f}"),
+  ("dinov2", "precision"): ("precision, DINOv2", "{:.3f}"),
+  ("dinov2", "recall"): ("recall, DINOv2", "{:.3f}"),
+  ("random", "frechet_distance"): ("FD, random network", "{:.3f}"),
+  ("random", "times_floor"): ("FD, random network, in floors", "{:.2f}"),
+  ("random", "precision"): ("precision, random network", "{:.3f}"),
+  ("random", "recall"): ("recall, random network", "{:.3f}"),
+  ("classifier", "frechet_distance"): ("FD, classifier", "{:.3f}"),
+  ("classifier", "times_floor"): ("FD, classifier, in floors", "{:.2f}"),
+  ("classifier", "accuracy"): ("accuracy", "{:.3f}"),
+  ("classifier", "precision"): ("precision, classifier", "{:.3f}"),
+  ("classifier", "recall"): ("recall, classifier", "{:.3f}"),
+}
 
 
 def restore_ema(config, workdir: str, devices=None):
@@ -150,7 +173,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   }
   _write_report(workdir, report)
   figures.sweep(report, path("evaluation.png"))
-  epath.Path(path(PARTIAL)).unlink()
+  epath.Path(path(PARTIAL)).unlink(missing_ok=True)
   return report
 
 
@@ -166,14 +189,8 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   reference = load_reference(exp, mesh)
   reference.check_count(samples.count)
   reference.check_images(path, samples.image_shape, samples.labels)
-  judging, labels = reference_lib.Judging(reference, samples.count), samples.labels
-  seen = features.of_batches(reference.networks, mesh, samples.batches(exp.evaluation.batch_size))
-  start = 0
-  for images, outputs in seen:
-    stop = start + len(images)
-    judging.add(outputs, images, None if labels is None else labels[start:stop])
-    start = stop
-  result = judging.result()
+  batches = samples.batches(exp.evaluation.batch_size)
+  result = reference.judge(batches, samples.count, samples.labels)
   logging.info("%s: %s.", path, _told(result["scores"]))
   header = {"samples": path, "sha256": samples.sha256(), "labels": "as given"}
   report = (
@@ -258,9 +275,6 @@ def _judge_drawn(exp, reference, extract, drawn, archive, compiled):
   return (judging.result(), grid[0], speed) if first_process else (None, None, None)
 
 
-_SETTING = ("steps", "w", "seed")
-
-
 def _read_partial(path: str, fingerprint: dict) -> dict[tuple, dict]:
   """{(steps, w, seed): result} of an evaluation with this fingerprint that was interrupted."""
   path = epath.Path(path)
@@ -289,37 +303,13 @@ def _unfinished(settings: list[tuple], found: dict) -> list[tuple]:
 
 
 def _told(found: dict[str, dict]) -> str:
-  """The headline of each network, for the log."""
+  """All numbers, for the log."""
   return ", ".join(
     f"{column} {form.format(values[metric])}"
     for network, values in found.items()
     for (name, metric), (column, form) in _COLUMNS.items()
     if name == network and metric in values
   )
-
-
-# {(network, metric): (name in the field, format)}, in the order of the tables.
-_COLUMNS = {
-  ("inception", "frechet_distance"): ("FID", "{:.2f}"),
-  ("inception", "spatial_frechet_distance"): ("sFID", "{:.2f}"),
-  ("inception", "inception_score"): ("IS", "{:.1f}"),
-  ("inception", "kid"): ("KID", "{:.5f}"),
-  ("inception", "precision"): ("precision", "{:.3f}"),
-  ("inception", "recall"): ("recall", "{:.3f}"),
-  ("dinov2", "frechet_distance"): ("FD-DINOv2", "{:.1f}"),
-  ("dinov2", "kid"): ("KD-DINOv2", "{:.4f}"),
-  ("dinov2", "precision"): ("precision, DINOv2", "{:.3f}"),
-  ("dinov2", "recall"): ("recall, DINOv2", "{:.3f}"),
-  ("random", "frechet_distance"): ("FD, random network", "{:.3f}"),
-  ("random", "times_floor"): ("in floors", "{:.2f}"),
-  ("random", "precision"): ("precision, random network", "{:.3f}"),
-  ("random", "recall"): ("recall, random network", "{:.3f}"),
-  ("classifier", "frechet_distance"): ("FD, classifier", "{:.3f}"),
-  ("classifier", "times_floor"): ("in floors of it", "{:.2f}"),
-  ("classifier", "accuracy"): ("accuracy", "{:.3f}"),
-  ("classifier", "precision"): ("precision, classifier", "{:.3f}"),
-  ("classifier", "recall"): ("recall, classifier", "{:.3f}"),
-}
 
 
 def _write_report(workdir: str, report: dict) -> None:

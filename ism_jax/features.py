@@ -75,7 +75,7 @@ def random(images, mesh) -> Network:
 
   params = {"network": judge_lib.random_params(images.shape[1:]), "scale": np.float32(1)}
   unscaled = Network("random", "", "", params, apply)
-  features = of_images((unscaled,), mesh, images)["random"]["features"]
+  features = of_images(unscaled, mesh, images)
   what = f"{features.shape[1]} features of a fixed network at random weights"
   return dataclasses.replace(unscaled, what=what, params=params | {"scale": features.std(0)})
 
@@ -119,8 +119,14 @@ def parse_files(option: str, value: str, names) -> dict[str, str]:
   return files
 
 
-@functools.lru_cache
-def _extract_function(networks: tuple[Network, ...], mesh):
+@functools.lru_cache(maxsize=4)
+def extractor(networks: tuple[Network, ...], mesh):
+  """extract(uint8 [B, H, W, C]) -> {network: {output: [B, ...]}}, on every device whole.
+
+  Compiled; the rows, a multiple of the mesh's size, are split over the mesh. The parameters are put
+  on the devices once, for all who ask for the same networks.
+  """
+
   def on_device(params, images):
     found = {}
     for network in networks:
@@ -134,18 +140,9 @@ def _extract_function(networks: tuple[Network, ...], mesh):
     on_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False
   )
   everywhere = sharding.replicated(mesh)
-  return jax.jit(extract, in_shardings=everywhere, out_shardings=everywhere)
-
-
-def extractor(networks: Iterable[Network], mesh):
-  """extract(uint8 [B, H, W, C]) -> {network: {output: [B, ...]}}, on every device whole.
-
-  Compiled; the rows, a multiple of the mesh's size, are split over the mesh. The parameters are put
-  on the devices once, now.
-  """
-  networks = tuple(networks)
-  params = jax.device_put({n.name: n.params for n in networks}, sharding.replicated(mesh))
-  return functools.partial(_extract_function(networks, mesh), params)
+  params = jax.device_put({n.name: n.params for n in networks}, everywhere)
+  extract = jax.jit(extract, in_shardings=everywhere, out_shardings=everywhere)
+  return functools.partial(extract, params)
 
 
 def of_batches(networks, mesh, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict]]:
@@ -154,7 +151,7 @@ def of_batches(networks, mesh, batches: Iterable[np.ndarray]) -> Iterator[tuple[
   Args:
     batches: all of one size, but the last, which may be smaller.
   """
-  extract, size = extractor(networks, mesh), None
+  extract, size = extractor(tuple(networks), mesh), None
   for images in batches:
     size = size or -(-len(images) // mesh.size) * mesh.size
     padded = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)])
@@ -162,8 +159,12 @@ def of_batches(networks, mesh, batches: Iterable[np.ndarray]) -> Iterator[tuple[
     yield images, jax.tree.map(lambda a, n=count: np.asarray(a)[:n], extract(padded))
 
 
-def of_images(networks, mesh, images: np.ndarray) -> dict:
-  """{network: {output: NumPy array [N, ...]}} of uint8 [N, H, W, C]."""
-  batches = (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
-  found = [outputs for _, outputs in of_batches(networks, mesh, batches)]
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+def in_batches(images: np.ndarray) -> Iterator[np.ndarray]:
+  """Host images [N, H, W, C], as many at a time as are seen together."""
+  return (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
+
+
+def of_images(network: Network, mesh, images: np.ndarray) -> np.ndarray:
+  """The features [N, F] of uint8 [N, H, W, C]."""
+  seen = of_batches((network,), mesh, in_batches(images))
+  return np.concatenate([outputs[network.name]["features"] for _, outputs in seen])

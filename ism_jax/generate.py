@@ -101,7 +101,7 @@ def pixels_function(name: str, mesh, rounding: str = "nearest"):
   return functools.partial(decode, jax.device_put(vae.params, everywhere))
 
 
-def batch(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
+def start(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
   """Starts drawing the samples of these numbers [B], and does not wait for them.
 
   Args:
@@ -109,7 +109,8 @@ def batch(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
   Returns:
     (uint8 [B, H, W, C], whether all is finite), device arrays.
   """
-  draw, pixels = sample_function(exp, mesh, steps), pixels_function(exp.data.vae, mesh)
+  draw = sample_function(exp, mesh, steps)
+  pixels = pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
   params = jax.device_put(params, sharding.replicated(mesh))
   key = jax.random.key(seed)
   x1, finite = draw(params, key, np.int32(numbers), np.int32(labels), np.float32(w))
@@ -175,19 +176,6 @@ def batches(
     yield Batch(
       images, labels[start : start + batch_size], drawn - began, time.perf_counter() - drawn
     )
-
-
-def generate(exp: Experiment, mesh, params, *, num_images, steps, w, seed, batch_size, label=-1):
-  """Draws samples, all at once: see `batches`.
-
-  Args:
-    label: a class, or -1 for those of `class_labels`.
-  Returns:
-    (uint8 [N, H, W, C], int64 labels [N]), NumPy arrays.
-  """
-  labels = class_labels(exp, num_images, seed) if label == -1 else np.full(num_images, label)
-  drawn = batches(exp, mesh, params, labels, steps=steps, w=w, seed=seed, batch_size=batch_size)
-  return np.concatenate([np.asarray(b.images)[: len(b.labels)] for b in drawn]), labels
 
 
 def grid_png(images, enlarge: int) -> bytes:

@@ -25,7 +25,8 @@ class Monitor:
 
   def __init__(self, exp: Experiment, mesh, workdir: str):
     self._exp, self._mesh, self._workdir = exp, mesh, workdir
-    generate.pixels_function(exp.data.vae, mesh)  # a VAE that is missing is missed now
+    # A VAE that is missing is missed now.
+    generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
     if exp.data.vae:
       latents.check_vae(exp.data.dir, generate.load_vae(exp.data.vae))
     # On one device: scores are made by the first process, without the others.
@@ -41,7 +42,7 @@ class Monitor:
     """Starts drawing: {steps: (images, finite)} on the device."""
     params = jax.device_put(params, sharding.replicated(self._mesh))  # once for all steps
     return {
-      steps: generate.batch(
+      steps: generate.start(
         self._exp,
         self._mesh,
         params,

@@ -89,7 +89,7 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       f"{path} holds {', '.join(sorted(arrays))}; needed are "
       f"{' or '.join(' and '.join(names) for names in _MOMENTS)}, a mean and a covariance."
     )
-  about = json.loads(str(arrays[_PROTOCOL])) if _PROTOCOL in arrays else {}
+  about = read_protocol(path)
   made_with = (about.get("network", network.name), about.get("weights", network.sha256))
   if made_with != (network.name, network.sha256):
     raise ValueError(
@@ -105,7 +105,7 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
   kept = arrays.get(_KEPT)
   if kept is None and arrays.get(_IMAGES, np.empty(0)).ndim == 4:
     logging.info("%s sees the %d images of %s.", network.name, len(arrays[_IMAGES]), path)
-    kept = features.of_images((network,), mesh, arrays[_IMAGES])[network.name]["features"]
+    kept = features.of_images(network, mesh, arrays[_IMAGES])
   told = {"file": path, "sha256": sha256} | ({"protocol": about} if about else {})
   return scores.Statistics(moments, spatial, kept), told
 
@@ -180,8 +180,10 @@ class Reference:
 
   def _see(self, images) -> dict[str, scores.Statistics]:
     tallies = {n.name: scores.Tally(n, len(images), keep=KEPT) for n in self.networks}
-    for name, outputs in features.of_images(self.networks, self._mesh, images).items():
-      tallies[name].add(outputs)
+    seen = features.of_batches(self.networks, self._mesh, features.in_batches(images))
+    for _, outputs in seen:
+      for name, tally in tallies.items():
+        tally.add(outputs[name])
     return {name: tally.statistics() for name, tally in tallies.items()}
 
   def _floor(self, name):
@@ -190,8 +192,7 @@ class Reference:
       mean, sd = metrics.bootstrap_floor(real.kept, seed=0, repeats=FLOOR_REPEATS)
       return {"mean": mean, "sd": sd, "is": "a bootstrap resample of the real images"}
     (network,) = (n for n in self.networks if n.name == name)
-    training, _ = self.images.training
-    seen = features.of_images((network,), self._mesh, training)[name]["features"]
+    seen = features.of_images(network, self._mesh, self.images.training[0])
     rng, distances = np.random.default_rng(0), []
     for _ in range(FLOOR_REPEATS):
       chosen = seen[rng.integers(len(seen), size=count)]
@@ -228,17 +229,28 @@ class Reference:
 
   def score(self, images, labels) -> dict[str, dict]:
     """{network: {metric: value}}, brief, of host images uint8 [N, H, W, C] of `labels` [N]."""
-    judging = Judging(self, len(images), brief=True)
-    judging.add(features.of_images(self.networks, self._mesh, images), images, labels)
-    return judging.result()["scores"]
+    return self.judge(features.in_batches(images), len(images), labels, brief=True)["scores"]
+
+  def judge(self, batches, total: int, labels, brief: bool = False) -> dict:
+    """`Judging.result` of host batches of images.
+
+    Args:
+      batches: uint8 [b, H, W, C], all of one size but the last.
+      total: of images. labels: [total], or None. brief: see `Judging`.
+    """
+    judging, start = Judging(self, total, brief), 0
+    for images, outputs in features.of_batches(self.networks, self._mesh, batches):
+      stop = start + len(images)
+      judging.add(outputs, images, None if labels is None else labels[start:stop])
+      start = stop
+    return judging.result()
 
   def yardsticks(self) -> dict[str, dict]:
     """`Judging.result` of real images and of bad ones."""
-    found = {}
-    for name, (images, labels) in self.images.yardsticks().items():
-      judging = Judging(self, len(images))
-      judging.add(features.of_images(self.networks, self._mesh, images), images, labels)
-      found[name] = judging.result()
+    found = {
+      name: self.judge(features.in_batches(images), len(images), labels)
+      for name, (images, labels) in self.images.yardsticks().items()
+    }
     # Among those trained on, a real image is its own neighbour.
     next(iter(found.values()))["nearest_neighbour"] = self.images.own_neighbour_distance()
     return found

@@ -5,9 +5,11 @@ import pathlib
 import tempfile
 
 import jax
+import numpy as np
 import pytest
 
 from configs import digits
+from ism_jax import generate
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -58,3 +60,10 @@ def tiny_config(variant: str = "ism"):
     }
   )
   return config
+
+
+def draw_samples(exp, mesh, params, *, num_images, **options):
+  """(images [N, H, W, C], labels [N]) by `generate.batches`, all at once."""
+  labels = generate.class_labels(exp, num_images)
+  drawn = generate.batches(exp, mesh, params, labels, **options)
+  return np.concatenate([np.asarray(b.images)[: len(b.labels)] for b in drawn]), labels

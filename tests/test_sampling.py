@@ -1,6 +1,6 @@
 import io
 
-from conftest import tiny_config
+from conftest import draw_samples, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +62,7 @@ def test_a_sample_depends_on_its_number_not_on_batch_size_or_devices():
   params["final_linear"]["kernel"] += 0.1
   eight = sharding.data_mesh()
   one = sharding.data_mesh(jax.devices()[:1])
-  draw = lambda mesh, n, batch: generate.generate(
+  draw = lambda mesh, n, batch: draw_samples(
     exp, mesh, params, num_images=n, steps=2, w=0.5, seed=7, batch_size=batch
   )
   images, labels = draw(one, 21, 21)
@@ -79,9 +79,7 @@ def test_samples_of_latents_are_decoded_on_all_devices():
   config.data.update({"name": "latents", "vae": "random-small", "channels": 4})
   exp, mesh = experiment.parse(config), sharding.data_mesh()
   params = model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
-  images, _ = generate.generate(
-    exp, mesh, params, num_images=10, steps=1, w=0.5, seed=3, batch_size=16
-  )
+  images, _ = draw_samples(exp, mesh, params, num_images=10, steps=1, w=0.5, seed=3, batch_size=16)
   assert images.shape == (10, 64, 64, 3)
   # At its initialisation the network is zero, so one step samples the noise itself.
   latents = sampling.draw_noise(jax.random.key(3), np.arange(10), exp.image_shape)
@@ -97,7 +95,7 @@ def test_samples_that_are_not_finite_are_reported_and_not_drawn_black():
   params = model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
   params["final_linear"]["bias"] += jnp.nan
   with pytest.raises(FloatingPointError, match="2 steps at w="):
-    generate.generate(
+    draw_samples(
       exp, sharding.data_mesh(), params, num_images=4, steps=2, w=0.5, seed=0, batch_size=8
     )
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 
-from conftest import tiny_config
+from conftest import draw_samples, tiny_config
 import jax
 import numpy as np
 from PIL import Image
@@ -108,7 +108,7 @@ def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):
 
   # The numbers and the grid of the last step are those of the final state's samples.
   exp = experiment.parse(config)
-  images, labels = generate.generate(
+  images, labels = draw_samples(
       exp, sharding.data_mesh(one_device), state.ema,
       num_images=30, steps=2, w=config.monitor.w, seed=0, batch_size=30,
   )  # fmt: skip

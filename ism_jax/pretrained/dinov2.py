@@ -12,7 +12,6 @@ pixels times channels.
 
 import dataclasses
 import functools
-import hashlib
 from typing import Any
 
 from flax import traverse_util
@@ -121,10 +120,7 @@ def load(name: str) -> Dinov2:
   """
   if name == "random":
     params = _random_params(VIT_L14)
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-      digest.update(leaf.data)
-    return Dinov2(params, digest.hexdigest(), name)
+    return Dinov2(params, weights.sha256_of_params(params), name)
   path = weights.find(name, PUBLISHED)
   params = params_from_state_dict(VIT_L14, torch_files.read_state_dict(path), source=str(path))
   return Dinov2(params, weights.sha256(path), name)

@@ -11,7 +11,6 @@ Axes: B batch, H/W image size, C channels; h/w, i/j positions before and after r
 
 import dataclasses
 import functools
-import hashlib
 from typing import Any
 
 import flax.linen as nn
@@ -77,10 +76,7 @@ def load(name: str = "") -> Inception:
   """
   if name == "random":
     params = _random_params()
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-      digest.update(leaf.tobytes())
-    return Inception(params, digest.hexdigest(), name)
+    return Inception(params, weights.sha256_of_params(params), name)
   path = weights.find(name, PUBLISHED)
   params = params_from_state_dict(torch_files.read_state_dict(path), source=str(path))
   return Inception(params, weights.sha256(path), name)

@@ -24,6 +24,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ism_jax.pretrained import weights
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED = "stabilityai/sd-vae-ft-mse"
 LOG_VARIANCES = (-30.0, 20.0)
@@ -106,10 +108,7 @@ def load(name: str) -> Vae:
   """
   if name in _RANDOM:
     params = _random_params(_RANDOM[name])
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-      digest.update(leaf.tobytes())
-    return Vae(_RANDOM[name], params, digest.hexdigest(), name)
+    return Vae(_RANDOM[name], params, weights.sha256_of_params(params), name)
   params, sha256 = params_from_safetensors(SD_VAE, _find(name))
   return Vae(SD_VAE, params, sha256, name)
 

@@ -15,6 +15,7 @@ import urllib.request
 
 from absl import logging
 from huggingface_hub import hf_hub_download
+import jax
 
 CACHE = "ISM_JAX_CACHE"
 _TIMEOUT = 30  # seconds without a byte
@@ -64,6 +65,14 @@ def sha256(path) -> str:
   """The checksum of a file, in hex."""
   with pathlib.Path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_params(params) -> str:
+  """The checksum of weights that come from no file, a pytree of NumPy arrays, in hex."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(leaf.tobytes())
+  return digest.hexdigest()
 
 
 def find(name: str, published: Published) -> pathlib.Path:
