@@ -15,6 +15,7 @@ setuptools.setup(
     "array-record>=0.8",
     "clu>=0.0.12",
     "etils[epath]>=1.9",
+    "flatbuffers>=24.3",  # jax.export's files
     "flax>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
     "huggingface-hub>=1.0,<3",  # downloads weights
@@ -45,6 +46,12 @@ setuptools.setup(
       "torch-fidelity>=0.4,<0.5",
       "torchvision==0.28.0",
       "transformers>=5.2,<6",
+    ],
+    "notebooks": [
+      "ipykernel>=6.29,<8",
+      "ipywidgets>=8.1,<9",
+      "nbclient>=0.10,<0.12",
+      "nbformat>=5.10,<6",
     ],
     "torch": ["torch>=2.13", "diffusers>=0.35,<0.43"],  # runs what ism_jax.export writes
     # Compiles for TPUs that are not there; the libtpu that goes with this JAX, and no other.

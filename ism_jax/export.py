@@ -10,6 +10,8 @@ It is written whole or not at all, and replaces nothing. Training begins with it
 --config.init_from=DIR.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import json
 import os
@@ -59,6 +61,11 @@ class Trained:
   params: dict
 
 
+def name_of(tree: str, step: int) -> str:
+  """What a reader calls these parameters: "inference EMA, step 8"."""
+  return f"{TREES[tree]}, step {step}"
+
+
 def restore(workdir: str, tree: str, step: int | None = None) -> Trained:
   """Reads a parameter tree, and nothing else of the state, to one device.
 
@@ -94,7 +101,7 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
   check_empty(out)
   trained = restore(workdir, tree, step)
   write(trained, out, dtype=dtype, evaluation=read_evaluation(workdir, trained))
-  logging.info("Wrote the %s of step %d to %s.", TREES[tree], trained.step, out)
+  logging.info("Wrote the %s to %s.", name_of(tree, trained.step), out)
 
 
 def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = None) -> None:
@@ -105,7 +112,6 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
   Raises:
     OSError: `out` is not empty or cannot be written.
   """
-  check_empty(out)
   exp = trained.exp
   if exp.data.vae and not _on_the_hub(exp.data.vae):
     logging.warning(
@@ -114,12 +120,7 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
     )  # fmt: skip
   state = state_dicts.from_params(trained.params, exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
-  # Renaming is atomic, within one file system, and replaces no folder that has something in it.
-  parent, name = os.path.split(os.path.abspath(os.path.expanduser(out)))
-  os.makedirs(parent, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
-    folder = pathlib.Path(temporary) / name
-    folder.mkdir()
+  with whole_folder(out) as folder:
     settings = json.dumps(describe(trained, dtype), indent=2) + "\n"
     (folder / state_dicts.CONFIG).write_text(settings)
     (folder / CODE).write_bytes(pathlib.Path(__file__).with_name("pytorch.py").read_bytes())
@@ -128,6 +129,23 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
     # Other readers ask the metadata whose arrays these are.
     safetensors.numpy.save_file(state, weights, {"format": "pt"})
     weights.chmod((folder / CARD).stat().st_mode)  # which is for the owner's eyes only
+
+
+@contextlib.contextmanager
+def whole_folder(out: str) -> Iterator[pathlib.Path]:
+  """A folder to write files into, which is at `out` once the block has ended without an error.
+
+  Raises:
+    OSError: see `check_empty`.
+  """
+  check_empty(out)
+  # Renaming is atomic, within one file system, and replaces no folder that has something in it.
+  parent, name = os.path.split(os.path.abspath(os.path.expanduser(out)))
+  os.makedirs(parent, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
+    folder = pathlib.Path(temporary) / name
+    folder.mkdir()
+    yield folder
     for path in folder.iterdir():
       with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -137,10 +155,10 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
 def check_empty(out: str) -> None:
   """Raises OSError unless `out` can be made: no bucket, and nothing in it yet."""
   if "://" in out:
-    raise OSError(f"--out={out} is no folder: name one, and copy it to the bucket.")
+    raise OSError(f"{out} is no folder: name one, and copy it to the bucket.")
   path = pathlib.Path(out).expanduser()
   if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise FileExistsError(f"--out={out} is there and not empty; name another, or remove it.")
+    raise FileExistsError(f"{out} is there and not empty; name another folder, or remove it.")
   checkpoints.check_writable(path)
 
 
@@ -274,10 +292,15 @@ def _on_the_hub(name: str) -> bool:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
+  define_common_flags()
+  flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the file.")
+
+
+def define_common_flags() -> None:
+  """Defines the flags that say which parameters go where."""
   flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
   flags.DEFINE_string("out", None, "Folder to make.")
   flags.DEFINE_enum("tree", "ema", list(TREES), "Which parameters.")
-  flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the file.")
   flags.DEFINE_integer("step", None, "Of the checkpoint; the newest.")
   flags.mark_flags_as_required(["workdir", "out"])
 

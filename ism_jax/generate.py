@@ -6,7 +6,7 @@ or the number of devices.
 Axes: N images, B batch, H/W size, C channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import io
@@ -40,23 +40,29 @@ def to_uint8(x, rounding: str = "nearest"):
   return jnp.clip(levels, 0, 255).astype(jnp.uint8)
 
 
+def sampler(exp: Experiment, steps) -> Callable:
+  """sample(params, x0 [B, H, W, C], c [B], w [B]) -> x1 [B, H, W, C], in one schedule's steps."""
+  schedule, network, integrate = paths.parse_schedule(steps), exp.network(), sampling.sample
+  if not exp.objective.intrinsic:
+    integrate = functools.partial(
+      sampling.sample_fixed, t_interval=exp.objective.t_interval, null_class=exp.null_class
+    )
+  return lambda params, x0, c, w: integrate(
+    model_lib.velocity_function(network, params), x0, c, w, schedule
+  )
+
+
 @functools.lru_cache
 def sample_function(exp: Experiment, mesh, steps):
   """draw(params, key, numbers [B], c [B], w [B]) -> (x1 [B, H, W, C], whether all is finite).
 
   Compiled for one schedule; the rows are split over the mesh, whose arguments are whole everywhere.
   """
-  schedule, network = paths.parse_schedule(steps), exp.network()
-  sample = sampling.sample
-  if not exp.objective.intrinsic:
-    sample = functools.partial(
-      sampling.sample_fixed, t_interval=exp.objective.t_interval, null_class=exp.null_class
-    )
+  sample = sampler(exp, steps)
 
   def draw(params, key, *per_sample):
     numbers, c, w = jax.lax.with_sharding_constraint(per_sample, sharding.rows(mesh))
-    x0 = sampling.draw_noise(key, numbers, exp.image_shape)
-    x1 = sample(model_lib.velocity_function(network, params), x0, c, w, schedule)
+    x1 = sample(params, sampling.draw_noise(key, numbers, exp.image_shape), c, w)
     return x1, jnp.isfinite(x1).all()
 
   everywhere = sharding.replicated(mesh)

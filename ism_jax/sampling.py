@@ -23,7 +23,7 @@ def sample(velocity, x0, c, w, schedule):
   """
 
   def step(x_t, t_and_d):
-    t, d = (jnp.full(len(c), a) for a in t_and_d)
+    t, d = (jnp.full(c.shape, a) for a in t_and_d)
     return paths.advance(x_t, velocity(x_t, t, c, d, w), d), None
 
   times_and_sizes = tuple(jnp.array(column, jnp.float32) for column in zip(*schedule, strict=True))

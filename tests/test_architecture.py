@@ -11,8 +11,9 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
 
 # Each module may import those in the lines below its own.
 LAYERS = [
-    {"main", "compare", "encode", "aot", "statistics"},
-    {"summary", "export"},
+    {"main", "compare", "encode", "aot", "statistics", "api"},
+    {"summary", "stablehlo"},
+    {"export"},
     {"evaluate"},
     {"train"},
     {"monitor"},

@@ -1,0 +1,182 @@
+"""Exports the sampler of a checkpoint as StableHLO, which samples with JAX and NumPy alone.
+
+  python -m ism_jax.stablehlo --workdir=W --out=DIR [--steps=1 --steps=1/2,1/4,1/4 ...]
+      [--tree=ema|target_ema|params] [--step=N]
+
+DIR is written whole or not at all, and replaces nothing:
+
+  sampler_STEPS.stablehlo   one for each schedule: sample(parameters, x0, c, w) -> x1
+  parameters.npz            beside the programs, not in them: one file for all schedules
+  decoder.stablehlo, .npz   of latents: decode(parameters, x1) -> images
+  sampler.json              shapes and settings
+  README.md                 the few lines of Python that run it
+
+The programs take any batch size, and run on CPUs, TPUs and NVIDIA GPUs. JAX promises to read them
+for six months after the version that wrote them.
+"""
+
+from collections.abc import Sequence
+import json
+
+from absl import app, flags, logging
+from flax import traverse_util
+import jax
+from jax import export
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax import experiment, generate, logs
+from ism_jax import export as export_lib
+from ism_jax.experiment import Experiment
+from ism_jax.pretrained import vae as vae_lib
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+DETAILS = "sampler.json"
+_PARAMETERS, _DECODER = "parameters.npz", "decoder"
+
+
+def write(exp: Experiment, params, out: str, schedules: Sequence, *, about: str) -> None:
+  """Writes the folder of a sampler.
+
+  Args:
+    params: those that sample. schedules: counts or schedules, see `paths.parse_schedule`.
+    about: which parameters these are, for the reader.
+  Raises:
+    ValueError: the network cannot sample a schedule.
+    OSError: `out` is not empty or cannot be written.
+  """
+  if not schedules:
+    raise ValueError("there are no schedules: name numbers of steps, such as (1, 4).")
+  for steps in schedules:
+    experiment.check_guidance(exp, steps, exp.sample.w)
+  with export_lib.whole_folder(out) as folder:
+    _write_files(exp, params, folder, schedules, about)
+
+
+def _write_files(exp, params, folder, schedules, about):
+  (b,) = export.symbolic_shape("b")
+  of_batch = lambda shape, dtype: jax.ShapeDtypeStruct((b, *shape), dtype)
+  x1 = of_batch(exp.image_shape, jnp.float32)
+  flat = _flat(params)
+  programs = {}
+  for steps in schedules:
+    sample = generate.sampler(exp, steps)
+    program = f"sampler_{str(steps).replace('/', '_').replace(',', '-')}.stablehlo"
+    given = (x1, of_batch((), jnp.int32), of_batch((), jnp.float32))
+    _write_program(folder / program, lambda flat, *rest: sample(_nested(flat), *rest), flat, *given)
+    programs[str(steps)] = program
+  _write_arrays(folder / _PARAMETERS, flat)
+  if exp.data.vae:
+    vae = generate.load_vae(exp.data.vae)
+    flat = _flat(vae.params)
+    # One by one: a large image takes about 0.3 GB while it is decoded.
+    one = lambda flat, z: vae_lib.decode(vae.cfg, _nested(flat), z[None])[0]
+    decode = lambda flat, x1: jax.lax.map(lambda z: generate.to_uint8(one(flat, z)), x1)
+    _write_program(folder / f"{_DECODER}.stablehlo", decode, flat, x1)
+    _write_arrays(folder / f"{_DECODER}.npz", flat)
+  details = {
+    "about": about,
+    "variant": exp.variant,
+    "programs": programs,
+    "platforms": PLATFORMS,
+    "x0": ["b", *exp.image_shape],
+    "classes": exp.data.num_classes,
+    "null_class": exp.null_class,
+    "w_max": exp.objective.w_max if exp.objective.intrinsic else exp.objective.fixed_w,
+    "vae": exp.data.vae,
+    "jax": jax.__version__,
+  }
+  (folder / DETAILS).write_text(json.dumps(details, indent=2) + "\n")
+  (folder / "README.md").write_text(_readme(exp, programs, about))
+
+
+def _write_program(path, function, *arguments):
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+  exported = export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
+  path.write_bytes(exported.serialize())
+
+
+def _write_arrays(path, flat):
+  with path.open("wb") as file:
+    np.savez(file, **flat)
+
+
+def _flat(params) -> dict[str, np.ndarray]:
+  return {k: np.asarray(a) for k, a in traverse_util.flatten_dict(params, sep="/").items()}
+
+
+def _nested(flat):
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _readme(exp: Experiment, programs: dict[str, str], about: str) -> str:
+  program = next(iter(programs.values()))
+  told = ", ".join(f"`{file}` (steps={name})" for name, file in programs.items())
+  w = exp.sample.w
+  guided = (
+    f"`w` is the guidance, 0 to {exp.objective.w_max:g}, for each image (a CFG scale of 1 + w)"
+    if exp.objective.intrinsic
+    else f"the guidance is the fixed one of training, w = {exp.objective.fixed_w:g}"
+  )
+  if exp.data.vae:
+    images = f"""\
+decode = export.deserialize(bytearray(pathlib.Path("{_DECODER}.stablehlo").read_bytes()))
+images = np.asarray(decode.call(dict(np.load("{_DECODER}.npz")), x1))
+"""
+  else:
+    images = "images = np.uint8(np.clip(np.round(127.5 * (np.asarray(x1) + 1)), 0, 255))\n"
+  return f"""\
+# Few-step sampler, as StableHLO
+
+{exp.model.size} on {exp.data.name}, {exp.variant}: {about}. Written by ism_jax, and run without it.
+With `pip install "jax>={jax.__version__}" flatbuffers`, in this folder:
+
+```python
+import pathlib
+
+import jax
+from jax import export
+import jax.numpy as jnp
+import numpy as np
+
+sample = export.deserialize(bytearray(pathlib.Path("{program}").read_bytes()))
+parameters = dict(np.load("{_PARAMETERS}"))
+
+n, seed = 8, 0
+# As ism_jax draws noise: image i depends on the seed and on i alone. Any normal numbers will do.
+draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), {exp.image_shape})
+x0 = jax.vmap(draw)(jnp.arange(n))
+c = jnp.arange(n) % {exp.data.num_classes}  # classes
+w = jnp.full(n, {w:g}, jnp.float32)  # guidance
+x1 = sample.call(parameters, x0, c, w)
+{images}```
+
+`images` are uint8 `[n, H, W, C]`; {guided}.
+There is a program for each schedule: {told}.
+They run on {", ".join(PLATFORMS)} with any batch size, and `jax.jit` takes them.
+"""
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  export_lib.define_common_flags()
+  flags.DEFINE_multi_string("steps", ["1", "4"], "A schedule; may be given several times.")
+
+
+def main(argv):
+  """Exports; see the module's docstring."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  logs.only_ours()
+  given = flags.FLAGS
+  with logs.one_line_errors():
+    export_lib.check_empty(given.out)
+    trained = export_lib.restore(given.workdir, given.tree, given.step)
+    about = export_lib.name_of(given.tree, trained.step)
+    write(trained.exp, trained.params, given.out, given.steps, about=about)
+    logging.info("Wrote the sampler of the %s to %s.", about, given.out)
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main, flags_parser=export_lib.parse_flags)
