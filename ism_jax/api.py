@@ -1,0 +1,321 @@
+"""What a script or a notebook needs: to train, to load, to sample and to look.
+
+These are the names of `ism_jax` itself; what they hand out is NumPy's or PIL's, and what they log
+is what the commands log.
+
+Axes: N images, H/W size, C channels; h/w/c those of what the network sees, which are latents or the
+pixels themselves.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+
+from absl import flags, logging
+from etils import epath
+from huggingface_hub import snapshot_download
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ism_jax import experiment as experiment_lib
+from ism_jax import export, generate, logs, sampling, sharding, stablehlo, state_dicts, train
+from ism_jax import model as model_lib
+from ism_jax.experiment import Experiment
+
+_LETTERS = 14  # pixels
+_PAPER, _INK = 255, 0
+
+
+@functools.cache
+def _log_as_commands_do() -> None:
+  """To stderr, the lines alone. A program of absl's has seen to it itself."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(None)
+    logs.only_ours()
+
+
+def load(source: str, *, tree: str = "ema", step: int | None = None, devices=None) -> "Model":
+  """A trained network that samples.
+
+  Args:
+    source: the workdir of a run; a folder that `python -m ism_jax.export` wrote, or its safetensors
+      file; or the name of such an export on the Hugging Face hub, OWNER/NAME.
+    tree: of a workdir, the parameters that sample: "ema", "target_ema" or "params".
+    step: of a workdir, the checkpoint; default the newest whole one.
+    devices: that sample; default all.
+  Raises:
+    FileNotFoundError: nothing of the kind is at `source`, or no such step.
+    ValueError: it is damaged, or does not fit its config.
+  """
+  if tree not in export.TREES:
+    raise ValueError(f"tree={tree!r} is unknown; known are {', '.join(export.TREES)}.")
+  _log_as_commands_do()
+  mesh, path = sharding.data_mesh(devices), epath.Path(source).expanduser()
+  if (path / "checkpoints").is_dir():
+    found = export.restore(str(path), tree, step)
+    params = jax.device_put(found.params, sharding.replicated(mesh))
+    return Model(found.exp, params, mesh, export.name_of(tree, found.step))
+  if tree != "ema" or step is not None:
+    raise ValueError(
+      f"{source} is no workdir (it has no folder checkpoints), and an export holds one tree of one "
+      "step: leave tree and step out."
+    )
+  return _of_export(_find_export(str(source)), mesh)
+
+
+def _find_export(source) -> pathlib.Path:
+  """The folder of an export."""
+  path = pathlib.Path(source).expanduser()
+  if path.name == state_dicts.WEIGHTS:
+    path = path.parent
+  if (path / state_dicts.CONFIG).is_file():
+    return path
+  needed = (
+    "needed is the workdir of a run with checkpoints, a folder that python -m ism_jax.export "
+    f"wrote ({state_dicts.CONFIG}, {state_dicts.WEIGHTS}), or the name of one on the Hugging Face "
+    "hub"
+  )
+  if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+    raise FileNotFoundError(f"{source}: there is no such model; {needed}.")
+  try:
+    files = [state_dicts.CONFIG, state_dicts.WEIGHTS]
+    return pathlib.Path(snapshot_download(source, allow_patterns=files))
+  # No network, no such repository: the hub's errors have no base in common, and the remedy is the
+  # same for all.
+  except Exception as error:
+    cause = error.__cause__ or error
+    line = str(cause).strip().partition("\n")[0]
+    raise FileNotFoundError(
+      f"{source}: there is no such folder, and the Hugging Face hub did not give it "
+      f"({type(cause).__name__}: {line}); {needed}."
+    ) from error
+
+
+def _of_export(folder: pathlib.Path, mesh) -> "Model":
+  try:
+    details = json.loads((folder / state_dicts.CONFIG).read_text())
+    config, about = details["config"], export.name_of(details["tree"], details["step"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{folder / state_dicts.CONFIG} is none that python -m ism_jax.export writes "
+      f"({type(error).__name__}: {error})."
+    ) from error
+  exp = experiment_lib.parse(config)
+  params = state_dicts.load(folder, exp.network(), exp.image_shape)
+  params = jax.device_put(params, sharding.replicated(mesh))
+  return Model(exp, params, mesh, about)
+
+
+def fit(config, workdir: str, devices=None) -> "Model":
+  """Trains to the end of a config, as `python -m ism_jax.main` does, and returns what samples.
+
+  Called again with the same workdir, it goes on where the run stopped. For one process: those of a
+  pod run the command.
+
+  Args:
+    config: such as `configs.digits.get_config("ism")`.
+    workdir: folder of checkpoints, metrics.jsonl, TensorBoard events and grids.
+    devices: that train and sample; default all.
+  """
+  _log_as_commands_do()
+  state = train.train(config, workdir, devices)
+  mesh = sharding.data_mesh(devices)
+  params = jax.device_put(state.ema, sharding.replicated(mesh))
+  return Model(experiment_lib.parse(config), params, mesh, export.name_of("ema", int(state.step)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A network with its parameters.
+
+  Attributes:
+    experiment: the run's config, validated: `model.experiment.data.num_classes`, ...
+    params: nested dict of arrays, on every device of the mesh.
+    mesh: the devices that sample.
+    about: what the parameters are.
+  """
+
+  experiment: Experiment
+  params: dict
+  mesh: jax.sharding.Mesh
+  about: str
+
+  def __repr__(self):
+    exp, count = self.experiment, sum(a.size for a in jax.tree.leaves(self.params))
+    return (
+      f"Model({exp.model.size} of {count:,} parameters on {exp.data.name}, {exp.variant}; "
+      f"{self.about})"
+    )
+
+  def sample(
+    self,
+    num_images: int | None = None,
+    *,
+    steps=None,
+    w=None,
+    labels=None,
+    seed: int = 0,
+    noise=None,
+    batch_size: int | None = None,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Draws samples; those of latents are decoded.
+
+    Args:
+      num_images: default as many as `noise`, `labels` or `w` have, or as config.sample says.
+      steps: a number of equal steps, 1, 2, 4, ..., 128, or step lengths such as "1/2,1/4,1/4".
+      w: guidance, a number or one for each image (a CFG scale of 1 + w). Those of config.sample are
+        the defaults of steps and w.
+      labels: a class, or one for each image; default all in turn. As many as there are classes is
+        the number of no class.
+      seed: of the noise: image i depends on the seed and on i alone.
+      noise: [N, h, w, c], instead of the seed's; see `noise`.
+      batch_size: images at a time; default that of config.sample.
+    Returns:
+      (uint8 [N, H, W, C], labels int64 [N])
+    Raises:
+      ValueError: the network cannot sample this.
+      FloatingPointError: samples are not finite.
+    """
+    exp, mesh = self.experiment, self.mesh
+    n = _count(num_images, noise=noise, labels=labels, w=w) or exp.sample.num_images
+    steps = exp.sample.steps if steps is None else steps
+    w = _one_each("w", exp.sample.w if w is None else w, n, np.float32)
+    for strength in np.unique(w):
+      experiment_lib.check_guidance(exp, steps, float(strength))
+    labels = self._labels(labels, n)
+    if noise is not None:
+      noise = np.asarray(noise, np.float32)
+      if noise.shape != (n, *exp.image_shape):
+        raise ValueError(
+          f"noise has shape {noise.shape}; needed is {(n, *exp.image_shape)}, as of "
+          f"model.noise({n})."
+        )
+    draw = _sample_function(exp, mesh, str(steps))
+    pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
+    rows = -(-min(batch_size or exp.sample.batch_size, n) // mesh.size) * mesh.size
+    images = []
+    for start in range(0, n, rows):
+      # The last batch wraps around to keep its size: one compilation for all.
+      chosen = np.arange(start, start + rows) % n
+      x0 = _draw_noise(seed, chosen, exp.image_shape) if noise is None else noise[chosen]
+      x1, finite = draw(self.params, x0, labels[chosen], w[chosen])
+      if not finite:
+        raise FloatingPointError(
+          f"samples of {steps} steps are not finite: the network ({self.about}) has diverged, or "
+          "the noise is none."
+        )
+      images.append(np.asarray(pixels(x1))[: n - start])
+    return np.concatenate(images), labels.astype(np.int64)
+
+  def noise(self, num_images: int, seed: int = 0) -> np.ndarray:
+    """The noise that `sample` starts from, float32 [N, h, w, c]."""
+    return np.asarray(_draw_noise(seed, np.arange(num_images), self.experiment.image_shape))
+
+  def velocity(self, x_t, t, c, d=0.0, w=0.0):
+    """s(x_t, t, c, d, w), the network itself: x_{t+d} = x_t + d s.
+
+    Args:
+      x_t: [N, h, w, c]. t, c, d, w: time, class, step size and guidance, numbers or one for each
+        image; see `paths` for d = 0.
+    Returns:
+      A JAX array [N, h, w, c]. May be called inside of jit.
+    """
+    network, n = self.experiment.network(), x_t.shape[0]
+    t, d, w = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), (n,)) for a in (t, d, w))
+    c = jnp.broadcast_to(jnp.asarray(c, jnp.int32), (n,))
+    return model_lib.velocity_function(network, self.params)(jnp.asarray(x_t), t, c, d, w)
+
+  def export_sampler(self, out: str, schedules: Sequence = (1, 4)) -> None:
+    """Writes the sampler as StableHLO, a folder that samples without this package: `stablehlo`."""
+    stablehlo.write(self.experiment, self.params, out, schedules, about=self.about)
+
+  def _labels(self, labels, n) -> np.ndarray:
+    classes = self.experiment.data.num_classes
+    labels = _one_each("labels", np.arange(n) % classes if labels is None else labels, n, np.int32)
+    if labels.min() < 0 or labels.max() > classes:
+      raise ValueError(
+        f"labels run from {labels.min()} to {labels.max()}; classes are 0 to {classes - 1}, and "
+        f"{classes} is no class."
+      )
+    return labels
+
+
+def _count(num_images, **given) -> int | None:
+  """How many images are asked for; None where nothing says so."""
+  lengths = {name: len(a) for name, a in given.items() if np.ndim(a) > 0}
+  counts = {"num_images": num_images} | lengths if num_images is not None else lengths
+  if len(set(counts.values())) > 1 or min(counts.values(), default=1) < 1:
+    told = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    raise ValueError(f"one number of images is needed, at least 1; given are {told}.")
+  return next(iter(counts.values()), None)
+
+
+def _one_each(name, values, n, dtype) -> np.ndarray:
+  values = np.asarray(values)
+  if values.ndim > 1 or (dtype == np.int32 and values.dtype.kind not in "iu"):
+    raise ValueError(f"{name} is {values.dtype} {values.shape}; needed is a number, or [{n}].")
+  return np.broadcast_to(values.astype(dtype), (n,))
+
+
+@functools.lru_cache
+def _sample_function(exp: Experiment, mesh, steps: str):
+  """draw(params, x0 [B, ...], c [B], w [B]) -> (x1 [B, ...], whether all is finite)."""
+  sample = generate.sampler(exp, steps)
+
+  def draw(params, *per_image):
+    x1 = sample(params, *per_image)
+    return x1, jnp.isfinite(x1).all()
+
+  everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
+  return jax.jit(
+    draw, in_shardings=(everywhere, rows, rows, rows), out_shardings=(rows, everywhere)
+  )
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _draw_noise(seed, numbers, shape):
+  return sampling.draw_noise(jax.random.key(seed), numbers, shape)
+
+
+def picture(images, *, enlarge: int = 1, columns: int = 10) -> Image.Image:
+  """Images side by side, which a notebook shows and `save` writes.
+
+  Args:
+    images: uint8 [N, H, W, 1 or 3], in rows of `columns`; or {caption: images}, a row each.
+    enlarge: pixels of the picture per image pixel.
+  """
+  if not isinstance(images, dict):
+    images = np.asarray(images)
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    captions = [""] * len(rows)
+  else:
+    rows, captions = [np.asarray(row) for row in images.values()], list(images)
+  if wrong := [row for row in rows if row.ndim != 4 or row.dtype != np.uint8]:
+    raise ValueError(
+      f"images are {wrong[0].dtype} {wrong[0].shape}; needed are uint8 [N, H, W, C], as of "
+      "Model.sample."
+    )
+  if not rows:
+    raise ValueError("there are no images.")
+  font = ImageFont.load_default(_LETTERS)
+  margin = max(round(font.getlength(caption)) for caption in captions)
+  margin += _LETTERS if margin else 0
+  gap = max(2, enlarge // 2)  # between images
+  height, width = (n * enlarge + gap for n in rows[0].shape[1:3])
+  size = margin + width * max(map(len, rows)) - gap, height * len(rows) - gap
+  paper = Image.new("RGB", size, (_PAPER,) * 3)
+  draw = ImageDraw.Draw(paper)
+  for i, (caption, row) in enumerate(zip(captions, rows, strict=True)):
+    draw.text((0, i * height + (height - gap) // 2), caption, (_INK,) * 3, font, anchor="lm")
+    for j, image in enumerate(row):
+      tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+      tile = tile.resize((width - gap, height - gap), Image.Resampling.NEAREST)
+      paper.paste(tile, (margin + j * width, i * height))
+  return paper
