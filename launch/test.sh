@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 # Tests of a file share what they trained or compiled.
 together=(-n 2 --dist loadfile)
 if [ "${1:-}" = --all ]; then
-  ensure_env test,interop,aot,check
+  ensure_env test,interop,aot,check,notebooks
   shift
   exec python -m pytest "${together[@]}" "$@"
 fi

@@ -1,0 +1,232 @@
+"""The notebooks: run from top to bottom on a reduced scale, and as they are committed."""
+
+import ast
+import base64
+import io
+import json
+import os
+import pathlib
+import re
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDER = ROOT / "launch" / "colab"
+NAMES = ("train_digits", "sample", "imagenet_tpu")
+OVERRIDES = {  # of the cell with the parameters
+  "train_digits": "STEPS, SCHEDULES, JUMPS, EXAMPLES = 16, (1, 2), (1 / 32,), 16",
+  "sample": "SOURCE, SCHEDULES, OUT = SOURCE_OF_TEST, (1, 4), 'out'",
+  "imagenet_tpu": (
+    "SIZE, VAE, MODEL, STEPS, POOL = 64, 'random-small', 'SiT-XXS/2', 4, 2\n"
+    "TOPOLOGIES, REPORTED = 'v5e:2x2', 'check'"
+  ),
+}
+FOUND = "found.json"
+
+
+def read(name):
+  return json.loads((FOLDER / f"{name}.ipynb").read_text())
+
+
+def source(cell):
+  return "".join(cell["source"])
+
+
+def pictures(cells):
+  """Pixels [H, W, 3] of the PNGs in the outputs of code cells."""
+  outputs = [output for cell in cells for output in cell.get("outputs", [])]
+  pngs = [
+    output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})
+  ]
+  return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) for png in pngs]
+
+
+def text(cells):
+  return "".join("".join(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+
+
+def run(name, folder, parameters, values):
+  """Executes a notebook in a folder.
+
+  Args:
+    parameters: a cell behind that of the parameters. values: {name: expression}, JSON in the end.
+  Returns:
+    (its code cells, the values)
+  """
+  import nbclient
+  import nbformat
+
+  notebook = nbformat.read(FOLDER / f"{name}.ipynb", 4)
+  (place,) = (i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", ()))
+  notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
+  asked = ", ".join(f"{key!r}: {value}" for key, value in values.items())
+  dump = f"import json, pathlib\npathlib.Path({FOUND!r}).write_text(json.dumps({{{asked}}}))"
+  notebook.cells.append(nbformat.v4.new_code_cell(dump))
+  folder.mkdir(exist_ok=True)
+  nbclient.NotebookClient(
+    notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+  ).execute()
+  cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  return cells, json.loads((folder / FOUND).read_text())
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+  """What the kernels inherit: one CPU, little optimisation, and folders of their own."""
+  folder = tmp_path_factory.mktemp("kernels")
+  changes = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    # Compiling takes most of the time.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "TFDS_DATA_DIR": str(folder / "data"),
+    "IPYTHONDIR": str(folder / "ipython"),
+    "PYTHONPATH": str(ROOT),
+    "TPU_SKIP_MDS_QUERY": "1",
+  }
+  before = dict(os.environ)
+  os.environ.update(changes)
+  yield folder
+  os.environ.clear()
+  os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def trained(kernels):
+  """(folder, code cells, values) of the notebook that trains."""
+  values = {
+    "scales": "scales",
+    "images": "[len(images), len(set(labels.tolist()))]",
+    "in_steps": "[a.tolist() for a in in_steps(ism).values()]",
+    "again": "ism.sample(10, steps=1, w=0.5)[0].tolist()",
+  }
+  folder = kernels / "train_digits"
+  return folder, *run("train_digits", folder, OVERRIDES["train_digits"], values)
+
+
+@pytest.mark.slow
+def test_the_notebook_that_trains_shows_digits_grids_and_guidance(trained):
+  folder, cells, values = trained
+  assert values["images"] == [1797, 10]
+  for variant in ("ism", "sm_compounding"):
+    assert (folder / "runs" / variant / "checkpoints" / "16").is_dir()
+    assert {"steps1_00000016.png", "steps4_00000016.png"} <= {
+      path.name for path in (folder / "runs" / variant / "grids").iterdir()
+    }
+  shown = pictures(cells)
+  # Data, four grids while it trained, steps, w twice, sm_compounding, guidance.
+  assert len(shown) == 10
+  for picture in shown:
+    assert min(picture.shape[:2]) >= 80 and picture.std() > 20
+  # 20 real digits, five pixels each and two between them: ink on black.
+  assert shown[0].shape == (82, 418, 3) and 30 < shown[0].mean() < 130
+  assert len(values["in_steps"]) == 2
+  np.testing.assert_array_equal(values["in_steps"][0], values["again"])
+  assert values["in_steps"][0] != values["in_steps"][1]
+  for found in values["scales"].values():
+    assert len(found) == 1 and 0.25 <= found[0] <= 64
+  losses = [
+    line for line in text(cells).splitlines() if line.startswith("step ") and "loss" in line
+  ]
+  assert any(line.startswith("step 16/16: loss ") for line in losses)
+
+
+@pytest.mark.slow
+def test_the_notebook_that_samples_exports_what_samples_the_same(trained, kernels):
+  folder = kernels / "sample"
+  parameters = OVERRIDES["sample"].replace("SOURCE_OF_TEST", repr(str(trained[0] / "runs" / "ism")))
+  values = {
+    "difference": "int(np.abs(np.int32(others) - images).max())",
+    "alone": "int(np.abs(np.int32(alone) - live).max())",
+    "path": "[float(p.std()) for p in path]",
+    "labels": "labels.tolist()",
+  }
+  cells, values = run("sample", folder, parameters, values)
+  assert values["difference"] == 0 and values["alone"] <= 1
+  assert values["labels"] == [i % 10 for i in range(30)]
+  assert np.allclose(values["path"], 1, atol=0.35)
+  shown = pictures(cells)
+  assert len(shown) == 4  # besides those of the sliders
+  for picture in shown:
+    assert picture.std() > 20
+  assert {p.name for p in (folder / "out" / "pytorch").iterdir()} >= {
+    "config.json", "model.safetensors", "README.md",
+  }  # fmt: skip
+  assert {p.name for p in (folder / "out" / "sampler").iterdir()} >= {
+    "sampler_1.stablehlo", "sampler_4.stablehlo", "parameters.npz",
+  }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_notebook_for_tpus_encodes_trains_samples_and_reports(kernels):
+  folder = kernels / "imagenet_tpu"
+  values = {
+    "moments": "list(moments.shape)",
+    "crops": "pixels.tolist()",
+    "samples": "[list(samples.shape), float(samples.std())]",
+  }
+  cells, values = run("imagenet_tpu", folder, OVERRIDES["imagenet_tpu"], values)
+  manifest = json.loads((folder / "runs" / "latents" / "manifest.json").read_text())
+  assert manifest["images"] == 64 and manifest["counts"] == [32, 32]
+  assert values["moments"] == [4, 8, 8, 8]
+  shape, deviation = values["samples"]
+  assert shape == [4, 64, 64, 3] and deviation > 5
+  shown = pictures(cells)
+  assert len(shown) == 3  # photographs, decoded ones, samples
+  for j, crop in enumerate(np.array(values["crops"])):
+    np.testing.assert_array_equal(shown[0][:, 66 * j : 66 * j + 64], crop)
+  steps = [line for line in text(cells).splitlines() if line.startswith("step 4: loss ")]
+  assert len(steps) == 1 and float(steps[0].split()[3].rstrip(",")) < 4
+  report = json.loads((folder / "runs" / "aot" / "aot.json").read_text())
+  (topology,) = report["topologies"]
+  assert topology["topology"] == "v5e:2x2" and topology["fits"] and topology["chips"] == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_committed_notebook_opens_in_colab_and_has_no_errors_or_machine_in_it(name):
+  content = (FOLDER / f"{name}.ipynb").read_text()
+  notebook = json.loads(content)
+  assert len(content) < 1_000_000
+  badge = re.search(
+    r"\]\(https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/launch/colab/"
+    rf"{name}\.ipynb\)",
+    source(notebook["cells"][0]),
+  )
+  assert badge and f'REPOSITORY = "https://github.com/{badge[1]}"' in source(notebook["cells"][1])
+  code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+  assert sum("parameters" in cell["metadata"].get("tags", ()) for cell in code) == 1
+  outputs = [output for cell in code for output in cell["outputs"]]
+  assert not [output for output in outputs if output["output_type"] == "error"]
+  for path in ("/tmp", "/root", "/home", "/work", "/usr", "site-packages"):
+    assert path not in content, path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_uses_public_names_alone(name):
+  for cell in read(name)["cells"]:
+    if cell["cell_type"] != "code":
+      continue
+    lines = source(cell).splitlines()
+    plain = "\n".join("  pass" if line.lstrip()[:1] in ("!", "%") else line for line in lines)
+    for node in ast.walk(ast.parse(plain)):
+      if isinstance(node, ast.Attribute):
+        assert not node.attr.startswith("_"), node.attr
+      if isinstance(node, ast.ImportFrom):
+        assert not [a.name for a in node.names if a.name.startswith("_")], node.module
+
+
+def test_in_the_committed_outputs_guidance_compounds_in_the_one_and_not_in_the_other():
+  code = [cell for cell in read("train_digits")["cells"] if cell["cell_type"] == "code"]
+  lines = [line.strip().partition(": ") for line in text(code).splitlines()]
+  scales = {
+    name: [float(scale) for scale in found.split(", ")]
+    for name, _, found in lines
+    if name in ("ism", "sm_compounding")
+  }
+  assert max(scales["sm_compounding"]) > 3 * scales["sm_compounding"][0]
+  assert max(scales["ism"]) < 1.3 * min(scales["ism"])
+  assert len(pictures(code)) == 10
