@@ -217,12 +217,13 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     jax.eval_shape(couple, pool, keys, index)[0],
   )
   at_once = -(-exp.evaluation.batch_size // mesh.size) * mesh.size  # as `generate` rounds it
-  per_sample = [everywhere((at_once,), kind) for kind in (jnp.int32, jnp.int32, jnp.float32)]
-  draw = generate.sample_function(exp, mesh, exp.sample.steps)
+  x0 = jax.ShapeDtypeStruct((at_once, *exp.image_shape), jnp.float32, sharding=sharding.rows(mesh))
+  per_sample = [everywhere((at_once,), kind) for kind in (jnp.int32, jnp.float32)]
+  sample = generate.sample_function(exp, mesh, exp.sample.steps)
   programs = {
     "train_steps": (train.steps_function(exp, mesh), (state, paired, keys, index)),
     "couple": (couple, (pool, keys, index)),
-    "sample": (draw, (whole(state.ema), keys.noise, *per_sample)),
+    "sample": (sample, (whole(state.ema), x0, *per_sample)),
   }
   # A replicated state's average is the sampler's argument itself, a sharded one is gathered for it.
   kept = bytes_per_device(state)

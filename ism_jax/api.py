@@ -7,7 +7,6 @@ Axes: N images, H/W size, C channels; h/w/c those of what the network sees, whic
 pixels themselves.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import json
@@ -86,7 +85,7 @@ def _find_export(source) -> pathlib.Path:
     raise FileNotFoundError(f"{source}: there is no such model; {needed}.")
   try:
     files = [state_dicts.CONFIG, state_dicts.WEIGHTS]
-    return pathlib.Path(snapshot_download(source, allow_patterns=files))
+    folder = pathlib.Path(snapshot_download(source, allow_patterns=files))
   # No network, no such repository: the hub's errors have no base in common, and the remedy is the
   # same for all.
   except Exception as error:
@@ -96,6 +95,11 @@ def _find_export(source) -> pathlib.Path:
       f"{source}: there is no such folder, and the Hugging Face hub did not give it "
       f"({type(cause).__name__}: {line}); {needed}."
     ) from error
+  if missing := [name for name in files if not (folder / name).is_file()]:
+    raise FileNotFoundError(
+      f"{source} on the Hugging Face hub has no {' and no '.join(missing)}; {needed}."
+    )
+  return folder
 
 
 def _of_export(folder: pathlib.Path, mesh) -> "Model":
@@ -116,13 +120,15 @@ def _of_export(folder: pathlib.Path, mesh) -> "Model":
 def fit(config, workdir: str, devices=None) -> "Model":
   """Trains to the end of a config, as `python -m ism_jax.main` does, and returns what samples.
 
-  Called again with the same workdir, it goes on where the run stopped. For one process: those of a
-  pod run the command.
+  Called again with the same workdir, it goes on where the run stopped. It never evaluates, nor does
+  evaluation.at_end make it. For one process: those of a pod run the command.
 
   Args:
     config: such as `configs.digits.get_config("ism")`.
     workdir: folder of checkpoints, metrics.jsonl, TensorBoard events and grids.
     devices: that train and sample; default all.
+  Raises:
+    SystemExit: once SIGTERM has come and a checkpoint is written, as of the command.
   """
   _log_as_commands_do()
   state = train.train(config, workdir, devices)
@@ -183,13 +189,10 @@ class Model:
       ValueError: the network cannot sample this.
       FloatingPointError: samples are not finite.
     """
-    exp, mesh = self.experiment, self.mesh
+    exp = self.experiment
     n = _count(num_images, noise=noise, labels=labels, w=w) or exp.sample.num_images
     steps = exp.sample.steps if steps is None else steps
-    w = _one_each("w", exp.sample.w if w is None else w, n, np.float32)
-    for strength in np.unique(w):
-      experiment_lib.check_guidance(exp, steps, float(strength))
-    labels = self._labels(labels, n)
+    w = _one_each("w", exp.sample.w if w is None else w, n)
     if noise is not None:
       noise = np.asarray(noise, np.float32)
       if noise.shape != (n, *exp.image_shape):
@@ -197,26 +200,21 @@ class Model:
           f"noise has shape {noise.shape}; needed is {(n, *exp.image_shape)}, as of "
           f"model.noise({n})."
         )
-    draw = _sample_function(exp, mesh, str(steps))
-    pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
-    rows = -(-min(batch_size or exp.sample.batch_size, n) // mesh.size) * mesh.size
-    images = []
-    for start in range(0, n, rows):
-      # The last batch wraps around to keep its size: one compilation for all.
-      chosen = np.arange(start, start + rows) % n
-      x0 = _draw_noise(seed, chosen, exp.image_shape) if noise is None else noise[chosen]
-      x1, finite = draw(self.params, x0, labels[chosen], w[chosen])
-      if not finite:
-        raise FloatingPointError(
-          f"samples of {steps} steps are not finite: the network ({self.about}) has diverged, or "
-          "the noise is none."
-        )
-      images.append(np.asarray(pixels(x1))[: n - start])
-    return np.concatenate(images), labels.astype(np.int64)
+    batch_size = exp.sample.batch_size if batch_size is None else batch_size
+    if batch_size < 1:
+      raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    drawn = generate.batches(
+        exp, self.mesh, self.params, self._labels(labels, n),
+        steps=str(steps), w=w, seed=seed, batch_size=batch_size, noise=noise,
+    )  # fmt: skip
+    parts = [(np.asarray(batch.images)[: len(batch.labels)], batch.labels) for batch in drawn]
+    images, labels = map(np.concatenate, zip(*parts, strict=True))
+    return images, labels
 
   def noise(self, num_images: int, seed: int = 0) -> np.ndarray:
     """The noise that `sample` starts from, float32 [N, h, w, c]."""
-    return np.asarray(_draw_noise(seed, np.arange(num_images), self.experiment.image_shape))
+    shape = self.experiment.image_shape
+    return np.asarray(sampling.draw_noise(jax.random.key(seed), np.arange(num_images), shape))
 
   def velocity(self, x_t, t, c, d=0.0, w=0.0):
     """s(x_t, t, c, d, w), the network itself: x_{t+d} = x_t + d s.
@@ -225,26 +223,34 @@ class Model:
       x_t: [N, h, w, c]. t, c, d, w: time, class, step size and guidance, numbers or one for each
         image; see `paths` for d = 0.
     Returns:
-      A JAX array [N, h, w, c]. May be called inside of jit.
+      A JAX array [N, h, w, c].
+    May be called inside of jit, where the parameters become constants of the program; those of a
+    large network are better an argument, see `model.velocity_function`.
     """
     network, n = self.experiment.network(), x_t.shape[0]
     t, d, w = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), (n,)) for a in (t, d, w))
     c = jnp.broadcast_to(jnp.asarray(c, jnp.int32), (n,))
     return model_lib.velocity_function(network, self.params)(jnp.asarray(x_t), t, c, d, w)
 
-  def export_sampler(self, out: str, schedules: Sequence = (1, 4)) -> None:
-    """Writes the sampler as StableHLO, a folder that samples without this package: `stablehlo`."""
+  def export_sampler(self, out: str, schedules=(1, 4)) -> None:
+    """Writes the sampler as StableHLO, a folder that samples without this package: `stablehlo`.
+
+    Args:
+      out: a folder that is empty or not there. schedules: one or more, as `steps` of `sample`.
+    """
     stablehlo.write(self.experiment, self.params, out, schedules, about=self.about)
 
   def _labels(self, labels, n) -> np.ndarray:
     classes = self.experiment.data.num_classes
-    labels = _one_each("labels", np.arange(n) % classes if labels is None else labels, n, np.int32)
+    labels = _one_each("labels", np.arange(n) % classes if labels is None else labels, n)
+    if labels.dtype.kind not in "iu":
+      raise ValueError(f"labels are {labels.dtype}; needed are whole numbers.")
     if labels.min() < 0 or labels.max() > classes:
       raise ValueError(
         f"labels run from {labels.min()} to {labels.max()}; classes are 0 to {classes - 1}, and "
         f"{classes} is no class."
       )
-    return labels
+    return labels.astype(np.int64)
 
 
 def _count(num_images, **given) -> int | None:
@@ -257,31 +263,11 @@ def _count(num_images, **given) -> int | None:
   return next(iter(counts.values()), None)
 
 
-def _one_each(name, values, n, dtype) -> np.ndarray:
+def _one_each(name, values, n) -> np.ndarray:
   values = np.asarray(values)
-  if values.ndim > 1 or (dtype == np.int32 and values.dtype.kind not in "iu"):
-    raise ValueError(f"{name} is {values.dtype} {values.shape}; needed is a number, or [{n}].")
-  return np.broadcast_to(values.astype(dtype), (n,))
-
-
-@functools.lru_cache
-def _sample_function(exp: Experiment, mesh, steps: str):
-  """draw(params, x0 [B, ...], c [B], w [B]) -> (x1 [B, ...], whether all is finite)."""
-  sample = generate.sampler(exp, steps)
-
-  def draw(params, *per_image):
-    x1 = sample(params, *per_image)
-    return x1, jnp.isfinite(x1).all()
-
-  everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
-  return jax.jit(
-    draw, in_shardings=(everywhere, rows, rows, rows), out_shardings=(rows, everywhere)
-  )
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def _draw_noise(seed, numbers, shape):
-  return sampling.draw_noise(jax.random.key(seed), numbers, shape)
+  if values.ndim > 1:
+    raise ValueError(f"{name} has shape {values.shape}; needed is a number, or [{n}].")
+  return np.broadcast_to(values, (n,))
 
 
 def picture(images, *, enlarge: int = 1, columns: int = 10) -> Image.Image:
@@ -296,14 +282,15 @@ def picture(images, *, enlarge: int = 1, columns: int = 10) -> Image.Image:
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     captions = [""] * len(rows)
   else:
-    rows, captions = [np.asarray(row) for row in images.values()], list(images)
+    rows, captions = [np.asarray(row) for row in images.values()], [str(name) for name in images]
   if wrong := [row for row in rows if row.ndim != 4 or row.dtype != np.uint8]:
     raise ValueError(
       f"images are {wrong[0].dtype} {wrong[0].shape}; needed are uint8 [N, H, W, C], as of "
       "Model.sample."
     )
-  if not rows:
-    raise ValueError("there are no images.")
+  sizes = sorted({row.shape[1:3] for row in rows})
+  if len(sizes) != 1:
+    raise ValueError(f"images of one size are needed; given are {sizes}.")
   font = ImageFont.load_default(_LETTERS)
   margin = max(round(font.getlength(caption)) for caption in captions)
   margin += _LETTERS if margin else 0

@@ -114,6 +114,7 @@ def check(config) -> None:
   exp = experiment_lib.parse(config)
   generate.pixels_function(exp.data.vae, sharding.data_mesh(), exp.evaluation.rounding)
   load_reference(exp, sharding.data_mesh(jax.local_devices()))
+  features.extractor.cache_clear()  # training needs the memory
 
 
 def evaluate(config, workdir: str, devices=None) -> dict | None:

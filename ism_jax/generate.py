@@ -54,19 +54,32 @@ def sampler(exp: Experiment, steps) -> Callable:
 
 @functools.lru_cache
 def sample_function(exp: Experiment, mesh, steps):
-  """draw(params, key, numbers [B], c [B], w [B]) -> (x1 [B, H, W, C], whether all is finite).
+  """sample(params, x0 [B, H, W, C], c [B], w [B]) -> (x1 [B, H, W, C], whether all is finite).
 
-  Compiled for one schedule; the rows are split over the mesh, whose arguments are whole everywhere.
+  Compiled for one schedule; x0 and x1 are split over the mesh, the others whole everywhere.
   """
-  sample = sampler(exp, steps)
+  integrate = sampler(exp, steps)
 
-  def draw(params, key, *per_sample):
-    numbers, c, w = jax.lax.with_sharding_constraint(per_sample, sharding.rows(mesh))
-    x1 = sample(params, sampling.draw_noise(key, numbers, exp.image_shape), c, w)
+  def sample(params, x0, *per_sample):
+    x1 = integrate(params, x0, *jax.lax.with_sharding_constraint(per_sample, sharding.rows(mesh)))
     return x1, jnp.isfinite(x1).all()
 
-  everywhere = sharding.replicated(mesh)
-  return jax.jit(draw, in_shardings=everywhere, out_shardings=(sharding.rows(mesh), everywhere))
+  everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
+  return jax.jit(
+    sample,
+    in_shardings=(everywhere, rows, everywhere, everywhere),
+    out_shardings=(rows, everywhere),
+  )
+
+
+@functools.lru_cache
+def noise_function(shape: tuple[int, int, int], mesh):
+  """noise(key, numbers [B]) -> x0 [B, *shape], split over the mesh; see `sampling.draw_noise`."""
+  return jax.jit(
+    lambda key, numbers: sampling.draw_noise(key, numbers, shape),
+    in_shardings=sharding.replicated(mesh),
+    out_shardings=sharding.rows(mesh),
+  )
 
 
 def decode_function(cfg: vae_lib.VaeConfig, mesh, rounding: str = "nearest"):
@@ -107,7 +120,7 @@ def pixels_function(name: str, mesh, rounding: str = "nearest"):
   return functools.partial(decode, jax.device_put(vae.params, everywhere))
 
 
-def start(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
+def draw(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
   """Starts drawing the samples of these numbers [B], and does not wait for them.
 
   Args:
@@ -115,11 +128,10 @@ def start(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
   Returns:
     (uint8 [B, H, W, C], whether all is finite), device arrays.
   """
-  draw = sample_function(exp, mesh, steps)
   pixels = pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
   params = jax.device_put(params, sharding.replicated(mesh))
-  key = jax.random.key(seed)
-  x1, finite = draw(params, key, np.int32(numbers), np.int32(labels), np.float32(w))
+  x0 = noise_function(exp.image_shape, mesh)(jax.random.key(seed), np.int32(numbers))
+  x1, finite = sample_function(exp, mesh, steps)(params, x0, np.int32(labels), np.float32(w))
   return pixels(x1), finite
 
 
@@ -147,12 +159,13 @@ class Batch:
 
 
 def batches(
-  exp: Experiment, mesh, params, labels, *, steps, w, seed, batch_size
+  exp: Experiment, mesh, params, labels, *, steps, w, seed, batch_size, noise=None
 ) -> Iterator[Batch]:
   """Draws samples of these labels [N], each batch when it is asked for.
 
   Args:
     steps: a count or schedule. w: guidance, one number or one per image [N].
+    noise: float32 [N, h, w, c], instead of the seed's.
   Raises:
     FloatingPointError: samples are not finite.
   """
@@ -161,17 +174,19 @@ def batches(
   num_images = len(labels)
   w = np.broadcast_to(np.asarray(w, np.float32), (num_images,))
   batch_size = -(-min(batch_size, num_images) // mesh.size) * mesh.size
-  draw = sample_function(exp, mesh, steps)
+  draw_noise, sample = noise_function(exp.image_shape, mesh), sample_function(exp, mesh, steps)
   pixels = pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
-  params = jax.device_put(params, sharding.replicated(mesh))
+  params, key = jax.device_put(params, sharding.replicated(mesh)), jax.random.key(seed)
   for start in range(0, num_images, batch_size):
     # The last batch wraps around to keep its size: one compilation for all.
     numbers = np.arange(start, start + batch_size)
     rows = numbers % num_images
     began = time.perf_counter()
-    x1, finite = draw(
-      params, jax.random.key(seed), np.int32(numbers), np.int32(labels[rows]), w[rows]
-    )
+    if noise is None:
+      x0 = draw_noise(key, np.int32(numbers))
+    else:
+      x0 = jax.device_put(noise[rows], sharding.rows(mesh))
+    x1, finite = sample(params, x0, np.int32(labels[rows]), w[rows])
     if not finite:
       raise FloatingPointError(
         f"samples {start} to {start + batch_size - 1} of {steps} steps at w={np.unique(w)} are not "

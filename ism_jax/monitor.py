@@ -42,7 +42,7 @@ class Monitor:
     """Starts drawing: {steps: (images, finite)} on the device."""
     params = jax.device_put(params, sharding.replicated(self._mesh))  # once for all steps
     return {
-      steps: generate.start(
+      steps: generate.draw(
         self._exp,
         self._mesh,
         params,

@@ -1,4 +1,4 @@
-"""Exports the sampler of a checkpoint as StableHLO, which samples with JAX and NumPy alone.
+"""Exports the sampler of a checkpoint as StableHLO, which samples without this package.
 
   python -m ism_jax.stablehlo --workdir=W --out=DIR [--steps=1 --steps=1/2,1/4,1/4 ...]
       [--tree=ema|target_ema|params] [--step=N]
@@ -11,11 +11,11 @@ DIR is written whole or not at all, and replaces nothing:
   sampler.json              shapes and settings
   README.md                 the few lines of Python that run it
 
-The programs take any batch size, and run on CPUs, TPUs and NVIDIA GPUs. JAX promises to read them
-for six months after the version that wrote them.
+The programs take any batch size, and run on CPUs, TPUs and NVIDIA GPUs, with JAX, NumPy and
+flatbuffers. JAX promises to read them for six months after the version that wrote them.
 """
 
-from collections.abc import Sequence
+import functools
 import json
 
 from absl import app, flags, logging
@@ -35,16 +35,19 @@ DETAILS = "sampler.json"
 _PARAMETERS, _DECODER = "parameters.npz", "decoder"
 
 
-def write(exp: Experiment, params, out: str, schedules: Sequence, *, about: str) -> None:
+def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
   """Writes the folder of a sampler.
 
   Args:
-    params: those that sample. schedules: counts or schedules, see `paths.parse_schedule`.
+    params: those that sample. schedules: one or more counts or schedules, each as
+      `paths.parse_schedule` takes it.
     about: which parameters these are, for the reader.
   Raises:
     ValueError: the network cannot sample a schedule.
     OSError: `out` is not empty or cannot be written.
   """
+  one = isinstance(schedules, (str, int))
+  schedules = list(dict.fromkeys(str(s).strip() for s in ((schedules,) if one else schedules)))
   if not schedules:
     raise ValueError("there are no schedules: name numbers of steps, such as (1, 4).")
   for steps in schedules:
@@ -61,17 +64,18 @@ def _write_files(exp, params, folder, schedules, about):
   programs = {}
   for steps in schedules:
     sample = generate.sampler(exp, steps)
-    program = f"sampler_{str(steps).replace('/', '_').replace(',', '-')}.stablehlo"
+    program = f"sampler_{steps.replace('/', '_').replace(',', '-')}.stablehlo"
     given = (x1, of_batch((), jnp.int32), of_batch((), jnp.float32))
     _write_program(folder / program, lambda flat, *rest: sample(_nested(flat), *rest), flat, *given)
-    programs[str(steps)] = program
+    programs[steps] = program
   _write_arrays(folder / _PARAMETERS, flat)
   if exp.data.vae:
     vae = generate.load_vae(exp.data.vae)
     flat = _flat(vae.params)
     # One by one: a large image takes about 0.3 GB while it is decoded.
     one = lambda flat, z: vae_lib.decode(vae.cfg, _nested(flat), z[None])[0]
-    decode = lambda flat, x1: jax.lax.map(lambda z: generate.to_uint8(one(flat, z)), x1)
+    to_uint8 = functools.partial(generate.to_uint8, rounding=exp.evaluation.rounding)
+    decode = lambda flat, x1: jax.lax.map(lambda z: to_uint8(one(flat, z)), x1)
     _write_program(folder / f"{_DECODER}.stablehlo", decode, flat, x1)
     _write_arrays(folder / f"{_DECODER}.npz", flat)
   details = {
@@ -116,7 +120,8 @@ def _readme(exp: Experiment, programs: dict[str, str], about: str) -> str:
   guided = (
     f"`w` is the guidance, 0 to {exp.objective.w_max:g}, for each image (a CFG scale of 1 + w)"
     if exp.objective.intrinsic
-    else f"the guidance is the fixed one of training, w = {exp.objective.fixed_w:g}"
+    else f"the guidance is the fixed one of training, w = {exp.objective.fixed_w:g}, and 128 steps "
+    "alone take any other"
   )
   if exp.data.vae:
     images = f"""\
@@ -124,12 +129,14 @@ decode = export.deserialize(bytearray(pathlib.Path("{_DECODER}.stablehlo").read_
 images = np.asarray(decode.call(dict(np.load("{_DECODER}.npz")), x1))
 """
   else:
-    images = "images = np.uint8(np.clip(np.round(127.5 * (np.asarray(x1) + 1)), 0, 255))\n"
+    rounding = {"nearest": "round", "truncate": "floor"}[exp.evaluation.rounding]
+    images = f"images = np.uint8(np.clip(np.{rounding}(127.5 * (np.asarray(x1) + 1)), 0, 255))\n"
   return f"""\
 # Few-step sampler, as StableHLO
 
 {exp.model.size} on {exp.data.name}, {exp.variant}: {about}. Written by ism_jax, and run without it.
-With `pip install "jax>={jax.__version__}" flatbuffers`, in this folder:
+With `pip install jax=={jax.__version__} flatbuffers` (later versions of JAX read these programs for
+six months), in this folder:
 
 ```python
 import pathlib

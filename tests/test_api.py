@@ -16,9 +16,10 @@ from PIL import Image
 import pytest
 
 import ism_jax
-from ism_jax import api, checkpoints, experiment, export, logs, paths, sharding
+from ism_jax import api, checkpoints, experiment, export, generate, logs, paths, sharding
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
+from ism_jax.pretrained import vae as vae_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -131,8 +132,12 @@ def test_a_step_of_the_velocity_is_a_one_step_sample(model):
 def test_latents_are_decoded():
   config = tiny_config()
   config.data.update({"name": "latents", "vae": "random-small", "channels": 4})
-  images, _ = model_of(config).sample(3, steps=1, w=0.5)
-  assert images.shape == (3, 64, 64, 3) and images.std() > 5
+  model, vae = model_of(config), generate.load_vae("random-small")
+  images, labels = model.sample(3, steps=1, w=0.5)
+  noise = model.noise(3)
+  latents = noise + model.velocity(noise, 0.0, labels, d=1.0, w=0.5)
+  wanted = generate.to_uint8(vae_lib.decode(vae.cfg, vae.params, latents))
+  assert images.shape == (3, 64, 64, 3) and close(images, np.asarray(wanted))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,10 @@ def test_latents_are_decoded():
     ({"num_images": 0}, "at least 1; given are num_images: 0"),
     ({"num_images": -1}, "at least 1"),
     ({"num_images": 2, "labels": 11}, "classes are 0 to 9, and 10 is no class"),
-    ({"num_images": 2, "labels": 1.5}, "labels is float64"),
+    ({"num_images": 2, "labels": 1.5}, "labels are float64"),
+    ({"num_images": 2, "labels": [2**32, 0]}, "from 0 to 4294967296; classes are 0 to 9"),
+    ({"num_images": 2, "labels": np.zeros((2, 1), int)}, r"labels has shape \(2, 1\)"),
+    ({"num_images": 2, "batch_size": 0}, "batch_size=0 must be at least 1"),
     ({"noise": np.zeros((2, 8, 8, 3))}, r"needed is \(2, 8, 8, 1\)"),
     ({"num_images": 2, "steps": 3}, "off the trained grid"),
     ({"num_images": 2, "w": -1.0}, "negative"),
@@ -155,7 +163,7 @@ def test_what_cannot_be_sampled_is_refused(model, asked, message):
 
 @pytest.mark.slow
 def test_noise_that_is_not_finite_is_not_drawn_black(model):
-  with pytest.raises(FloatingPointError, match="random"):
+  with pytest.raises(FloatingPointError, match="not finite"):
     model.sample(steps=1, w=0.5, noise=np.full((2, 8, 8, 1), np.nan))
 
 
@@ -195,6 +203,9 @@ def test_an_export_samples_as_its_workdir_from_a_folder_a_file_or_the_hub(
   monkeypatch.setattr(api, "snapshot_download", download)
   assert_equal_trees(ism_jax.load("someone/digits").params, model.params)
   assert asked == [("someone/digits", ["config.json", "model.safetensors"])]
+  (folder / "config.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"someone/digits on the .* hub has no config\.json"):
+    ism_jax.load("someone/digits")
 
 
 def test_what_is_no_model_says_what_is_needed(tmp_path, monkeypatch):
@@ -219,6 +230,8 @@ def test_a_picture_has_a_row_for_each_caption_and_keeps_every_pixel():
   rows = {"a": rng.integers(0, 256, (3, 8, 8, 1), np.uint8), "long caption": np.zeros((2, 8, 8, 1))}
   with pytest.raises(ValueError, match=r"images are float64 \(2, 8, 8, 1\)"):
     ism_jax.picture(rows)
+  with pytest.raises(ValueError, match=r"one size are needed; given are \[\(4, 8\), \(8, 8\)\]"):
+    ism_jax.picture({1: rows["a"], 2: rows["a"][:, :4]})
   rows["long caption"] = rng.integers(0, 256, (2, 8, 8, 1), np.uint8)
   pixels = np.asarray(ism_jax.picture(rows, enlarge=2))
   margin = pixels.shape[1] - (3 * 16 + 2 * 2)  # two pixels between images
@@ -321,13 +334,16 @@ def test_an_exported_sampler_is_written_whole_or_not_at_all(model, tmp_path, mon
     model.export_sampler(str(folder), (1, 3))
   with pytest.raises(ValueError, match="name numbers of steps"):
     model.export_sampler(str(folder), ())
+  with pytest.raises(ValueError, match="steps='12' has a step of 1/12"):
+    model.export_sampler(str(folder), "12")
   with monkeypatch.context() as patch:
     patch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
       model.export_sampler(str(folder), (1,))
   assert not folder.exists() and not list(folder.parent.iterdir())
-  model.export_sampler(str(folder), (1,))
+  model.export_sampler(str(folder), ("1", " 1", 1))
   assert sorted(p.name for p in folder.parent.iterdir()) == ["sampler"]
+  assert [p.name for p in folder.glob("*.stablehlo")] == ["sampler_1.stablehlo"]
   with pytest.raises(FileExistsError, match="there and not empty"):
     model.export_sampler(str(folder), (1,))
 
