@@ -48,7 +48,7 @@ setuptools.setup(
       "transformers>=5.2,<6",
     ],
     "notebooks": [
-      "ipykernel>=6.29,<8",
+      "ipykernel>=6.29,<7",  # 7 freezes: github.com/ipython/ipykernel/issues/1471
       "ipywidgets>=8.1,<9",
       "nbclient>=0.10,<0.12",
       "nbformat>=5.10,<6",
