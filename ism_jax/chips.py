@@ -1,6 +1,7 @@
 """What an accelerator can do at best, by JAX's `device_kind`: for estimates and utilisation.
 
-Datasheet values. TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+Datasheet values. TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. GPUs: nvidia.com's
+datasheets, dense.
 """
 
 from typing import NamedTuple
@@ -51,3 +52,20 @@ CHIPS = {
   "TPU v6 lite": V6E,
   "TPU v6e": V6E,
 }
+
+# Peak of dense bfloat16 matrix products per second.
+_GPUS = {
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def peak(device_kind: str, dtype: str) -> float | None:
+  """Peak of matrix products per second of a device; None where it is not known."""
+  if dtype != "bfloat16":
+    return None
+  if device_kind in CHIPS:
+    return CHIPS[device_kind].flops
+  return next((flops for kind, flops in _GPUS.items() if device_kind.startswith(kind)), None)

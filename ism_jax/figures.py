@@ -241,6 +241,44 @@ def pools(found: list[dict], path: str) -> None:
   save_figure(fig, path)
 
 
+def technique_costs(techniques: dict, path: str) -> None:
+  """`benchmark`'s steps, from flow matching to iSM's, and by their forward passes."""
+  fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+  measured = techniques["over_flow_matching"]
+  names, places = list(measured), np.arange(len(measured))
+  medians = np.array([measured[name]["median"] for name in names])
+  errors = np.abs(np.array([measured[name]["quartiles"] for name in names]).T - medians)
+  passes = [techniques["forward_passes"][name] / techniques["forward_passes"][names[0]]
+            for name in names]  # fmt: skip
+  ax.barh(places, medians, xerr=errors, color=_COLOURS[0], height=0.6, label="measured")
+  ax.plot(passes, places, "D", color=_COLOURS[1], label="by its forward passes")
+  ax.set_yticks(places, names)
+  ax.invert_yaxis()
+  ax.set_xlabel("time of a step over that of flow matching (quartiles)")
+  _legend(fig, ax)
+  save_figure(fig, path)
+
+
+def pairing_shares(report: dict, step_seconds: dict[str, float], path: str) -> None:
+  """What pairing a pool takes over its K steps, against K: a line a size of the network."""
+  fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+  by_size = report["pool"]["by_size"]
+  sizes = np.array(sorted(by_size))
+  pairing = np.array([by_size[k]["median"] for k in sizes])
+  for number, (name, seconds) in enumerate(step_seconds.items()):
+    label = name if name == report["config"]["model"] else f"{name}, by its FLOPs"
+    ax.plot(sizes, 100 * pairing / sizes / seconds, **style(number), label=label)
+  ax.set_xscale("log", base=2)
+  ax.set_yscale("log")
+  ax.set_xticks(sizes, [f"{k}\n{k * report['config']['batch_size']:,}" for k in sizes])
+  ax.xaxis.set_minor_formatter(NullFormatter())
+  ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+  ax.set_xlabel("batches in a pool, K, and pairs")
+  ax.set_ylabel("pairing, % of the pool's steps")
+  _legend(fig, ax)
+  save_figure(fig, path)
+
+
 def grids(workdirs: dict[str, str], w: float, path: str) -> None:
   """The sample grids side by side: a row a variant, a column an NFE."""
   pattern = re.compile(rf"samples_steps(\d+)_w{re.escape(f'{w:g}')}\.png")

@@ -262,8 +262,12 @@ def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Con
   return objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class)
 
 
-def steps_function(exp: Experiment, mesh) -> Callable:
-  """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`."""
+def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
+  """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`.
+
+  Args:
+    update: what `state.update` does; another one only to measure what it costs.
+  """
   gradient = gradient_function(exp, mesh)
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
   shapes = jax.eval_shape(_create(exp), jax.random.key(0))
@@ -279,7 +283,7 @@ def steps_function(exp: Experiment, mesh) -> Callable:
     # Sharded, each device updates its part of everything; the next step gathers the parameters in
     # the dtype it computes in, and the last one's are gathered whole. (TPUs' XLA makes an
     # all-reduce of a reduce-scatter of such shapes: asking for one gains nothing.)
-    state = state_lib.update(place(state, updated), place(grad, updated.params), tx, exp.ema)
+    state = update(place(state, updated), place(grad, updated.params), tx, exp.ema)
     state = place(state, updated)
     norms = {
       "gradient_norm": optax.tree.norm(grad),

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
 
 # Each module may import those in the lines below its own.
 LAYERS = [
-    {"main", "compare", "encode", "aot", "statistics", "api"},
+    {"main", "compare", "encode", "aot", "statistics", "api", "benchmark"},
     {"summary", "stablehlo"},
     {"export"},
     {"evaluate"},

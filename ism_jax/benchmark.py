@@ -1,0 +1,632 @@
+"""Measures training, pairing, reading and sampling on the devices that are there, in one run.
+
+  python -m ism_jax.benchmark --config=configs/imagenet256.py --out=DIR [--config.KEY=VALUE ...]
+      [--rows=N] [--pools=1,2,4] [--repeats=5]
+
+Any config, and any devices that JAX finds. Latents need no data and no autoencoder: without
+data.dir a folder of random ones is made and removed again, and what decodes has random weights.
+
+Everything is timed in turn, round after round (`rounds`), so that what slows a shared machine slows
+all alike; a ratio is the median of the rounds' ratios. The rate of a large matrix product in the
+compute dtype is this machine's practical ceiling. FLOPs are those of the model, see `flops`.
+
+--rows trains on that many rows of the batch and scales the step's time to all of them, where the
+batch is too much for the machine; --pools measures the coupling at those pool sizes K too.
+
+Written to DIR: benchmark.json, benchmark.md, techniques.png (what each technique adds to flow
+matching), and with --pools scaling.png.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import tempfile
+import time
+from typing import Any
+
+from absl import app, flags, logging
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+import numpy as np
+
+from ism_jax import checkpoints, chips, data, figures, flops, generate, logs, sharding, train
+from ism_jax import experiment as experiment_lib
+from ism_jax import model as model_lib
+from ism_jax import state as state_lib
+from ism_jax.data import latents
+from ism_jax.experiment import Experiment
+from ism_jax.sharding import AXIS, P
+
+STEPS = (1, 2, 4, 8, 128)  # of sampling
+SHORTEST = 0.2  # seconds of a timing: shorter calls are made several times
+SIZES = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")  # of scaling.png
+_PRODUCTS = 8  # in a timing of the ceiling
+_POOLS_READ = 3  # in a timing of the input pipeline
+_POOLS_TRAINED = 3  # in that of the loop
+_RECORDS = 4096  # random latents
+_RANDOM_VAE = "random"
+
+
+# Timing.
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled function.
+
+  Attributes:
+    call: takes the arguments it was compiled for. compile_seconds: tracing and XLA.
+    bytes: on each device while it runs, with arguments and results; None where XLA does not say.
+  """
+
+  call: Callable
+  compile_seconds: float
+  bytes: int | None
+
+
+def compiled(function, *arguments) -> Program:
+  """Compiles a jitted function for arguments, or shapes with shardings."""
+  start = time.perf_counter()
+  program = function.lower(*arguments).compile()
+  seconds = time.perf_counter() - start
+  memory = program.memory_analysis()
+  needed = memory and (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+  return Program(program, seconds, needed)
+
+
+def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
+  """Seconds of each call, [repeats], all in turn.
+
+  Each returns what has to be ready when the clock stops. Of calls that are shorter than `SHORTEST`,
+  several follow each other without waiting, as in training.
+  """
+  together = {}
+  for name, call in calls.items():
+    jax.block_until_ready(call())  # what is done once
+    together[name] = math.ceil(SHORTEST / max(_seconds(call, 1), 1e-9))
+  found = [{name: _seconds(call, together[name]) for name, call in calls.items()}
+           for _ in range(repeats)]  # fmt: skip
+  return {name: np.array([one[name] for one in found]) for name in calls}
+
+
+def _seconds(call, times: int) -> float:
+  start = time.perf_counter()
+  for _ in range(times):
+    result = call()
+  jax.block_until_ready(result)
+  return (time.perf_counter() - start) / times
+
+
+def spread(values) -> dict[str, float]:
+  """Median and quartiles."""
+  low, median, high = np.percentile(values, (25, 50, 75))
+  return {"median": float(median), "quartiles": [float(low), float(high)]}
+
+
+# What is timed.
+
+
+def product(mesh, dtype: str):
+  """(call, FLOPs): products of large square matrices, on each device its own."""
+  side = 2048 if mesh.devices.flat[0].platform == "cpu" else 8192
+
+  def on_device(a, b):
+    a, b = a[0], b[0]
+    return jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: (x @ b).astype(dtype), a)[None]
+
+  place = sharding.rows(mesh)
+  matrices = jax.jit(
+    lambda key: jax.random.normal(key, (2, mesh.size, side, side), dtype) / side**0.5,
+    out_shardings=sharding.rows(mesh, axis=1),
+  )(jax.random.key(0))
+  rows = P(AXIS)
+  multiply = jax.jit(
+    jax.shard_map(on_device, mesh=mesh, in_specs=(rows, rows), out_specs=rows), out_shardings=place
+  )
+  return functools.partial(multiply, *matrices), 2.0 * side**3 * _PRODUCTS * mesh.size
+
+
+def one_average(state, gradient, tx, ema):
+  """`state.update` with the average that samples alone."""
+  new = state_lib.update(state, gradient, tx, ema)
+  return new.replace(target_ema=state.target_ema)
+
+
+def techniques(exp: Experiment) -> dict[str, tuple[Experiment, Callable]]:
+  """{name: (experiment, update)} of the training steps that are compared.
+
+  From flow matching with one average to the step of `exp`; all of the same network and batch.
+  """
+  v, g, k = exp.objective.shares
+
+  def step(shares, update, **changes):
+    objective = dataclasses.replace(exp.objective, shares=shares)
+    return dataclasses.replace(exp, objective=objective, **changes), update
+
+  l2 = {"wavelet": dataclasses.replace(exp.wavelet, form="l2")}
+  found = {FLOW_MATCHING: step((v + g + k, 0, 0), one_average, **l2)}
+  if g:
+    found[GUIDANCE] = step((v + k, g, 0), one_average, **l2)
+  if k:
+    found[CONSISTENCY] = step((v + g, 0, k), one_average, **l2)
+  found[TARGETS] = step((v, g, k), one_average, **l2)
+  found[WAVELET] = step((v, g, k), one_average)
+  found[STEP] = step((v, g, k), state_lib.update)
+  return found
+
+
+FLOW_MATCHING = "flow matching"
+GUIDANCE = "with guidance targets"
+CONSISTENCY = "with consistency targets"
+TARGETS = "with all targets"
+WAVELET = "and the wavelet loss"
+STEP = "and the second average: the step"
+# What each adds: the steps whose difference it is.
+COSTS = {
+  "guidance targets": (GUIDANCE, FLOW_MATCHING),
+  "consistency targets": (CONSISTENCY, FLOW_MATCHING),
+  "wavelet loss": (WAVELET, TARGETS),
+  "second average": (STEP, WAVELET),
+}
+
+
+def random_pool(exp: Experiment, mesh):
+  """A pool on the devices, paired: {"x0", "x1": [K, M, ...], "c": [K, M]}."""
+  rows = (exp.coupling.pool_size, exp.batch_size)
+
+  def draw(key):
+    keys = jax.random.split(key, 3)
+    return {
+      "x0": jax.random.normal(keys[0], (*rows, *exp.image_shape)),
+      "x1": jax.random.normal(keys[1], (*rows, *exp.image_shape)),
+      "c": jax.random.randint(keys[2], rows, 0, exp.data.num_classes),
+    }
+
+  return jax.jit(draw, out_shardings=sharding.rows(mesh, axis=1))(jax.random.key(1))
+
+
+def step_calls(exp: Experiment, mesh) -> tuple[dict[str, Callable], dict[str, Program]]:
+  """Calls of `exp.scan_steps` steps each, which hand one state on to each other."""
+  keys = train.base_keys(0)
+  pool = random_pool(exp, mesh)
+  state = train.init_function(exp, mesh)(keys.init)
+  calls, programs = {}, {}
+
+  def call(program):
+    nonlocal state
+    state, metrics = program(state, pool, keys, 0)
+    return metrics
+
+  for name, (one, update) in techniques(exp).items():
+    steps = train.steps_function(one, mesh, update)
+    programs[name] = compiled(steps, state, pool, keys, 0)
+    calls[name] = functools.partial(call, programs[name].call)
+  return calls, programs
+
+
+def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict, dict[str, Program]]:
+  """{(coupling, K): call}, {(coupling, K): Program}."""
+  keys = train.base_keys(0)
+  calls, programs = {}, {}
+  for size in sizes:
+    for coupling in dict.fromkeys(("independent", exp.coupling.coupling)):
+      cfg = dataclasses.replace(exp.coupling, coupling=coupling, pool_size=size)
+      one = dataclasses.replace(exp, coupling=cfg, scan_steps=1)
+      shapes = train.abstract_pool(one, mesh)
+      draw = lambda key, shapes=shapes: {
+        name: jax.random.normal(key, a.shape).astype(a.dtype) for name, a in shapes.items()
+      }
+      placed = {name: a.sharding for name, a in shapes.items()}
+      pool = jax.jit(draw, out_shardings=placed)(jax.random.key(2))
+      program = compiled(train.couple_function(one, mesh), pool, keys, 0)
+      # It takes its argument's memory.
+      call = lambda program=program, pool=pool: program.call(jax.tree.map(jnp.copy, pool), keys, 0)
+      calls[coupling, size], programs[coupling, size] = call, program
+  return calls, programs
+
+
+def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], dict, Callable]:
+  """({steps: call}, {steps: Program}, call that makes images of the samples)."""
+  n = -(-exp.sample.batch_size // mesh.size) * mesh.size
+  numbers = np.arange(n, dtype=np.int32)
+  x0 = generate.noise_function(exp.image_shape, mesh)(jax.random.key(0), numbers)
+  given = (params, x0, numbers % exp.data.num_classes, np.full(n, exp.sample.w, np.float32))
+  programs, calls = {}, {}
+  for steps in STEPS:
+    programs[steps] = compiled(generate.sample_function(exp, mesh, steps), *given)
+    calls[steps] = functools.partial(programs[steps].call, *given)
+  pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
+  return calls, programs, functools.partial(pixels, x0)
+
+
+@contextlib.contextmanager
+def source_of(exp: Experiment) -> Iterator[Any]:
+  """The config's dataset; of latents without a folder, random ones while the block runs."""
+  if not exp.data.vae or exp.data.dir:
+    yield data.load_source(exp.data)
+    return
+  cfg = exp.data
+  settings = latents.Settings(
+      vae=cfg.vae, vae_sha256="", size=cfg.image_size * latents.DOWNSAMPLING,
+      latent_channels=cfg.channels, crop="", listing="", listed=_RECORDS,
+      images_per_shard=_RECORDS // 8,
+  )  # fmt: skip
+  rng = np.random.default_rng(0)
+  moments = rng.standard_normal((64, latents.VIEWS, *settings.moments_shape)).astype(np.float16)
+  with tempfile.TemporaryDirectory(prefix="ism_jax-benchmark-") as folder:
+    for shard in range(settings.shards):
+      with latents.ShardWriter(folder, settings, shard) as writer:
+        for i in settings.images_of(shard):
+          writer.add(i % cfg.num_classes, moments[i % len(moments)])
+    trailers = latents.finished_shards(folder, settings)
+    classes = [str(c) for c in range(cfg.num_classes)]
+    with open(os.path.join(folder, latents.MANIFEST), "w") as f:
+      f.write(latents.manifest(settings, classes, trailers))
+    yield data.load_source(dataclasses.replace(cfg, dir=folder))
+
+
+def read_rates(exp: Experiment, source, mesh) -> dict[int, float]:
+  """{threads: images per second} that a process reads, of the pools that it needs for training."""
+  threads = [2**i for i in range(exp.data.num_threads.bit_length()) if 2**i < exp.data.num_threads]
+  rates = {}
+  for count in (*threads, exp.data.num_threads):
+    start = time.perf_counter()
+    pools = read_pools(exp, source, mesh, count)
+    rates[count] = sum(next(pools)["c"].size for _ in range(_POOLS_READ))
+    rates[count] /= time.perf_counter() - start
+  return rates
+
+
+def read_pools(exp: Experiment, source, mesh, num_threads: int):
+  return data.pools(
+    source,
+    batch_size=exp.batch_size,
+    pool_size=exp.coupling.pool_size,
+    flip=exp.data.flip,
+    seed=0,
+    rows=sharding.local_rows(mesh, exp.batch_size),
+    num_threads=num_threads,
+  )
+
+
+def training_loop(exp: Experiment, source, mesh, train_steps, pools: int) -> dict[str, float]:
+  """Trains for some pools as `train` does: seconds, and of them those that it waited for data.
+
+  Args:
+    train_steps: compiled.
+  """
+  keys, couple = train.base_keys(0), train.couple_function(exp, mesh)
+  state, waited, pending = train.init_function(exp, mesh)(keys.init), 0.0, None
+  read = read_pools(exp, source, mesh, exp.data.num_threads)
+  for index in range(pools + 1):
+    if index == 1:  # compiled
+      jax.block_until_ready(state)
+      start, waited = time.perf_counter(), 0.0
+    before = time.perf_counter()
+    pool = sharding.global_arrays(sharding.rows(mesh, axis=1), next(read))
+    waited += time.perf_counter() - before
+    pool, _ = couple(pool, keys, index)
+    for first in range(0, exp.coupling.pool_size, exp.scan_steps):
+      state, metrics = train_steps(state, pool, keys, first)
+      pending, ready = metrics, pending
+      jax.block_until_ready(ready)
+  jax.block_until_ready(state)
+  return {"seconds": time.perf_counter() - start, "waited": waited}
+
+
+def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int) -> dict:
+  """benchmark.json; see the module's docstring.
+
+  Args:
+    rows: of the batch that the timed step trains on. pools: sizes K that are paired besides.
+  """
+  if exp.data.vae and not exp.data.vae.startswith(_RANDOM_VAE):  # decoding takes shapes alone
+    exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae=_RANDOM_VAE))
+  fewer = dataclasses.replace(exp, batch_size=rows)
+  size, own, more_rows = exp.coupling.pool_size, exp.coupling.coupling, exp.batch_size / rows
+
+  multiply, products = product(mesh, exp.model.dtype)
+  steps, step_programs = step_calls(fewer, mesh)
+  couple, couple_programs = couple_calls(exp, mesh, sorted({size, *pools}))
+  params = jax.jit(
+    lambda key: model_lib.init_params(key, exp.network(), exp.image_shape),
+    out_shardings=sharding.replicated(mesh),
+  )(jax.random.key(0))
+  draw, draw_programs, decode = sample_calls(exp, mesh, params)
+  logging.info("Compiled; now %d rounds.", repeats)
+  seconds = rounds(
+    {("product", ""): multiply, ("decode", ""): decode}
+    | {("step", name): call for name, call in steps.items()}
+    | {("couple", name): call for name, call in couple.items()}
+    | {("sample", name): call for name, call in draw.items()},
+    repeats,
+  )
+
+  step = {name: seconds["step", name] / exp.scan_steps * more_rows for name in steps}
+  plain, train_step = step[FLOW_MATCHING], step[STEP]
+  pairing = {
+    k: seconds["couple", (own, k)] - seconds["couple", ("independent", k)]
+    for k in sorted({size, *pools})
+  }
+  costs = {
+    name: spread((step[more] - step[less]) / plain)
+    for name, (more, less) in COSTS.items()
+    if more in step
+  }
+  costs["pairing"] = spread(pairing[size] / size / plain)
+  costs["all"] = spread((train_step + pairing[size] / size) / plain - 1)
+  pool = seconds["couple", (own, size)] + size * train_step
+  ceiling, work = products / seconds["product", ""], flops.step(exp).model
+  peak = chips.peak(mesh.devices.flat[0].device_kind, exp.model.dtype)
+  images = len(decode.args[0])
+  programs = {f"train_steps: {name}": p for name, p in step_programs.items()}
+  programs |= {f"couple: {name}, K = {k}": p for (name, k), p in couple_programs.items()}
+  programs |= {f"sample: {n} steps": p for n, p in draw_programs.items()}
+  with source_of(exp) as source:
+    rates = read_rates(exp, source, mesh)
+    loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
+
+  return {
+    "config": {
+      "variant": exp.variant,
+      "data": exp.data.name,
+      "model": exp.model.size,
+      "dtype": exp.model.dtype,
+      "remat": exp.model.remat,
+      "batch_size": exp.batch_size,
+      "rows": rows,
+      "scan_steps": exp.scan_steps,
+      "pool_size": size,
+      "image_shape": exp.image_shape,
+      "sampled_together": images,
+    },
+    "devices": {
+      "kind": mesh.devices.flat[0].device_kind,
+      "count": mesh.size,
+      "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+      "jax": jax.__version__,
+    },
+    "repeats": repeats,
+    "ceiling": {"flops_per_second": spread(ceiling), "datasheet": peak and peak * mesh.size},
+    "train": {
+      "seconds_per_step": spread(train_step),
+      "images_per_second": spread(exp.batch_size / train_step),
+      "model_flops_per_step": work,
+      "utilisation": spread(work / train_step / ceiling),
+      "utilisation_of_datasheet": peak and spread(work / train_step / (peak * mesh.size)),
+    },
+    "techniques": {
+      "seconds_per_step": {name: spread(values) for name, values in step.items()},
+      "over_flow_matching": {name: spread(values / plain) for name, values in step.items()},
+      "forward_passes": {
+        name: flops.forward_equivalents(one) for name, (one, _) in techniques(fewer).items()
+      },
+      "costs": costs,
+    },
+    "pool": {
+      "seconds": spread(pool),
+      "pairing": spread(pairing[size]),
+      "share_of_pairing": spread(pairing[size] / pool),
+      "by_size": {k: spread(values) for k, values in pairing.items()},
+    },
+    "input": {
+      "images_per_second": rates,
+      "needed": float(np.median(exp.batch_size / train_step)),
+      "loop": loop,
+    },
+    "sampling": {
+      steps: {
+        "drawn": spread(images / seconds["sample", steps]),
+        "decoded": spread(images / (seconds["sample", steps] + seconds["decode", ""])),
+      }
+      for steps in draw
+    },
+    "programs": {
+      name: {"compile_seconds": p.compile_seconds, "bytes": p.bytes} for name, p in programs.items()
+    },
+    "peak_bytes": (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
+  }
+
+
+def as_markdown(report: dict) -> str:
+  """benchmark.md of the contents of benchmark.json."""
+  cfg, devices, ceiling, found = (
+    report["config"],
+    report["devices"],
+    report["ceiling"],
+    report["train"],
+  )
+  peak = ceiling["datasheet"]
+  scaled = (
+    f" The step was timed on {cfg['rows']} rows, and its time is scaled to {cfg['batch_size']}."
+    if cfg["rows"] != cfg["batch_size"]
+    else ""
+  )
+  lines = [
+    f"# {cfg['model']} ({cfg['variant']}) on {devices['count']} x {devices['kind']}",
+    "",
+    f"{cfg['dtype']}, remat {cfg['remat']!r}, {cfg['batch_size']} images per step, pools of "
+    f"{cfg['pool_size']} batches, images {'x'.join(map(str, cfg['image_shape']))}; "
+    f"{devices['cores']} CPU cores, jax {devices['jax']}.{scaled} Medians of {report['repeats']} "
+    "rounds, in which all is timed in turn, and in brackets their quartiles.",
+    "",
+    f"- Matrix products: {told(ceiling['flops_per_second'], 1e-12, '.3g')} TFLOP/s"
+    + (f", of {peak / 1e12:.4g} by the datasheet." if peak else "."),
+    f"- Training: {told(found['images_per_second'], form='.4g')} images/s, "
+    f"{told(found['seconds_per_step'], 1e3, '.4g')} ms per step. Model FLOPs: "
+    f"{found['model_flops_per_step'] / 1e12:.4g} T per step, "
+    f"{told(found['utilisation'], 100, '.3g')} % of what matrix products reach"
+    + (
+      f", {told(found['utilisation_of_datasheet'], 100, '.3g')} % of the datasheet's."
+      if peak
+      else "."
+    ),
+    "",
+    "## What each technique costs",
+    "",
+    *table(
+      ["step", "ms", "over flow matching", "by its forward passes"],
+      [
+        [
+          name,
+          told(seconds, 1e3, ".4g"),
+          told(report["techniques"]["over_flow_matching"][name], form=".3f"),
+          f"{report['techniques']['forward_passes'][name] / 3:.3f}",
+        ]
+        for name, seconds in report["techniques"]["seconds_per_step"].items()
+      ],
+    ),
+    *table(
+      ["technique", "% of a flow matching step"],
+      [[name, told(cost, 100, ".3g")] for name, cost in report["techniques"]["costs"].items()],
+    ),
+    "## A pool",
+    "",
+    f"{told(report['pool']['seconds'], form='.4g')} s, of which pairing "
+    f"{told(report['pool']['pairing'], form='.3g')} s, "
+    f"{told(report['pool']['share_of_pairing'], 100, '.2g')} %. By the size of the pool:",
+    "",
+    *table(
+      ["K", "pairs", "pairing, s", "% of K steps"],
+      [
+        [
+          str(k),
+          f"{k * cfg['batch_size']:,}",
+          told(seconds, form=".3g"),
+          f"{100 * seconds['median'] / k / found['seconds_per_step']['median']:.2g}",
+        ]
+        for k, seconds in report["pool"]["by_size"].items()
+      ],
+    ),
+    "## Input",
+    "",
+    f"The steps above take {report['input']['needed']:,.0f} images/s. The loop of training waits "
+    f"{100 * report['input']['loop']['waited'] / report['input']['loop']['seconds']:.2g} % of its "
+    "time for data and their transfer, while devices still work on what they were given before.",
+    "",
+    *table(
+      ["threads", "images/s read by a process"],
+      [[str(n), f"{rate:,.0f}"] for n, rate in report["input"]["images_per_second"].items()],
+    ),
+    "## Sampling",
+    "",
+    f"{cfg['sampled_together']} at a time:",
+    "",
+    *table(
+      ["steps", "images/s", "with decoding"],
+      [
+        [str(n), told(one["drawn"], form=".4g"), told(one["decoded"], form=".4g")]
+        for n, one in report["sampling"].items()
+      ],
+    ),
+    "## Programs",
+    "",
+    *table(
+      ["program", "compile, s", "MB per device"],
+      [
+        [
+          name,
+          f"{one['compile_seconds']:.1f}",
+          "–" if one["bytes"] is None else f"{one['bytes'] / 1e6:,.0f}",
+        ]
+        for name, one in report["programs"].items()
+      ],
+    ),
+  ]
+  if report["peak_bytes"]:
+    lines += [f"Most memory in use on a device: {report['peak_bytes'] / 1e9:.2f} GB.", ""]
+  return "\n".join(lines)
+
+
+def told(value: dict, scale: float = 1.0, form: str = ".3g") -> str:
+  """ "1.2 [1.1, 1.4]": a median and quartiles, scaled."""
+  low, high = (format(scale * v, form) for v in value["quartiles"])
+  return f"{format(scale * value['median'], form)} [{low}, {high}]"
+
+
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
+  """A Markdown table and an empty line."""
+  row = lambda cells: f"| {' | '.join(cells)} |"
+  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
+
+
+def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, devices=None) -> dict:
+  """Measures and writes; see the module's docstring.
+
+  Args:
+    rows: 0 for the whole batch. devices: default all.
+  Returns:
+    The contents of benchmark.json.
+  """
+  exp, mesh = experiment_lib.parse(config), sharding.data_mesh(devices)
+  rows = rows or exp.batch_size
+  if repeats < 1:
+    raise ValueError(f"--repeats={repeats} must be at least 1.")
+  if not 0 < rows <= exp.batch_size:
+    raise ValueError(f"--rows={rows}: give 1 to batch_size={exp.batch_size}.")
+  if bad := [k for k in pools if k < 1]:
+    raise ValueError(f"--pools={bad}: a pool has at least one batch.")
+  experiment_lib.check_devices(dataclasses.replace(exp, batch_size=rows), mesh.size)
+  checkpoints.check_writable(out)
+  jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
+  report = measure(exp, mesh, rows=rows, pools=pools, repeats=repeats)
+  logs.write_whole(os.path.join(out, "benchmark.json"), json.dumps(report, indent=2) + "\n")
+  logs.write_whole(os.path.join(out, "benchmark.md"), as_markdown(report))
+  figures.technique_costs(report["techniques"], os.path.join(out, "techniques.png"))
+  if pools:
+    figures.pairing_shares(report, step_seconds(exp, report), os.path.join(out, "scaling.png"))
+  return report
+
+
+def step_seconds(exp: Experiment, report: dict) -> dict[str, float]:
+  """{size of the network: seconds per step} at the utilisation that was measured."""
+  measured, own = report["train"]["seconds_per_step"]["median"], flops.step(exp).model
+  sized = lambda size: dataclasses.replace(exp, model=dataclasses.replace(exp.model, size=size))
+  sizes = dict.fromkeys((exp.model.size, *SIZES))
+  return {size: measured * flops.step(sized(size)).model / own for size in sizes}
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  config_flags.DEFINE_config_file("config", None, "What is measured.", lock_config=True)
+  flags.DEFINE_string("out", None, "Folder for the report.")
+  flags.DEFINE_integer("rows", 0, "Rows of the batch that the timed step trains on; 0 for all.")
+  flags.DEFINE_list("pools", [], "Pool sizes K that are paired besides the config's.")
+  flags.DEFINE_integer("repeats", 5, "Rounds.")
+  flags.mark_flags_as_required(["config", "out"])
+
+
+def parse_flags(argv):
+  """The flags; what is wrong with them is one line."""
+  with logs.one_line_flag_errors():
+    return flags.FLAGS(argv)
+
+
+def main(argv):
+  """Measures; see the module's docstring."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  logs.only_ours()
+  given = flags.FLAGS
+  with logs.one_line_errors():
+    try:
+      pools = [int(k) for k in given.pools]
+    except ValueError:
+      raise ValueError(f"--pools={','.join(given.pools)} must be whole numbers.") from None
+    report = benchmark(given.config, given.out, rows=given.rows, pools=pools, repeats=given.repeats)
+  print(as_markdown(report))
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main, flags_parser=parse_flags)

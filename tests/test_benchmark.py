@@ -1,0 +1,144 @@
+"""The benchmark, with a clock of its own where numbers are checked."""
+
+import json
+import math
+import subprocess
+import sys
+
+from conftest import tiny_config
+import jax
+import numpy as np
+import pytest
+
+from ism_jax import benchmark, chips, experiment, flops, sharding, train
+
+
+def test_everything_is_timed_in_turn_and_short_calls_several_times(monkeypatch):
+  now, made = [0.0], []
+
+  def call(name, seconds):
+    def run():
+      made.append(name)
+      now[0] += seconds
+      return np.zeros(1)
+
+    return run
+
+  monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+  found = benchmark.rounds({"long": call("long", 2.0), "short": call("short", 0.06)}, repeats=3)
+  np.testing.assert_allclose(found["long"], [2.0] * 3)
+  np.testing.assert_allclose(found["short"], [0.06] * 3)
+  warm = ["long"] * 2 + ["short"] * 2
+  assert made == warm + 3 * (["long"] + ["short"] * math.ceil(0.2 / 0.06))
+
+
+def test_steps_differ_in_one_technique_each():
+  exp = experiment.parse(tiny_config())
+  steps = benchmark.techniques(exp)
+  shares = {name: one.objective.shares for name, (one, _) in steps.items()}
+  assert list(shares.values()) == [(4, 0, 0), (3, 1, 0), (3, 0, 1), (2, 1, 1), (2, 1, 1), (2, 1, 1)]
+  assert [one.wavelet.form for one, _ in steps.values()] == ["l2"] * 4 + [exp.wavelet.form] * 2
+  step, update = steps[benchmark.STEP]
+  assert step == exp and update is benchmark.state_lib.update
+  passes = [flops.forward_equivalents(one) for one, _ in steps.values()]
+  np.testing.assert_allclose(passes, [3, 3.5, 3.5, 4, 4, 4])
+  fixed = benchmark.techniques(experiment.parse(tiny_config("sm")))
+  assert benchmark.GUIDANCE not in fixed and benchmark.CONSISTENCY in fixed
+
+
+@pytest.mark.slow
+def test_one_average_leaves_the_other_as_it_was():
+  exp, mesh = experiment.parse(tiny_config()), sharding.data_mesh(jax.devices()[:1])
+  keys = train.base_keys(0)
+  pool = benchmark.random_pool(exp, mesh)
+  init = train.init_function(exp, mesh)
+  both, one = (
+    train.steps_function(exp, mesh, update)(init(keys.init), pool, keys, 0)
+    for update in (benchmark.state_lib.update, benchmark.one_average)
+  )
+  initial = init(keys.init)
+  same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+  assert same(one[0].target_ema, initial.target_ema)
+  assert not same(both[0].target_ema, initial.target_ema)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one[0].ema, both[0].ema)
+
+
+def check(report, exp, rows, pools):
+  cfg, found, costs = report["config"], report["train"], report["techniques"]["costs"]
+  assert cfg["rows"] == rows and cfg["batch_size"] == exp.batch_size
+  ratios = report["techniques"]["over_flow_matching"]
+  assert ratios[benchmark.FLOW_MATCHING] == {"median": 1.0, "quartiles": [1.0, 1.0]}
+  assert found["model_flops_per_step"] == flops.step(exp).model
+  median = lambda value: value["median"]
+  np.testing.assert_allclose(
+    median(found["images_per_second"]) * median(found["seconds_per_step"]), exp.batch_size, rtol=0.5
+  )
+  assert 0 < median(found["utilisation"]) < 1 and found["utilisation_of_datasheet"] is None
+  assert set(costs) == {*benchmark.COSTS, "pairing", "all"}
+  assert sorted(report["pool"]["by_size"]) == sorted({exp.coupling.pool_size, *pools})
+  assert 0 < median(report["pool"]["share_of_pairing"]) < 1
+  assert list(report["sampling"]) == [1, 2, 4, 8, 128]
+  assert median(report["sampling"][1]["drawn"]) > median(report["sampling"][128]["drawn"])
+  for speeds in report["sampling"].values():
+    assert median(speeds["decoded"]) <= median(speeds["drawn"])
+  assert list(report["input"]["images_per_second"]) == [1, 2]
+  loop = report["input"]["loop"]
+  assert 0 < loop["waited"] < loop["seconds"]
+  assert min(p["compile_seconds"] for p in report["programs"].values()) > 0
+
+
+@pytest.mark.slow
+def test_latents_are_measured_without_data_and_weights(tmp_path, monkeypatch):
+  monkeypatch.setattr(benchmark, "SHORTEST", 0.01)
+  config = tiny_config()
+  config.data.update(
+    {"name": "latents", "vae": "random-small", "channels": 4, "num_threads": 2, "flip": True}
+  )
+  report = benchmark.benchmark(
+    config, str(tmp_path), rows=32, pools=[1], repeats=2, devices=jax.devices()[:2]
+  )
+  check(report, experiment.parse(config), rows=32, pools=[1])
+  written = json.loads((tmp_path / "benchmark.json").read_text())
+  assert written == json.loads(json.dumps(report))
+  text = (tmp_path / "benchmark.md").read_text()
+  assert f"timed on 32 rows, and its time is scaled to {config.batch_size}" in text
+  assert {p.name for p in tmp_path.iterdir()} == {
+    "benchmark.json", "benchmark.md", "techniques.png", "scaling.png",
+  }  # fmt: skip
+
+
+def test_a_dataset_that_is_there_is_what_is_read():
+  with benchmark.source_of(experiment.parse(tiny_config())) as source:
+    assert len(source) == 1797
+
+
+@pytest.mark.parametrize(
+  ("asked", "message"),
+  [
+    ({"rows": 1000}, "--rows=1000: give 1 to batch_size="),
+    ({"rows": 4}, "batch_size=4 does not split over 8 devices"),
+    ({"pools": [0]}, "a pool has at least one batch"),
+    ({"repeats": 0}, "--repeats=0 must be at least 1"),
+  ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, asked, message):
+  asked = {"rows": 0, "pools": [], "repeats": 1} | asked
+  with pytest.raises(ValueError, match=message):
+    benchmark.benchmark(tiny_config(), str(tmp_path / "out"), **asked)
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_flag_is_one_line(tmp_path):
+  command = [sys.executable, "-m", "ism_jax.benchmark", "--config=configs/digits.py"]
+  ran = subprocess.run(
+    [*command, f"--out={tmp_path}", "--pools=1,two"], capture_output=True, text=True
+  )
+  assert ran.returncode == 1
+  assert ran.stderr.strip().splitlines()[-1] == "Error: --pools=1,two must be whole numbers."
+
+
+def test_peaks_are_known_by_the_kind_of_device():
+  assert chips.peak("TPU v5e", "bfloat16") == 197e12
+  assert chips.peak("NVIDIA H200", "bfloat16") == 989e12
+  assert chips.peak("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+  assert chips.peak("NVIDIA H200", "float32") is None and chips.peak("cpu", "bfloat16") is None
