@@ -5,8 +5,9 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-# Tests of a file share what they trained or compiled.
-together=(-n 2 --dist loadfile)
+# Tests of a file share what they trained or compiled. In the order of their names: xdist's own, by
+# the number of tests, has the longest last.
+together=(-n 2 --dist loadfile --no-loadscope-reorder)
 if [ "${1:-}" = --all ]; then
   ensure_env test,interop,aot,check,notebooks
   shift

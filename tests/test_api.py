@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-from absl import flags
 from conftest import draw_samples, tiny_config
 import huggingface_hub
 import jax
@@ -25,13 +24,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="module")
-def program_of_absl():
-  """Which logs as it likes: nothing here configures the logging of all tests."""
-  before = flags.FLAGS.is_parsed()
-  flags.FLAGS.mark_as_parsed()
-  yield
-  if not before:
-    flags.FLAGS.unparse_flags()
+def logging_as_it_is():
+  """Nothing here configures the logging of all tests."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(api, "_log_as_commands_do", lambda: None)
+    yield
 
 
 def random_params(exp):

@@ -146,7 +146,7 @@ def test_auto_replicates_where_memory_allows_and_says_what_it_chose(monkeypatch,
   for factor, chosen in ((1.2, "replicated"), (1.05, "sharded")):
     monkeypatch.setattr(sharding, "device_memory", lambda _, f=factor: f * needed)
     train.placement.cache_clear()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
       assert train.placement(exp, mesh) == chosen
     assert f"train state: {chosen}" in caplog.text
   train.placement.cache_clear()
