@@ -336,11 +336,6 @@ def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
   }
 
 
-def _table(header: list[str], lines: list[list[str]]) -> list[str]:
-  row = lambda cells: f"| {' | '.join(cells)} |"
-  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
-
-
 _gib = lambda n: f"{n / 2**30:.2f}"
 _mb = lambda n: f"{n / 1e6:,.1f}"
 _ms = lambda s: f"{1e3 * s:,.2f}"
@@ -370,7 +365,7 @@ def as_markdown(content: dict) -> str:
       continue
     rows.append(_row(one))
     details += _details(one, content)
-  lines += _table(
+  lines += logs.table(
     [
       "topology", "chips", "state", "GiB per chip, of", "spare", "TFLOP per step, per chip",
       "sent per step and chip, GB", "ms per step: compute, memory, links", "utilisation",
@@ -433,7 +428,7 @@ def _details(one: dict, content: dict) -> list[str]:
         + [_mb(program["sent_bytes"]), _mb(program["largest_collective_bytes"])]
         + [_ms(seconds) for seconds in program["estimate"].values()]
       )
-  lines += _table(
+  lines += logs.table(
     [
       "GiB per chip", "arguments", "results", "in their place", "temporaries", "program",
       "needed", "kept meanwhile", "spare", "seconds to compile",
@@ -441,7 +436,7 @@ def _details(one: dict, content: dict) -> list[str]:
     memory,
   )  # fmt: skip
   if moved:
-    lines += _table(
+    lines += logs.table(
       [
         "per chip", "memory, GB", "collectives, MB", "sent, MB", "largest, MB", "ms compute",
         "memory", "links", "total",
@@ -477,12 +472,6 @@ def define_flags() -> None:
   flags.mark_flags_as_required(["config", "topology"])
 
 
-def parse_flags(argv):
-  """The flags; what is wrong with them is one line."""
-  with logs.one_line_flag_errors():
-    return flags.FLAGS(argv)
-
-
 def main(argv):
   """Reports on the topologies of the flags."""
   if argv[1:]:
@@ -506,4 +495,4 @@ def main(argv):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=logs.parse_flags)

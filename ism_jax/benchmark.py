@@ -136,8 +136,23 @@ def product(mesh, dtype: str):
   return functools.partial(multiply, *matrices), 2.0 * side**3 * _PRODUCTS * mesh.size
 
 
-def one_average(state, gradient, tx, ema):
-  """`state.update` with the average that samples alone."""
+FLOW_MATCHING = "flow matching"
+GUIDANCE = "with guidance targets"
+CONSISTENCY = "with consistency targets"
+TARGETS = "with all targets"
+WAVELET = "and the wavelet loss"
+STEP = "and twin EMA: the step"
+# What each adds: the steps whose difference it is.
+COSTS = {
+  "guidance targets": (GUIDANCE, FLOW_MATCHING),
+  "consistency targets": (CONSISTENCY, FLOW_MATCHING),
+  "wavelet loss": (WAVELET, TARGETS),
+  "twin EMA": (STEP, WAVELET),
+}
+
+
+def one_ema(state, gradient, tx, ema):
+  """`state.update` with the EMA that samples alone."""
   new = state_lib.update(state, gradient, tx, ema)
   return new.replace(target_ema=state.target_ema)
 
@@ -145,7 +160,7 @@ def one_average(state, gradient, tx, ema):
 def techniques(exp: Experiment) -> dict[str, tuple[Experiment, Callable]]:
   """{name: (experiment, update)} of the training steps that are compared.
 
-  From flow matching with one average to the step of `exp`; all of the same network and batch.
+  From flow matching with one EMA to the step of `exp`; all of the same network and batch.
   """
   v, g, k = exp.objective.shares
 
@@ -154,30 +169,15 @@ def techniques(exp: Experiment) -> dict[str, tuple[Experiment, Callable]]:
     return dataclasses.replace(exp, objective=objective, **changes), update
 
   l2 = {"wavelet": dataclasses.replace(exp.wavelet, form="l2")}
-  found = {FLOW_MATCHING: step((v + g + k, 0, 0), one_average, **l2)}
+  found = {FLOW_MATCHING: step((v + g + k, 0, 0), one_ema, **l2)}
   if g:
-    found[GUIDANCE] = step((v + k, g, 0), one_average, **l2)
+    found[GUIDANCE] = step((v + k, g, 0), one_ema, **l2)
   if k:
-    found[CONSISTENCY] = step((v + g, 0, k), one_average, **l2)
-  found[TARGETS] = step((v, g, k), one_average, **l2)
-  found[WAVELET] = step((v, g, k), one_average)
+    found[CONSISTENCY] = step((v + g, 0, k), one_ema, **l2)
+  found[TARGETS] = step((v, g, k), one_ema, **l2)
+  found[WAVELET] = step((v, g, k), one_ema)
   found[STEP] = step((v, g, k), state_lib.update)
   return found
-
-
-FLOW_MATCHING = "flow matching"
-GUIDANCE = "with guidance targets"
-CONSISTENCY = "with consistency targets"
-TARGETS = "with all targets"
-WAVELET = "and the wavelet loss"
-STEP = "and the second average: the step"
-# What each adds: the steps whose difference it is.
-COSTS = {
-  "guidance targets": (GUIDANCE, FLOW_MATCHING),
-  "consistency targets": (CONSISTENCY, FLOW_MATCHING),
-  "wavelet loss": (WAVELET, TARGETS),
-  "second average": (STEP, WAVELET),
-}
 
 
 def random_pool(exp: Experiment, mesh):
@@ -221,7 +221,7 @@ def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict, dict[str, Program]
   for size in sizes:
     for coupling in dict.fromkeys(("independent", exp.coupling.coupling)):
       cfg = dataclasses.replace(exp.coupling, coupling=coupling, pool_size=size)
-      one = dataclasses.replace(exp, coupling=cfg, scan_steps=1)
+      one = dataclasses.replace(exp, coupling=cfg)
       shapes = train.abstract_pool(one, mesh)
       draw = lambda key, shapes=shapes: {
         name: jax.random.normal(key, a.shape).astype(a.dtype) for name, a in shapes.items()
@@ -333,11 +333,12 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
   if exp.data.vae and not exp.data.vae.startswith(_RANDOM_VAE):  # decoding takes shapes alone
     exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae=_RANDOM_VAE))
   fewer = dataclasses.replace(exp, batch_size=rows)
-  size, own, more_rows = exp.coupling.pool_size, exp.coupling.coupling, exp.batch_size / rows
+  size, own = exp.coupling.pool_size, exp.coupling.coupling
+  sizes = sorted({size, *pools})
 
   multiply, products = product(mesh, exp.model.dtype)
   steps, step_programs = step_calls(fewer, mesh)
-  couple, couple_programs = couple_calls(exp, mesh, sorted({size, *pools}))
+  couple, couple_programs = couple_calls(exp, mesh, sizes)
   params = jax.jit(
     lambda key: model_lib.init_params(key, exp.network(), exp.image_shape),
     out_shardings=sharding.replicated(mesh),
@@ -351,31 +352,43 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
     | {("sample", name): call for name, call in draw.items()},
     repeats,
   )
-
-  step = {name: seconds["step", name] / exp.scan_steps * more_rows for name in steps}
-  plain, train_step = step[FLOW_MATCHING], step[STEP]
-  pairing = {
-    k: seconds["couple", (own, k)] - seconds["couple", ("independent", k)]
-    for k in sorted({size, *pools})
-  }
-  costs = {
-    name: spread((step[more] - step[less]) / plain)
-    for name, (more, less) in COSTS.items()
-    if more in step
-  }
-  costs["pairing"] = spread(pairing[size] / size / plain)
-  costs["all"] = spread((train_step + pairing[size] / size) / plain - 1)
-  pool = seconds["couple", (own, size)] + size * train_step
-  ceiling, work = products / seconds["product", ""], flops.step(exp).model
-  peak = chips.peak(mesh.devices.flat[0].device_kind, exp.model.dtype)
-  images = len(decode.args[0])
-  programs = {f"train_steps: {name}": p for name, p in step_programs.items()}
-  programs |= {f"couple: {name}, K = {k}": p for (name, k), p in couple_programs.items()}
-  programs |= {f"sample: {n} steps": p for n, p in draw_programs.items()}
   with source_of(exp) as source:
     rates = read_rates(exp, source, mesh)
     loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
 
+  step = {name: seconds["step", name] / exp.scan_steps * exp.batch_size / rows for name in steps}
+  pairing = {k: seconds["couple", (own, k)] - seconds["couple", ("independent", k)] for k in sizes}
+  images = len(decode.args[0])
+  programs = {f"train_steps: {name}": p for name, p in step_programs.items()}
+  programs |= {f"couple: {name}, K = {k}": p for (name, k), p in couple_programs.items()}
+  programs |= {f"sample: {n} steps": p for n, p in draw_programs.items()}
+  return {
+    **setting(exp, mesh, rows=rows, images=images),
+    "repeats": repeats,
+    **utilisation(exp, mesh, step[STEP], products / seconds["product", ""]),
+    "techniques": technique_costs(fewer, step, pairing[size] / size),
+    "pool": pool_costs(seconds["couple", (own, size)] + size * step[STEP], pairing, size),
+    "input": {
+      "images_per_second": rates,
+      "needed": float(np.median(exp.batch_size / step[STEP])),
+      "loop": loop,
+    },
+    "sampling": {
+      n: {
+        "drawn": spread(images / seconds["sample", n]),
+        "decoded": spread(images / (seconds["sample", n] + seconds["decode", ""])),
+      }
+      for n in draw
+    },
+    "programs": {
+      name: {"compile_seconds": p.compile_seconds, "bytes": p.bytes} for name, p in programs.items()
+    },
+    "peak_bytes": (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
+  }
+
+
+def setting(exp: Experiment, mesh, *, rows: int, images: int) -> dict:
+  """What was measured, and on what; `images` are sampled together."""
   return {
     "config": {
       "variant": exp.variant,
@@ -386,7 +399,7 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
       "batch_size": exp.batch_size,
       "rows": rows,
       "scan_steps": exp.scan_steps,
-      "pool_size": size,
+      "pool_size": exp.coupling.pool_size,
       "image_shape": exp.image_shape,
       "sampled_together": images,
     },
@@ -396,63 +409,106 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
       "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
       "jax": jax.__version__,
     },
-    "repeats": repeats,
+  }
+
+
+def utilisation(exp: Experiment, mesh, step, ceiling) -> dict:
+  """The rate of training, and its share of what the devices could do.
+
+  Args:
+    step: seconds, [repeats]. ceiling: FLOPs per second of matrix products, [repeats].
+  """
+  work = flops.step(exp).model
+  peak = chips.peak(mesh.devices.flat[0].device_kind, exp.model.dtype)
+  return {
     "ceiling": {"flops_per_second": spread(ceiling), "datasheet": peak and peak * mesh.size},
     "train": {
-      "seconds_per_step": spread(train_step),
-      "images_per_second": spread(exp.batch_size / train_step),
+      "seconds_per_step": spread(step),
+      "images_per_second": spread(exp.batch_size / step),
       "model_flops_per_step": work,
-      "utilisation": spread(work / train_step / ceiling),
-      "utilisation_of_datasheet": peak and spread(work / train_step / (peak * mesh.size)),
+      "utilisation": spread(work / step / ceiling),
+      "utilisation_of_datasheet": peak and spread(work / step / (peak * mesh.size)),
     },
-    "techniques": {
-      "seconds_per_step": {name: spread(values) for name, values in step.items()},
-      "over_flow_matching": {name: spread(values / plain) for name, values in step.items()},
-      "forward_passes": {
-        name: flops.forward_equivalents(one) for name, (one, _) in techniques(fewer).items()
-      },
-      "costs": costs,
-    },
-    "pool": {
-      "seconds": spread(pool),
-      "pairing": spread(pairing[size]),
-      "share_of_pairing": spread(pairing[size] / pool),
-      "by_size": {k: spread(values) for k, values in pairing.items()},
-    },
-    "input": {
-      "images_per_second": rates,
-      "needed": float(np.median(exp.batch_size / train_step)),
-      "loop": loop,
-    },
-    "sampling": {
-      steps: {
-        "drawn": spread(images / seconds["sample", steps]),
-        "decoded": spread(images / (seconds["sample", steps] + seconds["decode", ""])),
-      }
-      for steps in draw
-    },
-    "programs": {
-      name: {"compile_seconds": p.compile_seconds, "bytes": p.bytes} for name, p in programs.items()
-    },
-    "peak_bytes": (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
   }
+
+
+def technique_costs(exp: Experiment, step: dict[str, np.ndarray], pairing) -> dict:
+  """What each technique adds to a step of flow matching, as a share of it.
+
+  Args:
+    step: seconds of each of `techniques`, [repeats]. pairing: seconds for a step, [repeats].
+  """
+  plain = step[FLOW_MATCHING]
+  costs = {
+    name: spread((step[more] - step[less]) / plain)
+    for name, (more, less) in COSTS.items()
+    if more in step
+  }
+  costs["pairing"] = spread(pairing / plain)
+  costs["all"] = spread((step[STEP] + pairing) / plain - 1)
+  return {
+    "seconds_per_step": {name: spread(values) for name, values in step.items()},
+    "over_flow_matching": {name: spread(values / plain) for name, values in step.items()},
+    "forward_passes": {
+      name: flops.forward_equivalents(one) for name, (one, _) in techniques(exp).items()
+    },
+    "costs": costs,
+  }
+
+
+def pool_costs(pool, pairing: dict[int, np.ndarray], size: int) -> dict:
+  """Seconds of a pool of `size` batches, and of pairing pools of each size; [repeats] all."""
+  return {
+    "seconds": spread(pool),
+    "pairing": spread(pairing[size]),
+    "share_of_pairing": spread(pairing[size] / pool),
+    "by_size": {k: spread(values) for k, values in pairing.items()},
+  }
+
+
+# The report.
 
 
 def as_markdown(report: dict) -> str:
   """benchmark.md of the contents of benchmark.json."""
-  cfg, devices, ceiling, found = (
-    report["config"],
-    report["devices"],
-    report["ceiling"],
-    report["train"],
+  lines = [*_about(report), *_techniques(report["techniques"]), *_pool(report), *_input(report)]
+  cfg = report["config"]
+  lines += ["## Sampling", "", f"{cfg['sampled_together']} at a time:", ""]
+  lines += logs.table(
+    ["steps", "images/s", "with decoding"],
+    [
+      [str(n), told(one["drawn"], form=".4g"), told(one["decoded"], form=".4g")]
+      for n, one in report["sampling"].items()
+    ],
   )
-  peak = ceiling["datasheet"]
+  megabytes = lambda n: "–" if n is None else f"{n / 1e6:,.0f}"
+  lines += ["## Programs", ""]
+  lines += logs.table(
+    ["program", "compile, s", "MB per device"],
+    [
+      [name, f"{one['compile_seconds']:.1f}", megabytes(one["bytes"])]
+      for name, one in report["programs"].items()
+    ],
+  )
+  if report["peak_bytes"]:
+    lines += [f"Most memory in use on a device: {report['peak_bytes'] / 1e9:.2f} GB.", ""]
+  return "\n".join(lines)
+
+
+def _about(report: dict) -> list[str]:
+  cfg, devices, ceiling, found = (
+    report[name] for name in ("config", "devices", "ceiling", "train")
+  )
   scaled = (
     f" The step was timed on {cfg['rows']} rows, and its time is scaled to {cfg['batch_size']}."
     if cfg["rows"] != cfg["batch_size"]
     else ""
   )
-  lines = [
+  datasheet, of_datasheet = ".", "."
+  if peak := ceiling["datasheet"]:
+    datasheet = f", of {peak / 1e12:.4g} by the datasheet."
+    of_datasheet = f", {told(found['utilisation_of_datasheet'], 100)} % of the datasheet's."
+  return [
     f"# {cfg['model']} ({cfg['variant']}) on {devices['count']} x {devices['kind']}",
     "",
     f"{cfg['dtype']}, remat {cfg['remat']!r}, {cfg['batch_size']} images per step, pools of "
@@ -460,104 +516,81 @@ def as_markdown(report: dict) -> str:
     f"{devices['cores']} CPU cores, jax {devices['jax']}.{scaled} Medians of {report['repeats']} "
     "rounds, in which all is timed in turn, and in brackets their quartiles.",
     "",
-    f"- Matrix products: {told(ceiling['flops_per_second'], 1e-12, '.3g')} TFLOP/s"
-    + (f", of {peak / 1e12:.4g} by the datasheet." if peak else "."),
+    f"- Matrix products: {told(ceiling['flops_per_second'], 1e-12)} TFLOP/s{datasheet}",
     f"- Training: {told(found['images_per_second'], form='.4g')} images/s, "
     f"{told(found['seconds_per_step'], 1e3, '.4g')} ms per step. Model FLOPs: "
     f"{found['model_flops_per_step'] / 1e12:.4g} T per step, "
-    f"{told(found['utilisation'], 100, '.3g')} % of what matrix products reach"
-    + (
-      f", {told(found['utilisation_of_datasheet'], 100, '.3g')} % of the datasheet's."
-      if peak
-      else "."
-    ),
+    f"{told(found['utilisation'], 100)} % of what matrix products reach{of_datasheet}",
     "",
+  ]
+
+
+def _techniques(found: dict) -> list[str]:
+  return [
     "## What each technique costs",
     "",
-    *table(
+    *logs.table(
       ["step", "ms", "over flow matching", "by its forward passes"],
       [
         [
           name,
           told(seconds, 1e3, ".4g"),
-          told(report["techniques"]["over_flow_matching"][name], form=".3f"),
-          f"{report['techniques']['forward_passes'][name] / 3:.3f}",
+          told(found["over_flow_matching"][name], form=".3f"),
+          f"{found['forward_passes'][name] / 3:.3f}",
         ]
-        for name, seconds in report["techniques"]["seconds_per_step"].items()
+        for name, seconds in found["seconds_per_step"].items()
       ],
     ),
-    *table(
+    *logs.table(
       ["technique", "% of a flow matching step"],
-      [[name, told(cost, 100, ".3g")] for name, cost in report["techniques"]["costs"].items()],
+      [[name, told(cost, 100)] for name, cost in found["costs"].items()],
     ),
+  ]
+
+
+def _pool(report: dict) -> list[str]:
+  pool, step = report["pool"], report["train"]["seconds_per_step"]["median"]
+  return [
     "## A pool",
     "",
-    f"{told(report['pool']['seconds'], form='.4g')} s, of which pairing "
-    f"{told(report['pool']['pairing'], form='.3g')} s, "
-    f"{told(report['pool']['share_of_pairing'], 100, '.2g')} %. By the size of the pool:",
+    f"{told(pool['seconds'], form='.4g')} s, of which pairing {told(pool['pairing'])} s, "
+    f"{told(pool['share_of_pairing'], 100, '.2g')} %. By the size of the pool:",
     "",
-    *table(
+    *logs.table(
       ["K", "pairs", "pairing, s", "% of K steps"],
       [
         [
           str(k),
-          f"{k * cfg['batch_size']:,}",
-          told(seconds, form=".3g"),
-          f"{100 * seconds['median'] / k / found['seconds_per_step']['median']:.2g}",
+          f"{k * report['config']['batch_size']:,}",
+          told(seconds),
+          f"{100 * seconds['median'] / k / step:.2g}",
         ]
-        for k, seconds in report["pool"]["by_size"].items()
-      ],
-    ),
-    "## Input",
-    "",
-    f"The steps above take {report['input']['needed']:,.0f} images/s. The loop of training waits "
-    f"{100 * report['input']['loop']['waited'] / report['input']['loop']['seconds']:.2g} % of its "
-    "time for data and their transfer, while devices still work on what they were given before.",
-    "",
-    *table(
-      ["threads", "images/s read by a process"],
-      [[str(n), f"{rate:,.0f}"] for n, rate in report["input"]["images_per_second"].items()],
-    ),
-    "## Sampling",
-    "",
-    f"{cfg['sampled_together']} at a time:",
-    "",
-    *table(
-      ["steps", "images/s", "with decoding"],
-      [
-        [str(n), told(one["drawn"], form=".4g"), told(one["decoded"], form=".4g")]
-        for n, one in report["sampling"].items()
-      ],
-    ),
-    "## Programs",
-    "",
-    *table(
-      ["program", "compile, s", "MB per device"],
-      [
-        [
-          name,
-          f"{one['compile_seconds']:.1f}",
-          "–" if one["bytes"] is None else f"{one['bytes'] / 1e6:,.0f}",
-        ]
-        for name, one in report["programs"].items()
+        for k, seconds in pool["by_size"].items()
       ],
     ),
   ]
-  if report["peak_bytes"]:
-    lines += [f"Most memory in use on a device: {report['peak_bytes'] / 1e9:.2f} GB.", ""]
-  return "\n".join(lines)
+
+
+def _input(report: dict) -> list[str]:
+  found, loop = report["input"], report["input"]["loop"]
+  return [
+    "## Input",
+    "",
+    f"The steps above take {found['needed']:,.0f} images/s. The loop of training waits "
+    f"{100 * loop['waited'] / loop['seconds']:.2g} % of its time for data and their transfer, "
+    "while devices still work on what they were given before.",
+    "",
+    *logs.table(
+      ["threads", "images/s read by a process"],
+      [[str(n), f"{rate:,.0f}"] for n, rate in found["images_per_second"].items()],
+    ),
+  ]
 
 
 def told(value: dict, scale: float = 1.0, form: str = ".3g") -> str:
   """ "1.2 [1.1, 1.4]": a median and quartiles, scaled."""
   low, high = (format(scale * v, form) for v in value["quartiles"])
   return f"{format(scale * value['median'], form)} [{low}, {high}]"
-
-
-def table(header: list[str], lines: list[list[str]]) -> list[str]:
-  """A Markdown table and an empty line."""
-  row = lambda cells: f"| {' | '.join(cells)} |"
-  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
 
 
 def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, devices=None) -> dict:
@@ -605,12 +638,6 @@ def define_flags() -> None:
   flags.mark_flags_as_required(["config", "out"])
 
 
-def parse_flags(argv):
-  """The flags; what is wrong with them is one line."""
-  with logs.one_line_flag_errors():
-    return flags.FLAGS(argv)
-
-
 def main(argv):
   """Measures; see the module's docstring."""
   if len(argv) > 1:
@@ -629,4 +656,4 @@ def main(argv):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=logs.parse_flags)

@@ -128,12 +128,6 @@ def pool_gains(config: dict, sizes: list[int]) -> list[dict]:
   return found
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
-  """The lines of a table, with an empty one after it."""
-  row = lambda cells: f"| {' | '.join(cells)} |"
-  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
-
-
 def spread(values: list, form: str = ".2f") -> str:
   """Mean ± standard deviation, or the one value, or "–" for none."""
   if not values:
@@ -166,7 +160,7 @@ def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
     distances = [cell(runs, "distance", n) for n in counts]
     accuracy = cell(runs, "accuracy", 1, ".3f")
     lines.append([name, decays(runs[0].config), *distances, accuracy])
-  return markdown(["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"], lines)
+  return logs.table(["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"], lines)
 
 
 def spectrum_table(rows: dict[str, list[Run]], w: float) -> list[str]:
@@ -180,7 +174,7 @@ def spectrum_table(rows: dict[str, list[Run]], w: float) -> list[str]:
       bands = summary.measured(runs, "bands", n, w)
       line.append(spread(summary.measured(runs, "finest_octave", n, w)))
       line.append(", ".join(f"{b:.2f}" for b in np.mean(bands, axis=0)) if bands else "–")
-  return markdown(header, lines)
+  return logs.table(header, lines)
 
 
 def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
@@ -196,7 +190,7 @@ def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
     line.append(spread(summary.trained(runs, "coupling/class_shift"), "z.4f"))
     line.append(spread(summary.trained(runs, "gradient_norm/consistency"), ".3f"))
     lines.append(line)
-  return markdown(header, lines)
+  return logs.table(header, lines)
 
 
 def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
@@ -236,7 +230,7 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
   if scales := content["effective_scale"]:
     lines += [f"Effective CFG scale of a jump told w = {w:g}, a line a seed:", ""]
     each = [[name, *(f"{s:.2f}" for s in run)] for name, runs in scales.items() for run in runs]
-    lines += markdown(["", *(f"d = 1/{1 / d:.0f}" for d in JUMPS)], each)
+    lines += logs.table(["", *(f"d = 1/{1 / d:.0f}" for d in JUMPS)], each)
   if content["pools"]:
     lines += [
       "Pairing of real images with noise, without training. Gain: transport cost of random pairs "
@@ -247,7 +241,7 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
     ]
     names = ("gain", "optimal_gain", "attained_gain", "class_shift")
     number = lambda value: "–" if value is None else f"{value:z.4f}"
-    lines += markdown(
+    lines += logs.table(
       ["K", "n", "class penalty", "gain", "optimal gain", "attained gain", "class shift"],
       [
         [str(f["K"]), str(f["n"]), f"{f['class_penalty']:g}", *(number(f[name]) for name in names)]

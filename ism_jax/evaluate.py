@@ -349,12 +349,12 @@ def as_markdown(report: dict) -> str:
   rows += [_row(report, result, name) for name, result in report["yardsticks"].items()]
   found = dict.fromkeys(column for row in rows for column in row)
   columns = sorted(found, key=lambda column: column != "samples")  # names first, else as found
-  lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-  lines += [f"| {' | '.join(row.get(column, '–') for column in columns)} |" for row in rows]
+  lines += ["", *logs.table(columns, [[row.get(c, "–") for c in columns] for row in rows])]
   if drawn:
-    lines += ["", "The best w for each number of steps, by " + _headline(report) + ":", ""]
+    lines += ["The best w for each number of steps, by " + _headline(report) + ":", ""]
     lines += [f"- NFE {steps}: w = {w:g}" for steps, w in sorted(figures.best_w(report).items())]
-  return "\n".join(lines) + "\n"
+    lines += [""]
+  return "\n".join(lines)
 
 
 def _headline(report: dict) -> str:

@@ -305,12 +305,6 @@ def define_common_flags() -> None:
   flags.mark_flags_as_required(["workdir", "out"])
 
 
-def parse_flags(argv):
-  """The flags; what is wrong with them is one line."""
-  with logs.one_line_flag_errors():
-    return flags.FLAGS(argv)
-
-
 def main(argv):
   """Exports; see the module's docstring."""
   if len(argv) > 1:
@@ -323,4 +317,4 @@ def main(argv):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=logs.parse_flags)

@@ -72,6 +72,22 @@ def one_line_flag_errors():
     ) from None
 
 
+def parse_flags(argv, known_only: bool = False) -> list[str]:
+  """Parses a command's flags and returns the other arguments; what is wrong is one line.
+
+  Args:
+    known_only: whether unknown flags are among those arguments instead of an error.
+  """
+  with one_line_flag_errors():
+    return flags.FLAGS(argv, known_only=known_only)
+
+
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
+  """The lines of a Markdown table, with an empty one after it."""
+  row = lambda cells: f"| {' | '.join(cells)} |"
+  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
+
+
 def write_whole(path: str, data: str | bytes) -> None:
   """Writes a file that is either all there or not there, from the first process alone."""
   if jax.process_index() != 0:

@@ -91,8 +91,7 @@ def parse_flags(argv):
     since overrides are.
   """
   has_config = any(re.match("--?config(=|$)", argument) for argument in argv)
-  with logs.one_line_flag_errors():
-    return flags.FLAGS(argv, known_only=not has_config)
+  return logs.parse_flags(argv, known_only=not has_config)
 
 
 if __name__ == "__main__":

@@ -186,4 +186,4 @@ def main(argv):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=export_lib.parse_flags)
+  app.run(main, flags_parser=logs.parse_flags)

@@ -324,12 +324,6 @@ def main(argv):
     make(images, networks, given.out, keep=given.keep_features, batch_size=given.batch_size)
 
 
-def parse_flags(argv):
-  """The flags; what is wrong with them is one line."""
-  with logs.one_line_flag_errors():
-    return flags.FLAGS(argv)
-
-
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=logs.parse_flags)

@@ -48,13 +48,13 @@ def test_steps_differ_in_one_technique_each():
   assert benchmark.GUIDANCE not in fixed and benchmark.CONSISTENCY in fixed
 
 
-def test_one_average_leaves_the_other_as_it_was():
+def test_one_ema_leaves_the_other_as_it_was():
   exp = experiment.parse(tiny_config())
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
   state = state_lib.create({"a": jnp.arange(3.0)}, tx)
   both, one = (
     update(state, {"a": jnp.ones(3)}, tx, exp.ema)
-    for update in (state_lib.update, benchmark.one_average)
+    for update in (state_lib.update, benchmark.one_ema)
   )
   for name in ("params", "ema"):
     np.testing.assert_array_equal(getattr(one, name)["a"], getattr(both, name)["a"])
