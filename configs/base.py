@@ -26,6 +26,7 @@ def get_base() -> ml_collections.ConfigDict:
       "scan_steps": 8,
       "init_from": "",  # a state dict of SiT, or an export
       "placement": "auto",
+      "profile_steps": 0,
       "data": {
         "name": "latents",
         "dir": "",  # that of ism_jax.encode; of TFDS's datasets "" is TFDS's default

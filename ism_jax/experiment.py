@@ -188,9 +188,11 @@ class EvaluationConfig:
     return list(itertools.product(self.steps, self.w))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
   """A whole config.
+
+  A key that came later has a default here, which older checkpoints' configs take.
 
   Attributes:
     variant: the row of the ablation this is; a name, nothing reads it to decide anything.
@@ -204,6 +206,7 @@ class Experiment:
     placement: of the train state: "replicated" (all of it on every device), "sharded" (ZeRO-1: the
       optimizer's moments and both averages split over the devices of a slice) or "auto" (replicated
       where a device's memory allows).
+    profile_steps: how many steps are profiled, from the second pool of a run on; 0 for none.
   """
 
   variant: str
@@ -214,6 +217,7 @@ class Experiment:
   scan_steps: int
   init_from: str
   placement: str
+  profile_steps: int = 0
   data: pipeline.DataConfig
   model: model_lib.ModelConfig
   objective: objectives.ObjectiveConfig
@@ -254,6 +258,12 @@ def _plain(value):
 
 def _build(cls, values, prefix: str = ""):
   """cls(**values), section by section, naming whatever key is unknown or missing."""
+  defaults = {
+    field.name: field.default
+    for field in dataclasses.fields(cls)
+    if field.default is not dataclasses.MISSING
+  }
+  values = defaults | dict(values)
   fields = {field.name: field.type for field in dataclasses.fields(cls)}
   given = set(values.keys())
   if unknown := sorted(given - set(fields)):
@@ -300,6 +310,8 @@ def parse(config) -> Experiment:
     raise ValueError(
       f"config.checkpoint.keep_every={exp.checkpoint.keep_every} must not be negative; 0 is none."
     )
+  if exp.profile_steps < 0:
+    raise ValueError(f"config.profile_steps={exp.profile_steps} must not be negative; 0 is none.")
   if exp.placement not in sharding.PLACEMENTS:
     raise ValueError(
       f"placement={exp.placement!r} is unknown; known are {', '.join(sharding.PLACEMENTS)}."

@@ -4,6 +4,7 @@ from concurrent import futures
 import contextlib
 import datetime
 import fractions
+import glob
 import io
 import json
 import os
@@ -90,9 +91,11 @@ def table(header: list[str], lines: list[list[str]]) -> list[str]:
 
 def write_whole(path: str, data: str | bytes) -> None:
   """Writes a file that is either all there or not there, from the first process alone."""
-  if jax.process_index() != 0:
-    return
-  path, data = os.fspath(path), data.encode() if isinstance(data, str) else data
+  if jax.process_index() == 0:
+    _write_whole(os.fspath(path), data.encode() if isinstance(data, str) else data)
+
+
+def _write_whole(path: str, data: bytes) -> None:
   if "://" in path:  # an object store shows an object once it is whole
     epath.Path(path).write_bytes(data)
     return
@@ -263,6 +266,48 @@ class Writer:
     rate = entry["steps_per_second"]
     eta = datetime.timedelta(seconds=round((self._total - step) / rate))
     logging.info("step %d/%d: %s, %.1f steps/s, ETA %s", step, self._total, losses, rate, eta)
+
+
+class Profile:
+  """A profile of some steps of a run, for XProf, which is TensorBoard's profile page too.
+
+  From step `first` on, until at least `steps` are done or the block is left. Each process writes
+  its own, below plugins/profile in the workdir, once it is whole.
+  """
+
+  def __init__(self, workdir: str, *, first: int, steps: int):
+    self._workdir, self._first, self._steps = os.fspath(workdir), first, steps
+    self._folder, self._result = None, None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._stop()
+
+  def start(self, step: int) -> None:
+    """Starts, if `step` is the first."""
+    if self._steps and step == self._first:
+      self._folder = tempfile.TemporaryDirectory(prefix="ism_jax_profile_")
+      jax.profiler.start_trace(self._folder.name)
+
+  def done(self, step: int, result) -> None:
+    """Ends after the last of its steps; `result` is what the step computes."""
+    self._result = result
+    if step >= self._first + self._steps:
+      self._stop()
+
+  def _stop(self):
+    if self._folder is None:
+      return
+    folder, self._folder = self._folder, None
+    with folder as name:
+      jax.block_until_ready(self._result)
+      jax.profiler.stop_trace()
+      for path in glob.glob("plugins/profile/*/*.xplane.pb", root_dir=name):
+        with open(os.path.join(name, path), "rb") as f:
+          _write_whole(os.path.join(self._workdir, path), f.read())
+    logging.info("Profiled; `pip install xprof` and `xprof %s` show it.", self._workdir)
 
 
 class Progress:

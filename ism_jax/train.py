@@ -457,18 +457,29 @@ def _train(
     position = {"pools": pools_state, "log": writer.state()}
     checkpoints.save(manager, step, state, position, logs.as_dict(config))
 
-  with logs.Writer(
-    workdir, start=start, state=position["log"], total=total, every=exp.log.every
-  ) as writer:
+  # From the second pool on everything is compiled.
+  second = (step // pool_size + 1) * pool_size
+  if exp.profile_steps and second >= total:
+    logging.warning("Nothing is profiled: that begins with the second pool, at step %d.", second)
+
+  with (
+    logs.Writer(
+      workdir, start=start, state=position["log"], total=total, every=exp.log.every
+    ) as writer,
+    logs.Profile(workdir, first=second, steps=exp.profile_steps) as profile,
+  ):
     while step < total:
+      profile.start(step)
       pools_before = pools.get_state()
       waited = time.perf_counter()
       pool = sharding.global_arrays(sharding.rows(mesh, axis=1), next(pools))
       writer.waited(time.perf_counter() - waited)
       pool, info = couple(pool, keys, step // pool_size)
       for first in range(step % pool_size, pool_size, exp.scan_steps):
-        state, metrics = train_steps(state, pool, keys, first)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+          state, metrics = train_steps(state, pool, keys, first)
         step += exp.scan_steps
+        profile.done(step, metrics)
         take(writer)
         last = first + exp.scan_steps - 1
         norms = due(exp.log.gradients_every) and gradient_norms(state, pool, keys, last)

@@ -137,6 +137,7 @@ def test_a_config_from_a_checkpoint_is_the_same_experiment():
     ({"checkpoint": {"keep": 0}}, "keep=0"),
     ({"evaluation": {"seeds": ("(0,)",)}}, r"evaluation.seeds: .* is no int"),
     ({"checkpoint": {"keep_every": -1}}, "keep_every=-1"),
+    ({"profile_steps": -1}, "profile_steps=-1"),
   ],
 )
 def test_what_is_wrong_with_a_config_is_said_with_the_remedy(change, message):
@@ -154,6 +155,13 @@ def test_unknown_and_missing_keys_are_named_with_the_known_ones():
   del config["objective"]["alfa"], config["ema"]["warmup"]
   with pytest.raises(ValueError, match=r"lacks ema.warmup"):
     experiment.parse(config)
+
+
+def test_a_config_from_before_a_key_takes_its_default():
+  config = tiny_config().to_dict()
+  before = experiment.parse(config)
+  del config["profile_steps"]
+  assert experiment.parse(config) == before
 
 
 def test_an_unknown_variant_lists_the_known_ones():

@@ -94,8 +94,9 @@ def test_a_run_leaves_checkpoints_metrics_and_events(run):
 
 
 def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):
-  """Samples of the same noise each time, scores and gradient norms; the training is as before."""
+  """Samples of the same noise, scores, gradient norms, a profile; the training is as before."""
   config = tiny_config()
+  config.profile_steps = 2
   config.monitor.update({"every": 4, "num_images": 30, "steps": (1, 2)})
   config.log.gradients_every = 4
   state = jax.device_get(train.train(config, str(tmp_path), one_device))
@@ -126,6 +127,15 @@ def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):
   assert (
     content.count(b"samples/steps_2") == 2 and b"monitor/steps_1/classifier_accuracy" in content
   )
+  (profile,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
+  seen = [
+    dict(event.stats)["step_num"]
+    for plane in jax.profiler.ProfileData.from_file(str(profile)).planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == "train"
+  ]
+  assert seen == [4]  # one call of two steps, in the second pool
 
 
 def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
