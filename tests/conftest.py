@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ism_jax import generate
+from ism_jax import generate, model
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -60,6 +60,19 @@ def tiny_config(variant: str = "ism"):
     }
   )
   return config
+
+
+def random_params(network, shape, seed: int = 0):
+  """Nowhere zero, as at the initialisation, and of the size of trained ones: no layer saturates."""
+  rng = np.random.default_rng(seed)
+
+  def draw(a):
+    scale = 0.7 / np.sqrt(a.shape[-2]) if a.ndim > 1 else 0.1
+    return (scale * rng.standard_normal(a.shape)).astype(np.float32)
+
+  return jax.tree.map(
+    draw, jax.eval_shape(lambda: model.init_params(jax.random.key(0), network, shape))
+  )
 
 
 def draw_samples(exp, mesh, params, *, num_images, **options):

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import draw_samples, tiny_config
+from conftest import draw_samples, random_params, tiny_config
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ import pytest
 
 import ism_jax
 from ism_jax import api, checkpoints, experiment, export, generate, logs, paths, sharding
-from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.pretrained import vae as vae_lib
 
@@ -31,17 +30,9 @@ def logging_as_it_is():
     yield
 
 
-def random_params(exp):
-  """At its initialisation the network is zero."""
-  init = lambda key: model_lib.init_params(key, exp.network(), exp.image_shape)
-  rng = np.random.default_rng(0)
-  noisy = lambda a: np.float32(0.1) * rng.standard_normal(a.shape, np.float32)
-  return jax.tree.map(noisy, jax.eval_shape(init, jax.random.key(0)))
-
-
 def model_of(config, devices=2):
   exp, mesh = experiment.parse(config), sharding.data_mesh(jax.devices()[:devices])
-  params = jax.device_put(random_params(exp), sharding.replicated(mesh))
+  params = jax.device_put(random_params(exp.network(), exp.image_shape), sharding.replicated(mesh))
   return ism_jax.Model(exp, params, mesh, "random")
 
 

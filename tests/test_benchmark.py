@@ -1,11 +1,13 @@
 """The benchmark, with a clock of its own where numbers are checked."""
 
+import importlib
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
-from conftest import tiny_config
+from conftest import random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,21 @@ def test_a_wrong_flag_is_one_line(tmp_path):
   )
   assert ran.returncode == 1
   assert ran.stderr.strip().splitlines()[-1] == "Error: --pools=1,two must be whole numbers."
+
+
+@pytest.mark.slow
+def test_what_is_timed_against_pytorch_is_the_same_there(pytorch, monkeypatch):
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parent.parent / "launch")
+  against = importlib.import_module("against_pytorch")
+  exp = experiment.parse(tiny_config())
+  params = random_params(exp.network(), exp.image_shape)
+  given = against.batch(exp, 4)
+  train, sample = against.in_jax(exp, params, given)
+  train_there, sample_there = against.in_pytorch(exp, params, given, None)
+  loss, gradient = train()
+  np.testing.assert_allclose(loss, train_there().item(), rtol=1e-5)
+  assert jnp.abs(gradient["x_embedder"]["kernel"]).max() > 0
+  np.testing.assert_allclose(sample(), sample_there().permute(0, 2, 3, 1), atol=1e-5)
 
 
 def test_peaks_are_known_by_the_kind_of_device():

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 
-from conftest import tiny_config
+from conftest import random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -35,19 +35,6 @@ CLASSES = 5
 
 def network(size="SiT-XXS/2", guided=True, classes=CLASSES, dtype="float32"):
   return model.SiT(model.ModelConfig(size, dtype, "none", 1), classes, guided)
-
-
-def random_params(net, shape=SHAPE, seed=0):
-  """Nowhere zero, and of the size of trained ones, so that no layer saturates."""
-  rng = np.random.default_rng(seed)
-
-  def draw(a):
-    scale = 0.7 / np.sqrt(a.shape[-2]) if a.ndim > 1 else 0.1
-    return (scale * rng.standard_normal(a.shape)).astype(np.float32)
-
-  return jax.tree.map(
-    draw, jax.eval_shape(lambda: model.init_params(jax.random.key(0), net, shape))
-  )
 
 
 def inputs(shape=SHAPE, classes=CLASSES, n=4):
@@ -106,14 +93,14 @@ def test_the_keys_and_shapes_are_those_of_sits_code(guided, embedders):
 @pytest.mark.parametrize("guided", [True, False])
 def test_parameters_come_back_bit_for_bit(guided):
   net = network(guided=guided)
-  params = random_params(net)
+  params = random_params(net, SHAPE)
   state = state_dicts.from_params(params, net, SHAPE)
   assert_equal(state_dicts.to_params(state, net, SHAPE, "it"), params)
 
 
 def published(net, learn_sigma=False):
   """A state dict as SiT's own code has it, with the parameters that make it."""
-  params = random_params(net)
+  params = random_params(net, SHAPE)
   params = {k: v for k, v in params.items() if k not in state_dicts.EMBEDDERS}
   state = state_dicts.from_params(params, net, SHAPE)
   if learn_sigma:  # of each pixel of a patch, the velocity's channels come first
@@ -134,7 +121,7 @@ def test_of_a_published_network_all_is_taken_but_its_variances(learn_sigma):
 def with_new_embedders(net):
   """The parameters that a run begins with, after those of a published network."""
   state, _ = published(net)
-  fresh = random_params(net, seed=1)
+  fresh = random_params(net, SHAPE, seed=1)
   return state_dicts.complete(state_dicts.to_params(state, net, SHAPE, "it"), fresh), fresh
 
 
@@ -179,7 +166,7 @@ def test_an_average_is_preferred_and_files_are_told_apart(tmp_path, monkeypatch)
 
 def test_everything_that_is_wrong_is_listed():
   net = network()
-  state = state_dicts.from_params(random_params(net), net, SHAPE)
+  state = state_dicts.from_params(random_params(net, SHAPE), net, SHAPE)
   del state["blocks.2.mlp.fc1.bias"], state["w_embedder.mlp.0.weight"]
   state["blocks.3.mlp.fc1.bias"] = np.zeros(384, np.float32)
   state["y_embedder.embedding_table.weight"] = np.zeros((1001, 96), np.float32)
@@ -203,7 +190,7 @@ def test_everything_that_is_wrong_is_listed():
 
 
 def test_a_w_input_that_the_network_lacks_is_named():
-  state = state_dicts.from_params(random_params(network()), network(), SHAPE)
+  state = state_dicts.from_params(random_params(network(), SHAPE), network(), SHAPE)
   with pytest.raises(
     ValueError, match=r"without a w input:\n  unexpected: w_embedder\.mlp\.0\.bias"
   ):
@@ -214,7 +201,7 @@ def test_a_w_input_that_the_network_lacks_is_named():
 
 def test_positions_may_be_rounded_and_not_others():
   net = network()
-  state = state_dicts.from_params(random_params(net), net, SHAPE)
+  state = state_dicts.from_params(random_params(net, SHAPE), net, SHAPE)
   rounded = state | {"pos_embed": state["pos_embed"].astype(ml_dtypes.bfloat16)}
   state_dicts.to_params(rounded, net, SHAPE, "it")
   rows_first = state["pos_embed"].reshape(4, 4, 2, -1)[:, :, ::-1].reshape(1, 16, -1)
@@ -479,7 +466,7 @@ def test_the_networks_agree(pytorch, ours, monkeypatch, size, depth):
 @pytest.mark.slow
 def test_it_compiles_whole_and_takes_either_memory_format(pytorch, ours):
   net = network()
-  module = pytorch_network(pytorch, ours, net, random_params(net), SHAPE)
+  module = pytorch_network(pytorch, ours, net, random_params(net, SHAPE), SHAPE)
   x0, c = ours.draw_noise(module, 3, seed=0), pytorch.tensor([0, 1, 5])
   expected = ours.sample(module, x0, c, 0.5, 2)
   # All but the generation of machine code, which takes a compiler and a minute.
@@ -630,7 +617,7 @@ def test_latents_are_decoded_by_the_autoencoder_of_the_config(pytorch, ours, mon
     diffusers.AutoencoderKL, "from_pretrained", lambda name: asked.append(name) or autoencoder
   )
   net = network()
-  module = pytorch_network(pytorch, ours, net, random_params(net), SHAPE)
+  module = pytorch_network(pytorch, ours, net, random_params(net, SHAPE), SHAPE)
   object.__setattr__(module.config, "vae", "someone/vae")
   object.__setattr__(module.config, "vae_scale", cfg.scale)
   x1 = np.random.default_rng(0).standard_normal((5, 4, 4, 4), np.float32)

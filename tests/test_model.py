@@ -1,4 +1,4 @@
-from conftest import tiny_config
+from conftest import random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +19,6 @@ def config(**changes):
 def shapes_of(cfg, shape=(32, 32, 4), num_classes=1000, guided=True):
   network = model.SiT(cfg, num_classes, guided)
   return jax.eval_shape(lambda: model.init_params(jax.random.key(0), network, shape))
-
-
-def random_params(network, shape, key):
-  """Nowhere zero: at SiT's initialisation the output is zero whatever the input."""
-  params = model.init_params(key, network, shape)
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(key, len(leaves))
-  noisy = [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-  return jax.tree.unflatten(tree, noisy)
 
 
 def inputs(key, n=3, size=8):
@@ -103,7 +94,7 @@ def numpy_sit(params, x, t, c, d, w, *, patch, heads):
 
 def test_the_network_is_sit_written_out_in_numpy(key):
   network = model.SiT(config(), 10, True)
-  params = random_params(network, (8, 8, 1), key)
+  params = random_params(network, (8, 8, 1))
   x, t, c, d, w = inputs(key)
   d = jnp.array([0.0, 1 / 64, 1.0])
   out = model.velocity_function(network, params)(x, t, c, d, w)
@@ -121,7 +112,7 @@ def test_a_new_network_predicts_zero_and_its_gates_are_closed(key):
 @pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "full"}, {"unroll": 3}])
 def test_remat_and_unrolling_change_neither_output_nor_gradient(key, changes):
   network, other = model.SiT(config(), 10, True), model.SiT(config(**changes), 10, True)
-  params = random_params(network, (8, 8, 1), key)
+  params = random_params(network, (8, 8, 1))
   f = lambda net: jax.jit(
     jax.value_and_grad(lambda p: jnp.sum(model.velocity_function(net, p)(*inputs(key)) ** 2))
   )
@@ -132,7 +123,7 @@ def test_remat_and_unrolling_change_neither_output_nor_gradient(key, changes):
 def test_bfloat16_blocks_stay_near_float32_and_keep_float32_outside(key):
   network = model.SiT(config(), 10, True)
   half = model.SiT(config(dtype="bfloat16"), 10, True)
-  params = random_params(network, (8, 8, 1), key)
+  params = random_params(network, (8, 8, 1))
   full, low = (model.velocity_function(n, params)(*inputs(key)) for n in (network, half))
   assert low.dtype == jnp.float32
   error = jnp.linalg.norm(full - low) / jnp.linalg.norm(full)
@@ -144,7 +135,7 @@ def test_bfloat16_blocks_stay_near_float32_and_keep_float32_outside(key):
 
 def test_without_intrinsic_guidance_there_is_no_w_embedder(key):
   sm = experiment.parse(tiny_config("sm")).network()
-  params = random_params(sm, (8, 8, 1), key)
+  params = random_params(sm, (8, 8, 1))
   assert "w_embedder" not in params
   x, t, c, d, w = inputs(key)
   velocity = model.velocity_function(sm, params)

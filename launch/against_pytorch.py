@@ -1,0 +1,154 @@
+"""Times the network in JAX against PyTorch in eager mode on this CPU, in turn, in one run.
+
+  python launch/against_pytorch.py [--size=SiT-S/2] [--rows=8] [--repeats=7] [--sit=MODELS_PY]
+
+Training is the forward and backward passes of a mean squared error; sampling is one step. Both in
+float32, with all cores of this process, on latents 32x32x4. PyTorch runs ism_jax/pytorch.py, or the
+official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
+"""
+
+import functools
+import importlib.util
+import os
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from configs import imagenet256
+from ism_jax import benchmark, generate, logs, pytorch, sharding, state_dicts
+from ism_jax import experiment as experiment_lib
+from ism_jax import model as model_lib
+
+SIT = flags.DEFINE_string("sit", None, "models.py of the official SiT code.")
+SIZE = flags.DEFINE_string("size", "SiT-S/2", "Of the network.")
+ROWS = flags.DEFINE_integer("rows", 8, "Images at a time.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
+UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
+
+
+def batch(exp, rows: int) -> dict[str, np.ndarray]:
+  """Inputs of the network and a target, float32; images [B, H, W, C]."""
+  rng = np.random.default_rng(0)
+  normal = lambda: rng.standard_normal((rows, *exp.image_shape), np.float32)
+  return {
+    "x": normal(),
+    "t": rng.random(rows, np.float32),
+    "c": rng.integers(exp.data.num_classes, size=rows),
+    "d": np.full(rows, 0.25, np.float32),
+    "w": np.full(rows, 0.5, np.float32),
+    "target": normal(),
+  }
+
+
+def in_jax(exp, params, given: dict):
+  """(training, sampling): calls that return (loss, gradient) and images [B, H, W, C]."""
+  network = exp.network()
+
+  def loss(params, x, t, c, d, w, target):
+    return jnp.mean((network.apply({"params": params}, x, t, c, d, w) - target) ** 2)
+
+  given = jax.device_put(given)
+  mesh = sharding.data_mesh(jax.devices()[:1])
+  sample = generate.sample_function(exp, mesh, 1)
+  return (
+    functools.partial(jax.jit(jax.value_and_grad(loss)), params, **given),
+    lambda: sample(params, given["x"], given["c"], given["w"])[0],
+  )
+
+
+def in_pytorch(exp, params, given: dict, official: str | None):
+  """(training, sampling): calls that return a loss and images [B, C, H, W].
+
+  Args:
+    official: file of the official code, which takes no parameters of ours; None for our port.
+  """
+  given = {name: torch.from_numpy(a) for name, a in given.items()}
+  for name in ("x", "target"):
+    given[name] = given[name].permute(0, 3, 1, 2).contiguous()
+  target = given.pop("target")
+  if official:
+    spec = importlib.util.spec_from_file_location("sit_models", official)
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+    network = models.SiT_models[exp.model.size](
+      input_size=exp.data.image_size, num_classes=exp.data.num_classes
+    )
+    velocity = lambda x, t, c, **_: network(x, t, c)
+  else:
+    depth, width, heads = exp.model.dimensions
+    network = pytorch.SiT(
+      pytorch.Config(
+        depth=depth, width=width, heads=heads, patch=exp.model.patch,
+        image_size=exp.data.image_size, channels=exp.data.channels,
+        num_classes=exp.data.num_classes, guided=True, w_max=exp.objective.w_max, fixed_w=0.0,
+        t_interval=0.0, vae="", vae_scale=1.0,
+      )
+    )  # fmt: skip
+    state = state_dicts.from_params(params, exp.network(), exp.image_shape)
+    network.load_state_dict({name: torch.tensor(a) for name, a in state.items()})
+    velocity = network
+
+  def train():
+    network.train()
+    network.zero_grad(set_to_none=True)
+    loss = torch.mean((velocity(**given) - target) ** 2)
+    loss.backward()
+    return loss
+
+  @torch.inference_mode()
+  def sample():
+    network.eval()
+    start = torch.zeros(len(target))
+    return given["x"] + velocity(**given | {"t": start, "d": start + 1})
+
+  return train, sample
+
+
+def main(argv):
+  """Prints a table; see the module's docstring."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  with logs.one_line_errors():
+    if SIT.value and not os.path.isfile(SIT.value):
+      raise ValueError(f"--sit={SIT.value}: there is no such file.")
+    config = imagenet256.get_config()
+    config.model.update(
+      {"size": SIZE.value, "dtype": "float32", "remat": "none", "unroll": UNROLL.value}
+    )
+    exp = experiment_lib.parse(config)
+  jax.config.update("jax_platforms", "cpu")
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  torch.set_num_threads(cores)
+  given = batch(exp, ROWS.value)
+  init = jax.jit(lambda key: model_lib.init_params(key, exp.network(), exp.image_shape))
+  params = init(jax.random.key(0))
+  calls = {}
+  for name, (training, sampling) in (
+    ("JAX", in_jax(exp, params, given)),
+    ("PyTorch", in_pytorch(exp, params, given, SIT.value)),
+  ):
+    calls |= {("training", name): training, ("one-step sampling", name): sampling}
+  seconds = benchmark.rounds(calls, REPEATS.value)
+  print(
+    f"{exp.model.size}, float32, {ROWS.value} latents 32x32x4 at a time, {cores} CPU cores, jax "
+    f"{jax.__version__}, torch {torch.__version__} "
+    f"({'official SiT code' if SIT.value else 'ism_jax/pytorch.py'}). Medians of {REPEATS.value} "
+    "rounds, in which all is timed in turn, and in brackets their quartiles.\n"
+  )
+  lines = []
+  for part in dict.fromkeys(part for part, _ in calls):
+    jax_seconds, torch_seconds = seconds[part, "JAX"], seconds[part, "PyTorch"]
+    per_image = [
+      benchmark.told(benchmark.spread(s / ROWS.value), 1e3) for s in (jax_seconds, torch_seconds)
+    ]
+    ratio = benchmark.told(benchmark.spread(torch_seconds / jax_seconds))
+    lines.append([part, *per_image, ratio])
+  header = ["ms per image", "JAX", "PyTorch", "PyTorch / JAX"]
+  print("\n".join(logs.table(header, lines)))
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=logs.parse_flags)
