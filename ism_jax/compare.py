@@ -284,7 +284,7 @@ def compare(
       name: summary.over_real(score, report) for name, score in report["yardsticks"].items()
     },
     "rows": {name: [dataclasses.asdict(run) for run in some] for name, some in rows.items()},
-    "against": {against: summary.panels(points, w)} if against else {},
+    "against": {against: summary.panels(points, against, w)} if against else {},
     "pools": pool_gains(runs[0].config, pools) if pools else [],
     "jumps": JUMPS,
     "effective_scale": {

@@ -280,8 +280,13 @@ def against(runs: list[Run], key: str) -> dict[str, list[Run]]:
   return ({"independent": beside} if beside else {}) | points
 
 
-def panels(points: dict[str, list[Run]], w: float) -> dict[str, dict[str, dict[str, list[float]]]]:
-  """What a figure of `against` shows: {panel: {line: {label: a value a run}}}; no empty ones."""
+def panels(
+  points: dict[str, list[Run]], key: str, w: float
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+  """What a figure of `against` shows: {panel: {line: {label: a value a run}}}; no empty ones.
+
+  What the coupling attains is shown for its own keys; it does not depend on others.
+  """
   counts = step_counts([run for runs in points.values() for run in runs])
   few = next((n for n in (4, 2) if n in counts), 1)
   counts = [n for n in dict.fromkeys((1, few, counts[-1])) if n in counts]
@@ -298,8 +303,9 @@ def panels(points: dict[str, list[Run]], w: float) -> dict[str, dict[str, dict[s
   shown["deviation from the chord"] = {
     f"w = {s:g}": per_point(lambda runs: straightness(runs, s)) for s in strengths
   }
-  for title, name in (("attained gain of OT", "attained_gain"), ("class shift", "class_shift")):
-    shown[title] = {"": per_point(lambda runs: trained(runs, f"coupling/{name}"))}
+  if key.startswith("coupling."):
+    for title, name in (("attained gain of OT", "attained_gain"), ("class shift", "class_shift")):
+      shown[title] = {"": per_point(lambda runs: trained(runs, f"coupling/{name}"))}
   shown["consistency loss, end of training"] = {
     f"d = {d}": per_point(lambda runs: [run.jumps[d] for run in runs if d in run.jumps])
     for d in jumps

@@ -174,7 +174,7 @@ def test_rows_that_differ_in_one_key_are_set_against_it(tmp_path):
   points = summary.against(read(*workdirs), "coupling.pool_size")
   k4, k8, k16 = "K=4\nn=256", "K=8\nn=512", "K=16\nn=1024"
   assert list(points) == ["independent", k4, k8, k16]
-  assert summary.panels(points, 0.5) == {
+  panels = {
     "Fréchet distance, in floors, w = 0.5": {
       "NFE 1": {"independent": [9.0], k4: [4.0, 5.0], k8: [3.0], k16: [2.0]},
       "NFE 8": {k4: [3.0]},
@@ -185,6 +185,9 @@ def test_rows_that_differ_in_one_key_are_set_against_it(tmp_path):
       "d = 1/2": {"independent": [0.25], k4: [0.25], k8: [0.25]}
     },
   }
+  assert summary.panels(points, "coupling.pool_size", 0.5) == panels
+  del panels["attained gain of OT"], panels["class shift"]
+  assert summary.panels(points, "ema.target_decay", 0.5) == panels
   run_compare(workdirs, tmp_path / "out", against="coupling.pool_size")
   assert (tmp_path / "out" / "against_coupling.pool_size.png").stat().st_size
 
