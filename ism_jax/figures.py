@@ -186,7 +186,7 @@ def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
 
   Panels whose values are positive and far apart have a logarithmic axis.
   """
-  columns = min(3, len(panels))
+  columns = 2 if len(panels) == 4 else min(3, len(panels))
   rows = -(-len(panels) // columns)
   size = (4.2 * columns, 3.2 * rows)
   fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
