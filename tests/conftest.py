@@ -1,5 +1,6 @@
 """Tests run on 8 forced host devices."""
 
+import gc
 import importlib.util
 import pathlib
 import tempfile
@@ -17,6 +18,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 _cache = tempfile.TemporaryDirectory(prefix="ism_jax_compilation_cache_")
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+  """Forgets what the tests of a file compiled.
+
+  XLA maps the code of every program into memory, and Linux lets a process have 65,530 maps: without
+  this, one that runs most of the tests comes near them, where threads fail to start, or it crashes.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture
