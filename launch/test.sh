@@ -6,8 +6,9 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 # Tests of a file share what they trained or compiled. In the order of their names: xdist's own, by
-# the number of tests, has the longest last.
-together=(-n 2 --dist loadfile --no-loadscope-reorder)
+# the number of tests, has the longest last. A worker that crashes ends the run as a failure: with a
+# new one in its place, xdist waits for ever for the tests of the file that the old one was at.
+together=(-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
 if [ "${1:-}" = --all ]; then
   ensure_env test,interop,aot,check,notebooks
   shift

@@ -136,6 +136,26 @@ def test_the_scripts_pass_shellcheck():
   assert done.returncode == 0, done.stdout
 
 
+def test_a_crash_among_the_tests_fails_the_run_and_does_not_hang_it(project, tmp_path):
+  made = tmp_path / "environment"
+  (made / "bin").mkdir(parents=True)
+  (made / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+  (made / "bin" / "python").chmod(0o755)
+  sum_of = subprocess.run(["cksum"], input=(project / "setup.py").read_bytes(), capture_output=True)
+  (made / ".installed-test").write_text(f"{project} {sum_of.stdout.decode()}")
+  for name in "abcd":
+    (project / f"test_{name}.py").write_text(
+      "import os, pytest\n"
+      "@pytest.mark.parametrize('i', range(6))\n"
+      "def test_that(i):\n"
+      "  if (__name__, i) == ('test_c', 3):\n"
+      "    os.abort()\n"
+    )
+  launch = Launch(project, tmp_path / "answers", ISM_JAX_VENV=str(made))
+  code, out, _ = launch("test.sh", check=False)
+  assert code == 1 and "crashed while running 'test_c.py::test_that[3]'" in out, out
+
+
 @pytest.mark.slow
 def test_the_compiler_knows_the_flags_for_gpus():
   """XLA ends a process that names one that it does not know, whatever the device."""
