@@ -102,6 +102,24 @@ def test_the_network_is_sit_written_out_in_numpy(key):
   np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("size", [1, 30])  # of q and k: with 30 most weights are 0 or 1
+def test_attention_and_its_gradient_are_those_of_the_library(key, dtype, tolerance, size):
+  q, k, v, ahead = jax.random.normal(key, (4, 2, 3, 16, 8)).astype(dtype)
+  q, k = size * q, size * k
+
+  def library(*heads_first):
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in heads_first)
+    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v), 1, 2)
+
+  for compute in (lambda f: f(q, k, v), lambda f: jax.vjp(f, q, k, v)[1](ahead)):
+    found, expected = (jnp.stack(compute(f)) for f in (model.attention, library))
+    assert found.dtype == expected.dtype == dtype
+    found, expected = np.float32(found), np.float32(expected)
+    assert np.isfinite(found).all()
+    assert np.linalg.norm(found - expected) <= size * tolerance * np.linalg.norm(expected)
+
+
 def test_a_new_network_predicts_zero_and_its_gates_are_closed(key):
   network = model.SiT(config(), 10, True)
   params = model.init_params(key, network, (8, 8, 1))
