@@ -43,6 +43,7 @@ def get_base() -> ml_collections.ConfigDict:
         "dtype": "bfloat16",
         "remat": "dots",
         "unroll": 1,
+        "attention": "xla",
       },
       "objective": {
         "shares": (2, 1, 1),  # open

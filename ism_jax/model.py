@@ -19,6 +19,7 @@ import numpy as np
 from ism_jax import paths
 
 REMATS = ("none", "dots", "full")
+ATTENTIONS = ("xla", "cudnn")
 _SIZES = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
   "XL": (28, 1152, 16),
   "L": (24, 1024, 16),
@@ -41,12 +42,15 @@ class ModelConfig:
     remat: what a block keeps for the backward pass: "none" keeps all, "dots" the matrix products,
       "full" its input only.
     unroll: blocks per iteration of the scan over layers.
+    attention: "xla" writes it out, for any device; "cudnn" takes NVIDIA's fused kernel where a GPU
+      computes, in bfloat16 alone, and elsewhere is "xla".
   """
 
   size: str
   dtype: str
   remat: str
   unroll: int
+  attention: str = "xla"
 
   def __post_init__(self):
     name, _, patch = self.size.removeprefix("SiT-").partition("/")
@@ -58,6 +62,12 @@ class ModelConfig:
       raise ValueError(f"model.remat={self.remat!r} is unknown; known are {', '.join(REMATS)}.")
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"model.dtype={self.dtype!r} is unknown; known are float32, bfloat16.")
+    if self.attention not in ATTENTIONS:
+      raise ValueError(
+        f"model.attention={self.attention!r} is unknown; known are {', '.join(ATTENTIONS)}."
+      )
+    if self.attention == "cudnn" and self.dtype != "bfloat16":
+      raise ValueError(f"model.attention='cudnn' needs model.dtype='bfloat16', not {self.dtype!r}.")
     if self.unroll < 1:
       raise ValueError(f"model.unroll={self.unroll} must be at least 1.")
 
@@ -134,6 +144,7 @@ class Attention(nn.Module):
 
   heads: int
   dtype: jnp.dtype
+  kind: str
 
   @nn.compact
   def __call__(self, x_BxTxD):
@@ -142,9 +153,11 @@ class Attention(nn.Module):
     # The matrix products run over flat tokens: XLA's CPU backend is slow with three axes.
     qkv = dense(3 * width, name="qkv")(x_BxTxD.reshape(-1, width))
     qkv = qkv.reshape(b, tokens, 3, self.heads, width // self.heads)
-    x_BxHxTxK = attention(*qkv.transpose(2, 0, 3, 1, 4))
-    x = x_BxHxTxK.transpose(0, 2, 1, 3).reshape(-1, width)
-    return dense(width, name="proj")(x).reshape(b, tokens, width)
+    if self.kind == "cudnn" and jax.default_backend() == "gpu":
+      x_BxTxHxK = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), implementation="cudnn")
+    else:
+      x_BxTxHxK = attention(*qkv.transpose(2, 0, 3, 1, 4)).transpose(0, 2, 1, 3)
+    return dense(width, name="proj")(x_BxTxHxK.reshape(-1, width)).reshape(b, tokens, width)
 
 
 class Block(nn.Module):
@@ -152,6 +165,7 @@ class Block(nn.Module):
 
   heads: int
   dtype: jnp.dtype
+  attention: str
 
   @nn.compact
   def __call__(self, x_BxTxD, condition_BxD):
@@ -161,7 +175,7 @@ class Block(nn.Module):
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     norm = functools.partial(_norm, dtype=self.dtype)
     h = modulate(norm(name="norm1")(x_BxTxD), shift_a, scale_a)
-    x_BxTxD += gate_a[:, None] * Attention(self.heads, self.dtype, name="attn")(h)
+    x_BxTxD += gate_a[:, None] * Attention(self.heads, self.dtype, self.attention, name="attn")(h)
     h = modulate(norm(name="norm2")(x_BxTxD), shift_m, scale_m).reshape(-1, width)
     h = dense(width, name="fc2")(nn.gelu(dense(4 * width, name="fc1")(h)))
     x_BxTxD += gate_m[:, None] * h.reshape(b, tokens, width)
@@ -221,7 +235,7 @@ class SiT(nn.Module):
       split_rngs={"params": True},
       in_axes=nn.broadcast,
     )
-    x, _ = blocks(heads, dtype, name="blocks")(x, condition)
+    x, _ = blocks(heads, dtype, self.cfg.attention, name="blocks")(x, condition)
 
     modulation = _dense_zero(2 * width, dtype=dtype, name="final_adaLN_modulation")(condition)
     x = modulate(_norm(dtype=dtype, name="norm_final")(x), *jnp.split(modulation, 2, axis=-1))

@@ -15,6 +15,7 @@ The programs take any batch size, and run on CPUs, TPUs and NVIDIA GPUs, with JA
 flatbuffers. JAX promises to read them for six months after the version that wrote them.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -52,6 +53,8 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
     raise ValueError("there are no schedules: name numbers of steps, such as (1, 4).")
   for steps in schedules:
     experiment.check_guidance(exp, steps, exp.sample.w)
+  # A program for all platforms has no kernel of one.
+  exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, attention="xla"))
   with export_lib.whole_folder(out) as folder:
     _write_files(exp, params, folder, schedules, about)
 

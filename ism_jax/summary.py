@@ -34,6 +34,7 @@ _ONE_ROW = {
   "data.num_threads",
   "model.remat",
   "model.unroll",
+  "model.attention",
 }
 _ONE_ROW_SECTIONS = ("log.", "checkpoint.", "sample.", "monitor.", "evaluation.")
 

@@ -1,7 +1,10 @@
 """Configs: every variant builds and steps, and what is wrong is said before anything runs."""
 
+import re
+
 from conftest import tiny_config
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,6 +62,25 @@ def test_every_variant_of_imagenet256_traces_on_eight_devices(variant):
   assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, like)
   assert metrics["loss"].shape == (exp.scan_steps,)
   assert ("guidance" in metrics) == exp.objective.intrinsic
+
+
+def test_the_step_for_a_gpu_has_its_fused_attention_forward_and_backward(monkeypatch):
+  """As far as JAX checks shapes, types and layouts: lowered for CUDA where there is no GPU."""
+  # What JAX would find on an H100.
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90_000)
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda least: True)
+  config = imagenet256.get_config()
+  config.model.attention = "cudnn"
+  exp, mesh = experiment.parse(config), sharding.data_mesh()
+  keys, index = jax.eval_shape(lambda: train.base_keys(0)), jnp.zeros((), int)
+  couple = train.couple_function(exp, mesh)
+  pool, _ = jax.eval_shape(couple, train.abstract_pool(exp, mesh), keys, index)
+  given = (train.abstract_state(exp, mesh), pool, keys, index)
+  for backend, fused in (("gpu", True), ("cpu", False)):
+    monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+    lowered = train.steps_function(exp, mesh).trace(*given).lower(lowering_platforms=("cuda",))
+    called = set(re.findall(r"@__cudnn\$(\w+)", lowered.as_text()))
+    assert called == ({"fmhaSoftmax", "fmhaSoftmaxBackward"} if fused else set())
 
 
 def test_imagenet256_has_the_papers_values():

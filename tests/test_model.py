@@ -175,6 +175,15 @@ def test_an_unknown_size_lists_the_known_ones(size):
     config(size=size)
 
 
+def test_attention_is_one_of_those_that_the_dtype_allows():
+  with pytest.raises(
+    ValueError, match=r"model\.attention='flash' is unknown; known are xla, cudnn"
+  ):
+    config(attention="flash")
+  with pytest.raises(ValueError, match=r"'cudnn' needs model\.dtype='bfloat16', not 'float32'"):
+    config(attention="cudnn")
+
+
 def test_an_image_that_the_patch_does_not_divide_is_refused():
   with pytest.raises(ValueError, match="9x8 images do not split into the 2x2 patches"):
     model.check_image_size(config(), (9, 8))
