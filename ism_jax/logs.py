@@ -272,7 +272,8 @@ class Profile:
   """A profile of some steps of a run, for XProf, which is TensorBoard's profile page too.
 
   From step `first` on, until at least `steps` are done or the block is left. Each process writes
-  its own, below plugins/profile in the workdir, once it is whole.
+  its own, below plugins/profile in the workdir, once it is whole. Calls of Python functions are not
+  in it: hooked into the interpreter, JAX's tracer crashed a process whose threads were starting.
   """
 
   def __init__(self, workdir: str, *, first: int, steps: int):
@@ -289,7 +290,9 @@ class Profile:
     """Starts, if `step` is the first."""
     if self._steps and step == self._first:
       self._folder = tempfile.TemporaryDirectory(prefix="ism_jax_profile_")
-      jax.profiler.start_trace(self._folder.name)
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0
+      jax.profiler.start_trace(self._folder.name, profiler_options=options)
 
   def done(self, step: int, result) -> None:
     """Ends after the last of its steps; `result` is what the step computes."""

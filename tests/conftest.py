@@ -24,8 +24,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 def _programs_of_one_file():
   """Forgets what the tests of a file compiled.
 
-  XLA maps the code of every program into memory, and Linux lets a process have 65,530 maps: without
-  this, one that runs most of the tests comes near them, where threads fail to start, or it crashes.
+  XLA maps the code of every program into memory, and at 65,530 maps, which is what Linux lets a
+  process have, it crashes: one process with all tests would come near them.
   """
   yield
   jax.clear_caches()

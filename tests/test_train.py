@@ -128,14 +128,15 @@ def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):
     content.count(b"samples/steps_2") == 2 and b"monitor/steps_1/classifier_accuracy" in content
   )
   (profile,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
-  seen = [
-    dict(event.stats)["step_num"]
+  events = [
+    event
     for plane in jax.profiler.ProfileData.from_file(str(profile)).planes
     for line in plane.lines
     for event in line.events
-    if event.name == "train"
   ]
+  seen = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
   assert seen == [4]  # one call of two steps, in the second pool
+  assert not [event.name for event in events if event.name.startswith("$")]  # calls in Python
 
 
 def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
