@@ -1,7 +1,7 @@
 """Times the network in JAX against PyTorch in eager mode on this CPU, in turn, in one run.
 
   python launch/against_pytorch.py [--size=SiT-S/2] [--rows=8] [--repeats=7] [--sit=MODELS_PY]
-      [--unroll=1] [--remat=none|dots|full]
+      [--unroll=1] [--remat=dots|none|full]
 
 Training is the forward and backward passes of a mean squared error; sampling is one step. Both in
 float32, with all cores of this process, on latents 32x32x4. PyTorch runs ism_jax/pytorch.py, or the
@@ -28,7 +28,7 @@ SIZE = flags.DEFINE_string("size", "SiT-S/2", "Of the network.")
 ROWS = flags.DEFINE_integer("rows", 8, "Images at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
 UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
-REMAT = flags.DEFINE_enum("remat", "none", model_lib.REMATS, "model.remat of JAX.")
+REMAT = flags.DEFINE_enum("remat", "dots", model_lib.REMATS, "model.remat of JAX.")
 
 
 def batch(exp, rows: int) -> dict[str, np.ndarray]:
