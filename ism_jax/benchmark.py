@@ -10,8 +10,9 @@ Everything is timed in turn, round after round (`rounds`), so that what slows a 
 all alike; a ratio is the median of the rounds' ratios. The rate of a large matrix product in the
 compute dtype is this machine's practical ceiling. FLOPs are those of the model, see `flops`.
 
---rows trains on that many rows of the batch and scales the step's time to all of them, where the
-batch is too much for the machine; --pools measures the coupling at those pool sizes K too.
+--rows trains on that many rows of the batch, where all are too much for the machine, and scales the
+step's time to all of them, but for the time of the optimizer and the EMAs; --pools measures the
+coupling at those pool sizes K too.
 
 Written to DIR: benchmark.json, benchmark.md, techniques.png (what each technique adds to flow
 matching), and with --pools scaling.png.
@@ -44,6 +45,8 @@ from ism_jax.sharding import AXIS, P
 
 STEPS = (1, 2, 4, 8, 128)  # of sampling
 SHORTEST = 0.2  # seconds of a timing: shorter calls are made several times
+_LONG = 10.0  # seconds of a first call that cannot be a short one
+SHARES = (0.01, 0.04)  # of a pool's time: the sizes are told at which pairing reaches them
 SIZES = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")  # of scaling.png
 _PRODUCTS = 8  # in a timing of the ceiling
 _POOLS_READ = 3  # in a timing of the input pipeline
@@ -92,8 +95,10 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.nd
   """
   together = {}
   for name, call in calls.items():
-    jax.block_until_ready(call())  # what is done once
-    together[name] = math.ceil(SHORTEST / max(_seconds(call, 1), 1e-9))
+    seconds = _seconds(call, 1)  # with what is done once
+    if seconds < _LONG:
+      seconds = _seconds(call, 1)
+    together[name] = math.ceil(SHORTEST / max(seconds, 1e-9))
   found = [{name: _seconds(call, together[name]) for name, call in calls.items()}
            for _ in range(repeats)]  # fmt: skip
   return {name: np.array([one[name] for one in found]) for name in calls}
@@ -142,12 +147,11 @@ CONSISTENCY = "with consistency targets"
 TARGETS = "with all targets"
 WAVELET = "and the wavelet loss"
 STEP = "and twin EMA: the step"
-# What each adds: the steps whose difference it is.
+# What each adds: the steps whose difference it is. (Twin EMA's is that of the updates alone.)
 COSTS = {
   "guidance targets": (GUIDANCE, FLOW_MATCHING),
   "consistency targets": (CONSISTENCY, FLOW_MATCHING),
   "wavelet loss": (WAVELET, TARGETS),
-  "twin EMA": (STEP, WAVELET),
 }
 
 
@@ -157,8 +161,12 @@ def one_ema(state, gradient, tx, ema):
   return new.replace(target_ema=state.target_ema)
 
 
-def techniques(exp: Experiment) -> dict[str, tuple[Experiment, Callable]]:
-  """{name: (experiment, update)} of the training steps that are compared.
+ONE_EMA, TWIN_EMA = "one EMA", "twin EMA"
+UPDATES = {ONE_EMA: one_ema, TWIN_EMA: state_lib.update}
+
+
+def techniques(exp: Experiment) -> dict[str, tuple[Experiment, str]]:
+  """{name: (experiment, one of UPDATES)} of the training steps that are compared.
 
   From flow matching with one EMA to the step of `exp`; all of the same network and batch.
   """
@@ -169,14 +177,14 @@ def techniques(exp: Experiment) -> dict[str, tuple[Experiment, Callable]]:
     return dataclasses.replace(exp, objective=objective, **changes), update
 
   l2 = {"wavelet": dataclasses.replace(exp.wavelet, form="l2")}
-  found = {FLOW_MATCHING: step((v + g + k, 0, 0), one_ema, **l2)}
+  found = {FLOW_MATCHING: step((v + g + k, 0, 0), ONE_EMA, **l2)}
   if g:
-    found[GUIDANCE] = step((v + k, g, 0), one_ema, **l2)
+    found[GUIDANCE] = step((v + k, g, 0), ONE_EMA, **l2)
   if k:
-    found[CONSISTENCY] = step((v + g, 0, k), one_ema, **l2)
-  found[TARGETS] = step((v, g, k), one_ema, **l2)
-  found[WAVELET] = step((v, g, k), one_ema)
-  found[STEP] = step((v, g, k), state_lib.update)
+    found[CONSISTENCY] = step((v + g, 0, k), ONE_EMA, **l2)
+  found[TARGETS] = step((v, g, k), ONE_EMA, **l2)
+  found[WAVELET] = step((v, g, k), ONE_EMA)
+  found[STEP] = step((v, g, k), TWIN_EMA)
   return found
 
 
@@ -195,22 +203,35 @@ def random_pool(exp: Experiment, mesh):
   return jax.jit(draw, out_shardings=sharding.rows(mesh, axis=1))(jax.random.key(1))
 
 
-def step_calls(exp: Experiment, mesh) -> tuple[dict[str, Callable], dict[str, Program]]:
-  """Calls of `exp.scan_steps` steps each, which hand one state on to each other."""
+def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, Program]]:
+  """({("step", name) or ("update", name): call}, {name: Program} of the steps).
+
+  A call is `exp.scan_steps` of the `techniques`' steps, or one of the `UPDATES` alone, with the
+  parameters for a gradient. All hand one state on to each other.
+  """
   keys = train.base_keys(0)
   pool = random_pool(exp, mesh)
   state = train.init_function(exp, mesh)(keys.init)
   calls, programs = {}, {}
 
-  def call(program):
+  def call(program, *arguments):
     nonlocal state
-    state, metrics = program(state, pool, keys, 0)
-    return metrics
+    state, result = program(state, *arguments)
+    return result
 
   for name, (one, update) in techniques(exp).items():
-    steps = train.steps_function(one, mesh, update)
+    steps = train.steps_function(one, mesh, UPDATES[update])
     programs[name] = compiled(steps, state, pool, keys, 0)
-    calls[name] = functools.partial(call, programs[name].call)
+    calls["step", name] = functools.partial(call, programs[name].call, pool, keys, 0)
+  placed = jax.tree.map(lambda a: a.sharding, state)
+  for name, update in UPDATES.items():
+    apply = train.update_function(exp, mesh, update)
+    alone = jax.jit(
+      lambda state, apply=apply: (new := apply(state, state.params), new.step + 0),
+      donate_argnums=0,
+      out_shardings=(placed, sharding.replicated(mesh)),
+    )
+    calls["update", name] = functools.partial(call, compiled(alone, state).call)
   return calls, programs
 
 
@@ -347,7 +368,7 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
   logging.info("Compiled; now %d rounds.", repeats)
   seconds = rounds(
     {("product", ""): multiply, ("decode", ""): decode}
-    | {("step", name): call for name, call in steps.items()}
+    | steps
     | {("couple", name): call for name, call in couple.items()}
     | {("sample", name): call for name, call in draw.items()},
     repeats,
@@ -356,7 +377,11 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
     rates = read_rates(exp, source, mesh)
     loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
 
-  step = {name: seconds["step", name] / exp.scan_steps * exp.batch_size / rows for name in steps}
+  update = {name: seconds["update", name] for name in UPDATES}
+  step = {}  # of the whole batch, of whose time the update's does not grow with the rows
+  for name, (_, averages) in techniques(exp).items():
+    of_rows = seconds["step", name] / exp.scan_steps - update[averages]
+    step[name] = of_rows * exp.batch_size / rows + update[averages]
   pairing = {k: seconds["couple", (own, k)] - seconds["couple", ("independent", k)] for k in sizes}
   images = len(decode.args[0])
   programs = {f"train_steps: {name}": p for name, p in step_programs.items()}
@@ -366,8 +391,8 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
     **setting(exp, mesh, rows=rows, images=images),
     "repeats": repeats,
     **utilisation(exp, mesh, step[STEP], products / seconds["product", ""]),
-    "techniques": technique_costs(fewer, step, pairing[size] / size),
-    "pool": pool_costs(seconds["couple", (own, size)] + size * step[STEP], pairing, size),
+    "techniques": technique_costs(fewer, step, update, pairing[size] / size),
+    "pool": pool_costs(exp, seconds["couple", (own, size)], step[STEP], pairing),
     "input": {
       "images_per_second": rates,
       "needed": float(np.median(exp.batch_size / step[STEP])),
@@ -432,11 +457,12 @@ def utilisation(exp: Experiment, mesh, step, ceiling) -> dict:
   }
 
 
-def technique_costs(exp: Experiment, step: dict[str, np.ndarray], pairing) -> dict:
+def technique_costs(exp: Experiment, step: dict, update: dict, pairing) -> dict:
   """What each technique adds to a step of flow matching, as a share of it.
 
   Args:
-    step: seconds of each of `techniques`, [repeats]. pairing: seconds for a step, [repeats].
+    step: seconds of each of `techniques`, [repeats]. update: those of each of `UPDATES`.
+    pairing: seconds for a step, [repeats].
   """
   plain = step[FLOW_MATCHING]
   costs = {
@@ -444,10 +470,12 @@ def technique_costs(exp: Experiment, step: dict[str, np.ndarray], pairing) -> di
     for name, (more, less) in COSTS.items()
     if more in step
   }
+  costs[TWIN_EMA] = spread((update[TWIN_EMA] - update[ONE_EMA]) / plain)
   costs["pairing"] = spread(pairing / plain)
   costs["all"] = spread((step[STEP] + pairing) / plain - 1)
   return {
     "seconds_per_step": {name: spread(values) for name, values in step.items()},
+    "seconds_per_update": {name: spread(values) for name, values in update.items()},
     "over_flow_matching": {name: spread(values / plain) for name, values in step.items()},
     "forward_passes": {
       name: flops.forward_equivalents(one) for name, (one, _) in techniques(exp).items()
@@ -456,14 +484,50 @@ def technique_costs(exp: Experiment, step: dict[str, np.ndarray], pairing) -> di
   }
 
 
-def pool_costs(pool, pairing: dict[int, np.ndarray], size: int) -> dict:
-  """Seconds of a pool of `size` batches, and of pairing pools of each size; [repeats] all."""
+def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) -> dict:
+  """Seconds of a pool, of pairing pools of each size, and where pairing stops being cheap.
+
+  Args:
+    couple: seconds to make a pool of the config's size, [repeats]. step: seconds of a step.
+    pairing: {K: seconds}, over those of the independent coupling.
+  """
+  size = exp.coupling.pool_size
+  pool = couple + size * step
+  steps = step_seconds(exp, float(np.median(step)))
+  largest = max(pairing)
   return {
     "seconds": spread(pool),
     "pairing": spread(pairing[size]),
     "share_of_pairing": spread(pairing[size] / pool),
     "by_size": {k: spread(values) for k, values in pairing.items()},
+    "step_seconds": steps,
+    "pairs_at": {
+      share: {
+        name: pairs_at(share, largest, float(np.median(pairing[largest])), seconds, exp.batch_size)
+        for name, seconds in steps.items()
+      }
+      for share in SHARES
+    },
   }
+
+
+def step_seconds(exp: Experiment, measured: float) -> dict[str, float]:
+  """{size of the network: seconds per step} at the utilisation that was measured."""
+  own = flops.step(exp).model
+  sized = lambda size: dataclasses.replace(exp, model=dataclasses.replace(exp.model, size=size))
+  sizes = dict.fromkeys((exp.model.size, *SIZES))
+  return {size: measured * flops.step(sized(size)).model / own for size in sizes}
+
+
+def pairs_at(share: float, k: int, pairing: float, step: float, batch_size: int) -> float:
+  """K M at which pairing takes `share` of the pool's K steps.
+
+  Pairing's time grows as (K M)^2 and that of K steps as K, so their ratio grows as K.
+
+  Args:
+    pairing: seconds that pairing a pool of `k` batches took. step: seconds.
+  """
+  return share * step * k**2 / pairing * batch_size
 
 
 # The report.
@@ -500,7 +564,8 @@ def _about(report: dict) -> list[str]:
     report[name] for name in ("config", "devices", "ceiling", "train")
   )
   scaled = (
-    f" The step was timed on {cfg['rows']} rows, and its time is scaled to {cfg['batch_size']}."
+    f" The step was timed on {cfg['rows']} rows, and its time, but for the update's, is scaled to "
+    f"{cfg['batch_size']}."
     if cfg["rows"] != cfg["batch_size"]
     else ""
   )
@@ -545,6 +610,13 @@ def _techniques(found: dict) -> list[str]:
       ["technique", "% of a flow matching step"],
       [[name, told(cost, 100)] for name, cost in found["costs"].items()],
     ),
+    "The optimizer and the EMAs alone, of a step: "
+    + ", ".join(
+      f"{told(seconds, 1e3)} ms with {name}"
+      for name, seconds in found["seconds_per_update"].items()
+    )
+    + ".",
+    "",
   ]
 
 
@@ -566,6 +638,16 @@ def _pool(report: dict) -> list[str]:
           f"{100 * seconds['median'] / k / step:.2g}",
         ]
         for k, seconds in pool["by_size"].items()
+      ],
+    ),
+    "Pairing grows as the square of its pairs, K steps as K. From the largest pool, and with steps "
+    "of other networks by their FLOPs, pairing reaches these shares of K steps at so many pairs:",
+    "",
+    *logs.table(
+      ["share", *pool["step_seconds"]],
+      [
+        [f"{100 * share:g} %", *(f"{pairs:,.0f}" for pairs in by_network.values())]
+        for share, by_network in pool["pairs_at"].items()
       ],
     ),
   ]
@@ -616,16 +698,8 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
   logs.write_whole(os.path.join(out, "benchmark.md"), as_markdown(report))
   figures.technique_costs(report["techniques"], os.path.join(out, "techniques.png"))
   if pools:
-    figures.pairing_shares(report, step_seconds(exp, report), os.path.join(out, "scaling.png"))
+    figures.pairing_shares(report, os.path.join(out, "scaling.png"))
   return report
-
-
-def step_seconds(exp: Experiment, report: dict) -> dict[str, float]:
-  """{size of the network: seconds per step} at the utilisation that was measured."""
-  measured, own = report["train"]["seconds_per_step"]["median"], flops.step(exp).model
-  sized = lambda size: dataclasses.replace(exp, model=dataclasses.replace(exp.model, size=size))
-  sizes = dict.fromkeys((exp.model.size, *SIZES))
-  return {size: measured * flops.step(sized(size)).model / own for size in sizes}
 
 
 def define_flags() -> None:

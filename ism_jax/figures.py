@@ -259,18 +259,27 @@ def technique_costs(techniques: dict, path: str) -> None:
   save_figure(fig, path)
 
 
-def pairing_shares(report: dict, step_seconds: dict[str, float], path: str) -> None:
-  """What pairing a pool takes over its K steps, against K: a line a size of the network."""
+def pairing_shares(report: dict, path: str) -> None:
+  """What pairing takes over the pool's K steps, against its pairs: a line a size of the network.
+
+  Measured, and dashed onward to four times the largest pool by the square of the pairs.
+  """
   fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-  by_size = report["pool"]["by_size"]
+  by_size, rows = report["pool"]["by_size"], report["config"]["batch_size"]
   sizes = np.array(sorted(by_size))
   pairing = np.array([by_size[k]["median"] for k in sizes])
-  for number, (name, seconds) in enumerate(step_seconds.items()):
+  larger = sizes[-1] * np.array([1, 2, 4])
+  for number, (name, seconds) in enumerate(report["pool"]["step_seconds"].items()):
     label = name if name == report["config"]["model"] else f"{name}, by its FLOPs"
-    ax.plot(sizes, 100 * pairing / sizes / seconds, **style(number), label=label)
+    shares = 100 * pairing / sizes / seconds
+    ax.plot(sizes, shares, **style(number), label=label)
+    ax.plot(larger, shares[-1] * larger / sizes[-1], "--", color=style(number)["color"])
+  for share in report["pool"]["pairs_at"]:
+    ax.axhline(100 * share, color="0.8", zorder=0)
   ax.set_xscale("log", base=2)
   ax.set_yscale("log")
-  ax.set_xticks(sizes, [f"{k}\n{k * report['config']['batch_size']:,}" for k in sizes])
+  ticks = [*sizes, *larger[1:]]
+  ax.set_xticks(ticks, [f"{k}\n{k * rows:,}" for k in ticks])
   ax.xaxis.set_minor_formatter(NullFormatter())
   ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
   ax.set_xlabel("batches in a pool, K, and pairs")

@@ -262,29 +262,42 @@ def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Con
   return objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class)
 
 
-def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
-  """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`.
+def update_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
+  """apply(state, gradient) -> TrainState; both live where the placement says.
 
   Args:
     update: what `state.update` does; another one only to measure what it costs.
   """
-  gradient = gradient_function(exp, mesh)
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
   shapes = jax.eval_shape(_create(exp), jax.random.key(0))
-  placed = _placed(exp, mesh, shapes)
   updated = _placed(exp, mesh, shapes, parameters_too=True)
   place = jax.lax.with_sharding_constraint
+
+  def apply(state, gradient):
+    # Sharded, each device updates its part of everything; the next step gathers the parameters in
+    # the dtype it computes in, and the last one's are gathered whole. (TPUs' XLA makes an
+    # all-reduce of a reduce-scatter of such shapes: asking for one gains nothing.)
+    state = update(place(state, updated), place(gradient, updated.params), tx, exp.ema)
+    return place(state, updated)
+
+  return apply
+
+
+def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
+  """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`.
+
+  Args:
+    update: as `update_function` takes it.
+  """
+  gradient, apply = gradient_function(exp, mesh), update_function(exp, mesh, update)
+  placed = _placed(exp, mesh, jax.eval_shape(_create(exp), jax.random.key(0)))
 
   def train_step(state, batch, keys: Keys):
     given = draw_conditions(exp, state, batch, keys)
     (loss, parts), grad = gradient(
       state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
     )
-    # Sharded, each device updates its part of everything; the next step gathers the parameters in
-    # the dtype it computes in, and the last one's are gathered whole. (TPUs' XLA makes an
-    # all-reduce of a reduce-scatter of such shapes: asking for one gains nothing.)
-    state = update(place(state, updated), place(grad, updated.params), tx, exp.ema)
-    state = place(state, updated)
+    state = apply(state, grad)
     norms = {
       "gradient_norm": optax.tree.norm(grad),
       "parameter_norm": optax.tree.norm(state.params),

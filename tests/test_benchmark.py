@@ -29,10 +29,10 @@ def test_everything_is_timed_in_turn_and_short_calls_several_times(monkeypatch):
     return run
 
   monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
-  found = benchmark.rounds({"long": call("long", 2.0), "short": call("short", 0.06)}, repeats=3)
-  np.testing.assert_allclose(found["long"], [2.0] * 3)
+  found = benchmark.rounds({"long": call("long", 20.0), "short": call("short", 0.06)}, repeats=3)
+  np.testing.assert_allclose(found["long"], [20.0] * 3)
   np.testing.assert_allclose(found["short"], [0.06] * 3)
-  warm = ["long"] * 2 + ["short"] * 2
+  warm = ["long"] + ["short"] * 2
   assert made == warm + 3 * (["long"] + ["short"] * math.ceil(0.2 / 0.06))
 
 
@@ -43,7 +43,7 @@ def test_steps_differ_in_one_technique_each():
   assert list(shares.values()) == [(4, 0, 0), (3, 1, 0), (3, 0, 1), (2, 1, 1), (2, 1, 1), (2, 1, 1)]
   assert [one.wavelet.form for one, _ in steps.values()] == ["l2"] * 4 + [exp.wavelet.form] * 2
   step, update = steps[benchmark.STEP]
-  assert step == exp and update is state_lib.update
+  assert step == exp and benchmark.UPDATES[update] is state_lib.update
   passes = [flops.forward_equivalents(one) for one, _ in steps.values()]
   np.testing.assert_allclose(passes, [3, 3.5, 3.5, 4, 4, 4])
   fixed = benchmark.techniques(experiment.parse(tiny_config("sm")))
@@ -56,7 +56,7 @@ def test_one_ema_leaves_the_other_as_it_was():
   state = state_lib.create({"a": jnp.arange(3.0)}, tx)
   both, one = (
     update(state, {"a": jnp.ones(3)}, tx, exp.ema)
-    for update in (state_lib.update, benchmark.one_ema)
+    for update in (benchmark.UPDATES[benchmark.TWIN_EMA], benchmark.UPDATES[benchmark.ONE_EMA])
   )
   for name in ("params", "ema"):
     np.testing.assert_array_equal(getattr(one, name)["a"], getattr(both, name)["a"])
@@ -74,7 +74,9 @@ def check(report, exp, rows, pools):
     median(found["images_per_second"]) * median(found["seconds_per_step"]), exp.batch_size, rtol=0.5
   )
   assert 0 < median(found["utilisation"]) < 1 and found["utilisation_of_datasheet"] is None
-  assert set(costs) == {*benchmark.COSTS, "pairing", "all"}
+  assert set(costs) == {*benchmark.COSTS, "twin EMA", "pairing", "all"}
+  updates = report["techniques"]["seconds_per_update"]
+  assert set(updates) == set(benchmark.UPDATES) and min(map(median, updates.values())) > 0
   assert sorted(report["pool"]["by_size"]) == sorted({exp.coupling.pool_size, *pools})
   assert 0 < median(report["pool"]["share_of_pairing"]) < 1
   assert list(report["sampling"]) == list(benchmark.STEPS)
@@ -102,10 +104,23 @@ def test_latents_are_measured_without_data_and_weights(tmp_path, monkeypatch):
   written = json.loads((tmp_path / "benchmark.json").read_text())
   assert written == json.loads(json.dumps(report))
   text = (tmp_path / "benchmark.md").read_text()
-  assert f"timed on 32 rows, and its time is scaled to {config.batch_size}" in text
+  told = f"timed on 32 rows, and its time, but for the update's, is scaled to {config.batch_size}."
+  assert told in text
   assert {p.name for p in tmp_path.iterdir()} == {
     "benchmark.json", "benchmark.md", "techniques.png", "scaling.png",
   }  # fmt: skip
+
+
+def test_where_pairing_reaches_a_share_of_the_steps():
+  exp = experiment.parse(tiny_config())
+  step, pairing = np.full(3, 2.0), {1: np.full(3, 0.01), 4: np.full(3, 0.16)}
+  found = benchmark.pool_costs(exp, couple=np.full(3, 0.2), step=step, pairing=pairing)
+  own = found["pairs_at"][0.01][exp.model.size]
+  # K batches take 0.01 K^2 seconds, their steps 2 K: 1 % at K = 2.
+  np.testing.assert_allclose(own, 2 * exp.batch_size)
+  np.testing.assert_allclose(found["pairs_at"][0.04][exp.model.size], 4 * own)
+  assert found["pairs_at"][0.01]["SiT-XL/2"] > 100 * own
+  assert found["step_seconds"][exp.model.size] == 2.0
 
 
 def test_a_dataset_that_is_there_is_what_is_read():
@@ -144,9 +159,9 @@ def test_what_is_timed_against_pytorch_is_the_same_there(pytorch, monkeypatch):
   against = importlib.import_module("against_pytorch")
   exp = experiment.parse(tiny_config())
   params = random_params(exp.network(), exp.image_shape)
-  given = against.batch(exp, 4)
-  train, sample = against.in_jax(exp, params, given)
-  train_there, sample_there = against.in_pytorch(exp, params, given, None)
+  batches = [against.batch(exp, 4, seed) for seed in range(2)]
+  train, sample = against.in_jax(exp, params, batches)
+  train_there, sample_there = against.in_pytorch(exp, params, batches, None)
   loss, gradient = train()
   np.testing.assert_allclose(loss, train_there().item(), rtol=1e-5)
   assert jnp.abs(gradient["x_embedder"]["kernel"]).max() > 0
