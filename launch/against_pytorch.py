@@ -1,11 +1,13 @@
 """Times the network in JAX against PyTorch in eager mode on this CPU, in turn, in one run.
 
   python launch/against_pytorch.py [--size=SiT-S/2] [--rows=8] [--repeats=7] [--sit=MODELS_PY]
-      [--unroll=1] [--remat=dots|none|full]
+      [--steps=4] [--unroll=1] [--remat=dots|none|full]
 
-Training is the forward and backward passes of a mean squared error; sampling is one step. Both in
-float32, with all cores of this process, on latents 32x32x4. PyTorch runs ism_jax/pytorch.py, or the
-official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
+Training is the forward and backward passes of a mean squared error on --steps batches, one after
+another: in JAX one program, as `scan_steps` of a config are. Sampling is one step of one batch.
+Both in float32, with all cores of this process, on latents 32x32x4. PyTorch runs
+ism_jax/pytorch.py, or the official SiT code where --sit names its models.py
+(github.com/willisma/SiT; it needs timm).
 """
 
 import functools
@@ -27,13 +29,14 @@ SIT = flags.DEFINE_string("sit", None, "models.py of the official SiT code.")
 SIZE = flags.DEFINE_string("size", "SiT-S/2", "Of the network.")
 ROWS = flags.DEFINE_integer("rows", 8, "Images at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 4, "Training steps at a time.", lower_bound=1)
 UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
 REMAT = flags.DEFINE_enum("remat", "dots", model_lib.REMATS, "model.remat of JAX.")
 
 
-def batch(exp, rows: int) -> dict[str, np.ndarray]:
+def batch(exp, rows: int, seed: int) -> dict[str, np.ndarray]:
   """Inputs of the network and a target, float32; images [B, H, W, C]."""
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   normal = lambda: rng.standard_normal((rows, *exp.image_shape), np.float32)
   return {
     "x": normal(),
@@ -45,32 +48,43 @@ def batch(exp, rows: int) -> dict[str, np.ndarray]:
   }
 
 
-def in_jax(exp, params, given: dict):
-  """(training, sampling): calls that return (loss, gradient) and images [B, H, W, C]."""
+def in_jax(exp, params, batches: list[dict]):
+  """(training, sampling): calls that return (loss, gradient) and images [B, H, W, C].
+
+  Training takes a step on each batch, and returns those of the last; sampling takes the first.
+  """
   network = exp.network()
 
   def loss(params, x, t, c, d, w, target):
     return jnp.mean((network.apply({"params": params}, x, t, c, d, w) - target) ** 2)
 
-  given = jax.device_put(given)
+  @jax.jit
+  def train(params, batches):
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    step = lambda _, given: (jax.value_and_grad(loss)(params, **given), None)
+    return jax.lax.scan(step, start, batches)[0]
+
+  given = jax.device_put(batches[0])
+  batches = jax.tree.map(lambda *each: jnp.stack(each), *batches)
   mesh = sharding.data_mesh(jax.devices()[:1])
   sample = generate.sample_function(exp, mesh, 1)
   return (
-    functools.partial(jax.jit(jax.value_and_grad(loss)), params, **given),
+    functools.partial(train, params, batches),
     lambda: sample(params, given["x"], given["c"], given["w"])[0],
   )
 
 
-def in_pytorch(exp, params, given: dict, official: str | None):
-  """(training, sampling): calls that return a loss and images [B, C, H, W].
+def in_pytorch(exp, params, batches: list[dict], official: str | None):
+  """(training, sampling) as `in_jax`: calls that return a loss and images [B, C, H, W].
 
   Args:
     official: file of the official code, which takes no parameters of ours; None for our port.
   """
-  given = {name: torch.from_numpy(a) for name, a in given.items()}
-  for name in ("x", "target"):
-    given[name] = given[name].permute(0, 3, 1, 2).contiguous()
-  target = given.pop("target")
+  batches = [{name: torch.from_numpy(a) for name, a in given.items()} for given in batches]
+  for given in batches:
+    for name in ("x", "target"):
+      given[name] = given[name].permute(0, 3, 1, 2).contiguous()
+  targets = [given.pop("target") for given in batches]
   if official:
     spec = importlib.util.spec_from_file_location("sit_models", official)
     models = importlib.util.module_from_spec(spec)
@@ -95,15 +109,17 @@ def in_pytorch(exp, params, given: dict, official: str | None):
 
   def train():
     network.train()
-    network.zero_grad(set_to_none=True)
-    loss = torch.mean((velocity(**given) - target) ** 2)
-    loss.backward()
+    for given, target in zip(batches, targets, strict=True):
+      network.zero_grad(set_to_none=True)
+      loss = torch.mean((velocity(**given) - target) ** 2)
+      loss.backward()
     return loss
 
   @torch.inference_mode()
   def sample():
     network.eval()
-    start = torch.zeros(len(target))
+    given = batches[0]
+    start = torch.zeros(len(given["x"]))
     return given["x"] + velocity(**given | {"t": start, "d": start + 1})
 
   return train, sample
@@ -124,18 +140,19 @@ def main(argv):
   jax.config.update("jax_platforms", "cpu")
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   torch.set_num_threads(cores)
-  given = batch(exp, ROWS.value)
+  batches = [batch(exp, ROWS.value, seed) for seed in range(STEPS.value)]
   init = jax.jit(lambda key: model_lib.init_params(key, exp.network(), exp.image_shape))
   params = init(jax.random.key(0))
   calls = {}
   for name, (training, sampling) in (
-    ("JAX", in_jax(exp, params, given)),
-    ("PyTorch", in_pytorch(exp, params, given, SIT.value)),
+    ("JAX", in_jax(exp, params, batches)),
+    ("PyTorch", in_pytorch(exp, params, batches, SIT.value)),
   ):
     calls |= {("training", name): training, ("one-step sampling", name): sampling}
   seconds = benchmark.rounds(calls, REPEATS.value)
   print(
-    f"{exp.model.size}, float32, {ROWS.value} latents 32x32x4 at a time, {cores} CPU cores, jax "
+    f"{exp.model.size}, float32, {ROWS.value} latents 32x32x4 at a time, {STEPS.value} steps "
+    f"of training a call, {cores} CPU cores, jax "
     f"{jax.__version__}, torch {torch.__version__} "
     f"({'official SiT code' if SIT.value else 'ism_jax/pytorch.py'}). Medians of {REPEATS.value} "
     "rounds, in which all is timed in turn, and in brackets their quartiles.\n"
@@ -143,8 +160,9 @@ def main(argv):
   lines = []
   for part in dict.fromkeys(part for part, _ in calls):
     jax_seconds, torch_seconds = seconds[part, "JAX"], seconds[part, "PyTorch"]
+    images = ROWS.value * (STEPS.value if part == "training" else 1)
     per_image = [
-      benchmark.told(benchmark.spread(s / ROWS.value), 1e3) for s in (jax_seconds, torch_seconds)
+      benchmark.told(benchmark.spread(s / images), 1e3) for s in (jax_seconds, torch_seconds)
     ]
     ratio = benchmark.told(benchmark.spread(torch_seconds / jax_seconds))
     lines.append([part, *per_image, ratio])
