@@ -35,7 +35,19 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import checkpoints, chips, data, figures, flops, generate, logs, sharding, train
+from ism_jax import (
+  checkpoints,
+  chips,
+  data,
+  figures,
+  flops,
+  generate,
+  logs,
+  objectives,
+  sharding,
+  train,
+  wavelets,
+)
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
@@ -147,11 +159,15 @@ CONSISTENCY = "with consistency targets"
 TARGETS = "with all targets"
 WAVELET = "and the wavelet loss"
 STEP = "and twin EMA: the step"
-# What each adds: the steps whose difference it is. (Twin EMA's is that of the updates alone.)
+SQUARES, WAVELETS = "losses of squares", "losses with wavelets"
+ONE_EMA, TWIN_EMA = "update with one EMA", "update with twin EMA"
+# What each adds: the steps whose difference it is, or, where a difference of whole steps would
+# drown in their noise, the parts of a step that are timed alone.
 COSTS = {
   "guidance targets": (GUIDANCE, FLOW_MATCHING),
   "consistency targets": (CONSISTENCY, FLOW_MATCHING),
-  "wavelet loss": (WAVELET, TARGETS),
+  "wavelet loss": (WAVELETS, SQUARES),
+  "twin EMA": (TWIN_EMA, ONE_EMA),
 }
 
 
@@ -161,8 +177,12 @@ def one_ema(state, gradient, tx, ema):
   return new.replace(target_ema=state.target_ema)
 
 
-ONE_EMA, TWIN_EMA = "one EMA", "twin EMA"
 UPDATES = {ONE_EMA: one_ema, TWIN_EMA: state_lib.update}
+
+
+def squares(exp: Experiment) -> wavelets.WaveletConfig:
+  """Mean squared errors in place of the experiment's wavelet loss."""
+  return dataclasses.replace(exp.wavelet, form="l2")
 
 
 def techniques(exp: Experiment) -> dict[str, tuple[Experiment, str]]:
@@ -176,7 +196,7 @@ def techniques(exp: Experiment) -> dict[str, tuple[Experiment, str]]:
     objective = dataclasses.replace(exp.objective, shares=shares)
     return dataclasses.replace(exp, objective=objective, **changes), update
 
-  l2 = {"wavelet": dataclasses.replace(exp.wavelet, form="l2")}
+  l2 = {"wavelet": squares(exp)}
   found = {FLOW_MATCHING: step((v + g + k, 0, 0), ONE_EMA, **l2)}
   if g:
     found[GUIDANCE] = step((v + k, g, 0), ONE_EMA, **l2)
@@ -204,7 +224,7 @@ def random_pool(exp: Experiment, mesh):
 
 
 def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, Program]]:
-  """({("step", name) or ("update", name): call}, {name: Program} of the steps).
+  """({("step", name) or ("alone", name): call}, {name: Program} of the steps).
 
   A call is `exp.scan_steps` of the `techniques`' steps, or one of the `UPDATES` alone, with the
   parameters for a gradient. All hand one state on to each other.
@@ -231,8 +251,34 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
       donate_argnums=0,
       out_shardings=(placed, sharding.replicated(mesh)),
     )
-    calls["update", name] = functools.partial(call, compiled(alone, state).call)
+    calls["alone", name] = functools.partial(call, compiled(alone, state).call)
   return calls, programs
+
+
+def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
+  """{("alone", name): call}: one device's losses and their gradient, without the network.
+
+  Of the rows of a micro-batch, around a velocity that is a multiple of x_t.
+  """
+  rows = exp.batch_size // exp.micro_batches // mesh.size
+  keys = jax.random.split(jax.random.key(3), 4)
+  x0, x1 = (jax.random.normal(key, (rows, *exp.image_shape)) for key in keys[:2])
+  c = jax.random.randint(keys[2], (rows,), 0, exp.data.num_classes)
+  given = objectives.draw_conditions(keys[3], c, exp.objective, exp.null_class)
+
+  def loss(scale, wavelet_cfg, x0, x1, c, given):
+    velocity = lambda x_t, t, c, d, w: scale * x_t
+    return objectives.losses(
+      velocity, velocity, x0, x1, c, given,
+      cfg=exp.objective, wavelet_cfg=wavelet_cfg, null_class=exp.null_class,
+      batch_size=exp.batch_size,
+    )  # fmt: skip
+
+  gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+  return {
+    ("alone", name): functools.partial(gradient, 1.0, cfg, x0, x1, c, given)
+    for name, cfg in ((SQUARES, squares(exp)), (WAVELETS, exp.wavelet))
+  }
 
 
 def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict, dict[str, Program]]:
@@ -256,8 +302,8 @@ def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict, dict[str, Program]
   return calls, programs
 
 
-def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], dict, Callable]:
-  """({steps: call}, {steps: Program}, call that makes images of the samples)."""
+def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], dict, Callable, int]:
+  """({steps: call}, {steps: Program}, call that makes images of the samples, how many it makes)."""
   n = -(-exp.sample.batch_size // mesh.size) * mesh.size
   numbers = np.arange(n, dtype=np.int32)
   x0 = generate.noise_function(exp.image_shape, mesh)(jax.random.key(0), numbers)
@@ -267,7 +313,7 @@ def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], di
     programs[steps] = compiled(generate.sample_function(exp, mesh, steps), *given)
     calls[steps] = functools.partial(programs[steps].call, *given)
   pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
-  return calls, programs, functools.partial(pixels, x0)
+  return calls, programs, functools.partial(pixels, x0), n
 
 
 @contextlib.contextmanager
@@ -364,11 +410,12 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
     lambda key: model_lib.init_params(key, exp.network(), exp.image_shape),
     out_shardings=sharding.replicated(mesh),
   )(jax.random.key(0))
-  draw, draw_programs, decode = sample_calls(exp, mesh, params)
+  draw, draw_programs, decode, images = sample_calls(exp, mesh, params)
   logging.info("Compiled; now %d rounds.", repeats)
   seconds = rounds(
     {("product", ""): multiply, ("decode", ""): decode}
     | steps
+    | loss_calls(exp, mesh)
     | {("couple", name): call for name, call in couple.items()}
     | {("sample", name): call for name, call in draw.items()},
     repeats,
@@ -377,13 +424,14 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
     rates = read_rates(exp, source, mesh)
     loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
 
-  update = {name: seconds["update", name] for name in UPDATES}
+  alone = {name: seconds["alone", name] for name in UPDATES}
+  for name in (SQUARES, WAVELETS):
+    alone[name] = seconds["alone", name] * exp.micro_batches
   step = {}  # of the whole batch, of whose time the update's does not grow with the rows
-  for name, (_, averages) in techniques(exp).items():
-    of_rows = seconds["step", name] / exp.scan_steps - update[averages]
-    step[name] = of_rows * exp.batch_size / rows + update[averages]
+  for name, (_, update) in techniques(exp).items():
+    of_rows = seconds["step", name] / exp.scan_steps - alone[update]
+    step[name] = of_rows * exp.batch_size / rows + alone[update]
   pairing = {k: seconds["couple", (own, k)] - seconds["couple", ("independent", k)] for k in sizes}
-  images = len(decode.args[0])
   programs = {f"train_steps: {name}": p for name, p in step_programs.items()}
   programs |= {f"couple: {name}, K = {k}": p for (name, k), p in couple_programs.items()}
   programs |= {f"sample: {n} steps": p for n, p in draw_programs.items()}
@@ -391,7 +439,7 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
     **setting(exp, mesh, rows=rows, images=images),
     "repeats": repeats,
     **utilisation(exp, mesh, step[STEP], products / seconds["product", ""]),
-    "techniques": technique_costs(fewer, step, update, pairing[size] / size),
+    "techniques": technique_costs(fewer, step, alone, pairing[size] / size),
     "pool": pool_costs(exp, seconds["couple", (own, size)], step[STEP], pairing),
     "input": {
       "images_per_second": rates,
@@ -457,25 +505,24 @@ def utilisation(exp: Experiment, mesh, step, ceiling) -> dict:
   }
 
 
-def technique_costs(exp: Experiment, step: dict, update: dict, pairing) -> dict:
+def technique_costs(exp: Experiment, step: dict, alone: dict, pairing) -> dict:
   """What each technique adds to a step of flow matching, as a share of it.
 
   Args:
-    step: seconds of each of `techniques`, [repeats]. update: those of each of `UPDATES`.
+    step: seconds of each of `techniques`, [repeats]. alone: those of the parts of a step.
     pairing: seconds for a step, [repeats].
   """
-  plain = step[FLOW_MATCHING]
+  plain, timed = step[FLOW_MATCHING], step | alone
   costs = {
-    name: spread((step[more] - step[less]) / plain)
+    name: spread((timed[more] - timed[less]) / plain)
     for name, (more, less) in COSTS.items()
-    if more in step
+    if more in timed
   }
-  costs[TWIN_EMA] = spread((update[TWIN_EMA] - update[ONE_EMA]) / plain)
   costs["pairing"] = spread(pairing / plain)
   costs["all"] = spread((step[STEP] + pairing) / plain - 1)
   return {
     "seconds_per_step": {name: spread(values) for name, values in step.items()},
-    "seconds_per_update": {name: spread(values) for name, values in update.items()},
+    "seconds_alone": {name: spread(values) for name, values in alone.items()},
     "over_flow_matching": {name: spread(values / plain) for name, values in step.items()},
     "forward_passes": {
       name: flops.forward_equivalents(one) for name, (one, _) in techniques(exp).items()
@@ -520,9 +567,10 @@ def step_seconds(exp: Experiment, measured: float) -> dict[str, float]:
 
 
 def pairs_at(share: float, k: int, pairing: float, step: float, batch_size: int) -> float:
-  """K M at which pairing takes `share` of the pool's K steps.
+  """K M at which pairing takes `share` of the pool's K steps, at the latest.
 
-  Pairing's time grows as (K M)^2 and that of K steps as K, so their ratio grows as K.
+  Pairing's time grows as (K M)^2 and that of K steps as K, so their ratio grows as K; faster where
+  larger problems take Sinkhorn more iterations or outgrow a cache.
 
   Args:
     pairing: seconds that pairing a pool of `k` batches took. step: seconds.
@@ -610,13 +658,12 @@ def _techniques(found: dict) -> list[str]:
       ["technique", "% of a flow matching step"],
       [[name, told(cost, 100)] for name, cost in found["costs"].items()],
     ),
-    "The optimizer and the EMAs alone, of a step: "
-    + ", ".join(
-      f"{told(seconds, 1e3)} ms with {name}"
-      for name, seconds in found["seconds_per_update"].items()
-    )
-    + ".",
+    "Parts of a step that were timed alone, on a device:",
     "",
+    *logs.table(
+      ["part", "ms"],
+      [[name, told(seconds, 1e3)] for name, seconds in found["seconds_alone"].items()],
+    ),
   ]
 
 
@@ -640,8 +687,9 @@ def _pool(report: dict) -> list[str]:
         for k, seconds in pool["by_size"].items()
       ],
     ),
-    "Pairing grows as the square of its pairs, K steps as K. From the largest pool, and with steps "
-    "of other networks by their FLOPs, pairing reaches these shares of K steps at so many pairs:",
+    "Pairing grows at least as the square of its pairs, K steps as K. From the largest pool, and "
+    "with steps of other networks by their FLOPs, pairing reaches these shares of K steps at the "
+    "latest with so many pairs:",
     "",
     *logs.table(
       ["share", *pool["step_seconds"]],
@@ -691,7 +739,8 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
     raise ValueError(f"--rows={rows}: give 1 to batch_size={exp.batch_size}.")
   if bad := [k for k in pools if k < 1]:
     raise ValueError(f"--pools={bad}: a pool has at least one batch.")
-  experiment_lib.check_devices(dataclasses.replace(exp, batch_size=rows), mesh.size)
+  for size in (exp.batch_size, rows):
+    experiment_lib.check_devices(dataclasses.replace(exp, batch_size=size), mesh.size)
   checkpoints.check_writable(out)
   report = measure(exp, mesh, rows=rows, pools=pools, repeats=repeats)
   logs.write_whole(os.path.join(out, "benchmark.json"), json.dumps(report, indent=2) + "\n")

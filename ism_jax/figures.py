@@ -262,7 +262,8 @@ def technique_costs(techniques: dict, path: str) -> None:
 def pairing_shares(report: dict, path: str) -> None:
   """What pairing takes over the pool's K steps, against its pairs: a line a size of the network.
 
-  Measured, and dashed onward to four times the largest pool by the square of the pairs.
+  Measured, and dashed onward to four times the largest pool by the square of the pairs, which is
+  the least that pairing grows.
   """
   fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
   by_size, rows = report["pool"]["by_size"], report["config"]["batch_size"]
@@ -279,7 +280,7 @@ def pairing_shares(report: dict, path: str) -> None:
   ax.set_xscale("log", base=2)
   ax.set_yscale("log")
   ticks = [*sizes, *larger[1:]]
-  ax.set_xticks(ticks, [f"{k}\n{k * rows:,}" for k in ticks])
+  ax.set_xticks(ticks, [f"{k}\n{k * rows:,}" for k in ticks], fontsize="x-small")
   ax.xaxis.set_minor_formatter(NullFormatter())
   ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
   ax.set_xlabel("batches in a pool, K, and pairs")

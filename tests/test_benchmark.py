@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import benchmark, chips, experiment, flops
+from ism_jax import benchmark, chips, experiment, flops, sharding
 from ism_jax import state as state_lib
 
 
@@ -74,11 +74,12 @@ def check(report, exp, rows, pools):
     median(found["images_per_second"]) * median(found["seconds_per_step"]), exp.batch_size, rtol=0.5
   )
   assert 0 < median(found["utilisation"]) < 1 and found["utilisation_of_datasheet"] is None
-  assert set(costs) == {*benchmark.COSTS, "twin EMA", "pairing", "all"}
-  updates = report["techniques"]["seconds_per_update"]
-  assert set(updates) == set(benchmark.UPDATES) and min(map(median, updates.values())) > 0
+  assert set(costs) == {*benchmark.COSTS, "pairing", "all"}
+  alone = report["techniques"]["seconds_alone"]
+  assert len(alone) == 4 and min(map(median, alone.values())) > 0
   assert sorted(report["pool"]["by_size"]) == sorted({exp.coupling.pool_size, *pools})
   assert 0 < median(report["pool"]["share_of_pairing"]) < 1
+  assert cfg["sampled_together"] == exp.sample.batch_size
   assert list(report["sampling"]) == list(benchmark.STEPS)
   for speeds in report["sampling"].values():
     assert median(speeds["decoded"]) <= median(speeds["drawn"])
@@ -109,6 +110,15 @@ def test_latents_are_measured_without_data_and_weights(tmp_path, monkeypatch):
   assert {p.name for p in tmp_path.iterdir()} == {
     "benchmark.json", "benchmark.md", "techniques.png", "scaling.png",
   }  # fmt: skip
+
+
+def test_losses_alone_are_those_of_the_config():
+  exp = experiment.parse(tiny_config())
+  calls = benchmark.loss_calls(exp, sharding.data_mesh(jax.devices()[:2]))
+  (total, parts), gradient = calls["alone", benchmark.WAVELETS]()
+  (squares, its_parts), _ = calls["alone", benchmark.SQUARES]()
+  assert total != squares and parts["velocity"] == its_parts["velocity"]
+  assert parts["consistency"] != its_parts["consistency"] and gradient != 0
 
 
 def test_where_pairing_reaches_a_share_of_the_steps():
