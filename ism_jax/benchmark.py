@@ -246,6 +246,7 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
   placed = jax.tree.map(lambda a: a.sharding, state)
   for name, update in UPDATES.items():
     apply = train.update_function(exp, mesh, update)
+    # What is waited for is an array of its own: the state is donated to the next call.
     alone = jax.jit(
       lambda state, apply=apply: (new := apply(state, state.params), new.step + 0),
       donate_argnums=0,
