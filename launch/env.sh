@@ -18,8 +18,26 @@ absolute() {
 }
 
 ensure_env() {
-  local extras="$1" python="${PYTHON:-python3}" stamp wanted
-  # Also mends an environment whose making was interrupted.
+  if ! _installed "$1"; then
+    mkdir -p "$(dirname "$VENV")"
+    (
+      # Scripts that are started at the same moment take turns, where there is flock.
+      ! command -v flock > /dev/null || flock 8
+      if ! _installed "$1"; then _install "$1" 8>&-; fi
+    ) 8> "$VENV.lock"
+  fi
+  PATH="$VENV/bin:$PATH"
+}
+
+# Whether the environment works, and was installed by this setup.py, with these extras.
+_installed() {
+  "$VENV/bin/python" -m pip --version > /dev/null 2>&1 &&
+    [ "$(cat "$VENV/.installed-$1" 2> /dev/null)" = "$PWD $(cksum < setup.py)" ]
+}
+
+# Also mends an environment whose making was interrupted.
+_install() {
+  local python="${PYTHON:-python3}"
   if ! "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
       echo "Error: $("$python" --version) is not 3.11 or 3.12; set PYTHON to one that is." >&2
@@ -27,13 +45,7 @@ ensure_env() {
     }
     "$python" -m venv "$VENV"
   fi
-  # Installed already, by this setup.py, with these extras: nothing to do.
-  stamp="$VENV/.installed-$extras"
-  wanted="$PWD $(cksum < setup.py)"
-  if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
-    echo "Installing ism_jax[$extras] into $VENV ..."
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
-    echo "$wanted" > "$stamp"
-  fi
-  PATH="$VENV/bin:$PATH"
+  echo "Installing ism_jax[$1] into $VENV ..."
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
+  echo "$PWD $(cksum < setup.py)" > "$VENV/.installed-$1"
 }

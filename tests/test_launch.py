@@ -156,6 +156,32 @@ def test_a_crash_among_the_tests_fails_the_run_and_does_not_hang_it(project, tmp
   assert code == 1 and "crashed while running 'test_c.py::test_that[3]'" in out, out
 
 
+# Of a python that makes an environment in a while, and only where there is none.
+SLOW_PYTHON = """#!/bin/sh
+case "$*" in
+  "-m venv "*) mkdir "$3" && sleep 1 && mkdir "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip install "*) echo "$*" >> "$CALLS" ;;
+esac
+"""
+
+
+def test_scripts_started_at_the_same_moment_make_one_environment(project, tmp_path):
+  launch = Launch(project, tmp_path / "user")
+  python = tmp_path / "python"
+  python.write_text(SLOW_PYTHON)
+  python.chmod(0o755)
+  environment = launch.environment | {"PYTHON": str(python)}
+  command = ["bash", "-euc", "source launch/env.sh; ensure_env test; command -v python"]
+  made = [
+    subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
+    for _ in range(2)
+  ]
+  last = [each.communicate(timeout=60)[0].splitlines()[-1] for each in made]
+  assert [each.returncode for each in made] == [0, 0]
+  assert last == [f"{project}/.venv/bin/python"] * 2
+  assert (tmp_path / "user" / "calls").read_text().count("pip install") == 1
+
+
 @pytest.mark.slow
 def test_the_compiler_knows_the_flags_for_gpus():
   """XLA ends a process that names one that it does not know, whatever the device."""
