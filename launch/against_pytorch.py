@@ -1,7 +1,7 @@
 """Times the network in JAX against PyTorch in eager mode on this CPU, in turn, in one run.
 
   python launch/against_pytorch.py [--size=SiT-S/2] [--rows=8] [--repeats=7] [--sit=MODELS_PY]
-      [--steps=4] [--unroll=1] [--remat=dots|none|full]
+      [--steps=8] [--unroll=1] [--remat=dots|none|full]
 
 Training is the forward and backward passes of a mean squared error on --steps batches, one after
 another: in JAX one program, as `scan_steps` of a config are. Sampling is one step of one batch.
@@ -29,7 +29,7 @@ SIT = flags.DEFINE_string("sit", None, "models.py of the official SiT code.")
 SIZE = flags.DEFINE_string("size", "SiT-S/2", "Of the network.")
 ROWS = flags.DEFINE_integer("rows", 8, "Images at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 4, "Training steps at a time.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 8, "Training steps at a time.", lower_bound=1)
 UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
 REMAT = flags.DEFINE_enum("remat", "dots", model_lib.REMATS, "model.remat of JAX.")
 
