@@ -1,17 +1,19 @@
 """Times the network in JAX against PyTorch in eager mode on this CPU, in turn, in one run.
 
   python launch/against_pytorch.py [--size=SiT-S/2] [--rows=8] [--repeats=7] [--sit=MODELS_PY]
-      [--steps=8] [--unroll=1] [--remat=dots|none|full]
+      [--steps=8] [--devices=CORES] [--unroll=1] [--remat=dots|none|full]
 
 Training is the forward and backward passes of a mean squared error on --steps batches, one after
 another: in JAX one program, as `scan_steps` of a config are. Sampling is one step of one batch.
-Both in float32, with all cores of this process, on latents 32x32x4. PyTorch runs
-ism_jax/pytorch.py, or the official SiT code where --sit names its models.py
-(github.com/willisma/SiT; it needs timm).
+Both in float32, with all cores of this process, on latents 32x32x4. JAX splits a batch over
+--devices, which share the cores' threads and keep them busier than one device does; by default
+there is one for each core, or as many as divide --rows. PyTorch runs ism_jax/pytorch.py, or the
+official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
 """
 
 import functools
 import importlib.util
+import math
 import os
 
 from absl import app, flags
@@ -24,14 +26,26 @@ from configs import imagenet256
 from ism_jax import benchmark, generate, logs, pytorch, sharding, state_dicts
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
+from ism_jax.sharding import AXIS, P
 
 SIT = flags.DEFINE_string("sit", None, "models.py of the official SiT code.")
 SIZE = flags.DEFINE_string("size", "SiT-S/2", "Of the network.")
 ROWS = flags.DEFINE_integer("rows", 8, "Images at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 8, "Training steps at a time.", lower_bound=1)
+DEVICES = flags.DEFINE_integer(
+  "devices", None, "Of JAX; as many cores as divide --rows unless given.", lower_bound=1
+)
 UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
 REMAT = flags.DEFINE_enum("remat", "dots", model_lib.REMATS, "model.remat of JAX.")
+flags.register_validator(
+  "sit", lambda path: path is None or os.path.isfile(path), "There is no such file."
+)
+flags.register_multi_flags_validator(
+  ["rows", "devices"],
+  lambda given: given["rows"] % (given["devices"] or 1) == 0,
+  "--rows cannot be split evenly over --devices.",
+)
 
 
 def batch(exp, rows: int, seed: int) -> dict[str, np.ndarray]:
@@ -48,29 +62,36 @@ def batch(exp, rows: int, seed: int) -> dict[str, np.ndarray]:
   }
 
 
-def in_jax(exp, params, batches: list[dict]):
+def in_jax(exp, params, batches: list[dict], mesh):
   """(training, sampling): calls that return (loss, gradient) and images [B, H, W, C].
 
   Training takes a step on each batch, and returns those of the last; sampling takes the first.
+  Batches are split over the mesh by rows.
   """
   network = exp.network()
 
   def loss(params, x, t, c, d, w, target):
     return jnp.mean((network.apply({"params": params}, x, t, c, d, w) - target) ** 2)
 
-  @jax.jit
-  def train(params, batches):
+  def on_device(params, batches):
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-    step = lambda _, given: (jax.value_and_grad(loss)(params, **given), None)
+    varying = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
+    mean = lambda tree: jax.lax.pmean(tree, AXIS)
+    step = lambda _, given: (mean(jax.value_and_grad(loss)(varying, **given)), None)
     return jax.lax.scan(step, start, batches)[0]
 
-  given = jax.device_put(batches[0])
-  batches = jax.tree.map(lambda *each: jnp.stack(each), *batches)
-  mesh = sharding.data_mesh(jax.devices()[:1])
+  rows = P(None, AXIS)
+  train = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(P(), rows), out_specs=P()))
   sample = generate.sample_function(exp, mesh, 1)
+  given = jax.device_put(batches[0], sharding.replicated(mesh))
+  x0 = jax.device_put(given["x"], sharding.rows(mesh))
+  batches = jax.device_put(
+    jax.tree.map(lambda *each: np.stack(each), *batches), sharding.rows(mesh, 1)
+  )
+  params = jax.device_put(params, sharding.replicated(mesh))
   return (
     functools.partial(train, params, batches),
-    lambda: sample(params, given["x"], given["c"], given["w"])[0],
+    lambda: sample(params, x0, given["c"], given["w"])[0],
   )
 
 
@@ -129,30 +150,30 @@ def main(argv):
   """Prints a table; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  devices = DEVICES.value or math.gcd(ROWS.value, cores)
   with logs.one_line_errors():
-    if SIT.value and not os.path.isfile(SIT.value):
-      raise ValueError(f"--sit={SIT.value}: there is no such file.")
     config = imagenet256.get_config()
     config.model.update(
       {"size": SIZE.value, "dtype": "float32", "remat": REMAT.value, "unroll": UNROLL.value}
     )
     exp = experiment_lib.parse(config)
   jax.config.update("jax_platforms", "cpu")
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  jax.config.update("jax_num_cpu_devices", devices)
   torch.set_num_threads(cores)
   batches = [batch(exp, ROWS.value, seed) for seed in range(STEPS.value)]
   init = jax.jit(lambda key: model_lib.init_params(key, exp.network(), exp.image_shape))
   params = init(jax.random.key(0))
   calls = {}
   for name, (training, sampling) in (
-    ("JAX", in_jax(exp, params, batches)),
+    ("JAX", in_jax(exp, params, batches, sharding.data_mesh())),
     ("PyTorch", in_pytorch(exp, params, batches, SIT.value)),
   ):
     calls |= {("training", name): training, ("one-step sampling", name): sampling}
   seconds = benchmark.rounds(calls, REPEATS.value)
   print(
     f"{exp.model.size}, float32, {ROWS.value} latents 32x32x4 at a time, {STEPS.value} steps "
-    f"of training a call, {cores} CPU cores, jax "
+    f"of training a call, {cores} CPU cores (JAX devices: {devices}), jax "
     f"{jax.__version__}, torch {torch.__version__} "
     f"({'official SiT code' if SIT.value else 'ism_jax/pytorch.py'}). Medians of {REPEATS.value} "
     "rounds, in which all is timed in turn, and in brackets their quartiles.\n"

@@ -170,11 +170,17 @@ def test_what_is_timed_against_pytorch_is_the_same_there(pytorch, monkeypatch):
   exp = experiment.parse(tiny_config())
   params = random_params(exp.network(), exp.image_shape)
   batches = [against.batch(exp, 4, seed) for seed in range(2)]
-  train, sample = against.in_jax(exp, params, batches)
+  train, sample = against.in_jax(exp, params, batches, sharding.data_mesh(jax.devices()[:2]))
+  train_whole, _ = against.in_jax(exp, params, batches, sharding.data_mesh(jax.devices()[:1]))
   train_there, sample_there = against.in_pytorch(exp, params, batches, None)
   loss, gradient = train()
   np.testing.assert_allclose(loss, train_there().item(), rtol=1e-5)
   assert jnp.abs(gradient["x_embedder"]["kernel"]).max() > 0
+  jax.tree.map(
+    lambda split, whole: np.testing.assert_allclose(split, whole, rtol=1e-4, atol=1e-6),
+    gradient,
+    train_whole()[1],
+  )
   np.testing.assert_allclose(sample(), sample_there().permute(0, 2, 3, 1), atol=1e-5)
 
 
