@@ -4,7 +4,7 @@
   python -m ism_jax.main --config=configs/imagenet512.py --config.data.dir=DIR --workdir=W
 
 Variants, sizes and lengths: as `imagenet256.py`. Compiled ahead of time for 64 chips it fits v4,
-v5e, v5p and v6e; a step is 0.26 s by calculation on a v5e:8x8 and 75 ms on a v5p:4x4x4 (README,
+v5e, v5p and v6e; a step is 0.28 s by calculation on a v5e:8x8 and 84 ms on a v5p:4x4x4 (README,
 with what that rests on), and 4.4 times the FLOPs of one of 256x256 (1,024 tokens instead of 256).
 
 The paper's numbers at 512x512 are of another backbone, FlowDCN, after 300 K iterations: FID and

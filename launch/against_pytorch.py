@@ -7,13 +7,12 @@ Training is the forward and backward passes of a mean squared error on --steps b
 another: in JAX one program, as `scan_steps` of a config are. Sampling is one step of one batch.
 Both in float32, with all cores of this process, on latents 32x32x4. JAX splits a batch over
 --devices, which share the cores' threads and keep them busier than one device does; by default
-there is one for each core, or as many as divide --rows. PyTorch runs ism_jax/pytorch.py, or the
+there are as many as cores, or as then divide --rows. PyTorch runs ism_jax/pytorch.py, or the
 official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
 """
 
 import functools
 import importlib.util
-import math
 import os
 
 from absl import app, flags
@@ -34,7 +33,7 @@ ROWS = flags.DEFINE_integer("rows", 8, "Images at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 8, "Training steps at a time.", lower_bound=1)
 DEVICES = flags.DEFINE_integer(
-  "devices", None, "Of JAX; as many cores as divide --rows unless given.", lower_bound=1
+  "devices", None, "Of JAX; unless given, as many as cores that divide --rows.", lower_bound=1
 )
 UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
 REMAT = flags.DEFINE_enum("remat", "dots", model_lib.REMATS, "model.remat of JAX.")
@@ -46,6 +45,11 @@ flags.register_multi_flags_validator(
   lambda given: given["rows"] % (given["devices"] or 1) == 0,
   "--rows cannot be split evenly over --devices.",
 )
+
+
+def most_devices(rows: int, cores: int) -> int:
+  """The most devices, one for a core, over which rows can be split."""
+  return max(n for n in range(1, cores + 1) if rows % n == 0)
 
 
 def batch(exp, rows: int, seed: int) -> dict[str, np.ndarray]:
@@ -151,7 +155,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  devices = DEVICES.value or math.gcd(ROWS.value, cores)
+  devices = DEVICES.value or most_devices(ROWS.value, cores)
   with logs.one_line_errors():
     config = imagenet256.get_config()
     config.model.update(
