@@ -3,7 +3,8 @@
   python -m ism_jax.benchmark --config=configs/imagenet256.py --out=DIR [--config.KEY=VALUE ...]
       [--rows=N] [--pools=1,2,4] [--repeats=5]
 
-Any config, and any devices that JAX finds. Latents need no data and no autoencoder: without
+Any config, and any devices that JAX finds; several processes are one run, as those of `main`, of
+which the first reports. Latents need no data and no autoencoder: without
 data.dir a folder of random ones is made and removed again, and what decodes has random weights.
 
 Everything is timed in turn, round after round (`rounds`), so that what slows a shared machine slows
@@ -31,6 +32,7 @@ from typing import Any
 
 from absl import app, flags, logging
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
@@ -43,6 +45,7 @@ from ism_jax import (
   flops,
   generate,
   logs,
+  multihost,
   objectives,
   sharding,
   train,
@@ -61,7 +64,7 @@ _LONG = 10.0  # seconds of a first call that cannot be a short one
 SHARES = (0.01, 0.04)  # of a pool's time: the sizes are told at which pairing reaches them
 SIZES = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")  # of scaling.png
 _PRODUCTS = 8  # in a timing of the ceiling
-_POOLS_READ = 3  # in a timing of the input pipeline
+_POOLS_READ, _SECONDS_READ = 3, 1.0  # at least, in a timing of the input pipeline
 _POOLS_TRAINED = 3  # in that of the loop
 _RECORDS = 4096  # random latents
 _RANDOM_VAE = "random"
@@ -103,13 +106,13 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.nd
   """Seconds of each call, [repeats], all in turn.
 
   Each returns what has to be ready when the clock stops. Of calls that are shorter than `SHORTEST`,
-  several follow each other without waiting, as in training.
+  several follow each other without waiting, as in training. All processes make the same calls.
   """
   together = {}
   for name, call in calls.items():
-    seconds = _seconds(call, 1)  # with what is done once
+    seconds = _longest(_seconds(call, 1))  # with what is done once
     if seconds < _LONG:
-      seconds = _seconds(call, 1)
+      seconds = _longest(_seconds(call, 1))
     together[name] = math.ceil(SHORTEST / max(seconds, 1e-9))
   found = [{name: _seconds(call, together[name]) for name, call in calls.items()}
            for _ in range(repeats)]  # fmt: skip
@@ -122,6 +125,13 @@ def _seconds(call, times: int) -> float:
     result = call()
   jax.block_until_ready(result)
   return (time.perf_counter() - start) / times
+
+
+def _longest(seconds: float) -> float:
+  """Of all processes."""
+  if jax.process_count() == 1:
+    return seconds
+  return float(multihost_utils.process_allgather(np.float64(seconds)).max())
 
 
 def spread(values) -> dict[str, float]:
@@ -142,10 +152,11 @@ def product(mesh, dtype: str):
     return jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: (x @ b).astype(dtype), a)[None]
 
   place = sharding.rows(mesh)
-  matrices = jax.jit(
-    lambda key: jax.random.normal(key, (2, mesh.size, side, side), dtype) / side**0.5,
-    out_shardings=sharding.rows(mesh, axis=1),
-  )(jax.random.key(0))
+  draw = jax.jit(
+    lambda key: jax.random.normal(key, (mesh.size, side, side), dtype) / side**0.5,
+    out_shardings=place,
+  )
+  matrices = [draw(jax.random.key(i)) for i in range(2)]
   rows = P(AXIS)
   multiply = jax.jit(
     jax.shard_map(on_device, mesh=mesh, in_specs=(rows, rows), out_specs=rows), out_shardings=place
@@ -323,7 +334,13 @@ def source_of(exp: Experiment) -> Iterator[Any]:
   if not exp.data.vae or exp.data.dir:
     yield data.load_source(exp.data)
     return
-  cfg = exp.data
+  with tempfile.TemporaryDirectory(prefix="ism_jax-benchmark-") as folder:
+    write_random_latents(exp.data, folder)
+    yield data.load_source(dataclasses.replace(exp.data, dir=folder))
+
+
+def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
+  """A dataset as `encode` writes it, of random moments."""
   settings = latents.Settings(
       vae=cfg.vae, vae_sha256="", size=cfg.image_size * latents.DOWNSAMPLING,
       latent_channels=cfg.channels, crop="", listing="", listed=_RECORDS,
@@ -331,28 +348,31 @@ def source_of(exp: Experiment) -> Iterator[Any]:
   )  # fmt: skip
   rng = np.random.default_rng(0)
   moments = rng.standard_normal((64, latents.VIEWS, *settings.moments_shape)).astype(np.float16)
-  with tempfile.TemporaryDirectory(prefix="ism_jax-benchmark-") as folder:
-    for shard in range(settings.shards):
-      with latents.ShardWriter(folder, settings, shard) as writer:
-        for i in settings.images_of(shard):
-          writer.add(i % cfg.num_classes, moments[i % len(moments)])
-    trailers = latents.finished_shards(folder, settings)
-    classes = [str(c) for c in range(cfg.num_classes)]
-    with open(os.path.join(folder, latents.MANIFEST), "w") as f:
-      f.write(latents.manifest(settings, classes, trailers))
-    yield data.load_source(dataclasses.replace(cfg, dir=folder))
+  for shard in range(settings.shards):
+    with latents.ShardWriter(folder, settings, shard) as writer:
+      for i in settings.images_of(shard):
+        writer.add(i % cfg.num_classes, moments[i % len(moments)])
+  trailers = latents.finished_shards(folder, settings)
+  classes = [str(c) for c in range(cfg.num_classes)]
+  with open(os.path.join(folder, latents.MANIFEST), "w") as f:
+    f.write(latents.manifest(settings, classes, trailers))
 
 
-def read_rates(exp: Experiment, source, mesh) -> dict[int, float]:
-  """{threads: images per second} that a process reads, of the pools that it needs for training."""
-  threads = [2**i for i in range(exp.data.num_threads.bit_length()) if 2**i < exp.data.num_threads]
-  rates = {}
-  for count in (*threads, exp.data.num_threads):
-    start = time.perf_counter()
-    pools = read_pools(exp, source, mesh, count)
-    rates[count] = sum(next(pools)["c"].size for _ in range(_POOLS_READ))
-    rates[count] /= time.perf_counter() - start
-  return rates
+def read_rates(exp: Experiment, source, mesh, repeats: int) -> dict[int, np.ndarray]:
+  """{threads: images per second}, [repeats], that a process reads of its rows of pools, in turn."""
+  most = exp.data.num_threads
+  threads = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+  found = [{n: _read_rate(exp, source, mesh, n) for n in threads} for _ in range(repeats)]
+  return {n: np.array([one[n] for one in found]) for n in threads}
+
+
+def _read_rate(exp, source, mesh, num_threads) -> float:
+  start, read, seconds = time.perf_counter(), 0, 0.0
+  with contextlib.closing(read_pools(exp, source, mesh, num_threads)) as pools:
+    for number, pool in enumerate(pools, 1):
+      read, seconds = read + pool["c"].size, time.perf_counter() - start
+      if number >= _POOLS_READ and seconds >= _SECONDS_READ:
+        return read / seconds
 
 
 def read_pools(exp: Experiment, source, mesh, num_threads: int):
@@ -376,8 +396,8 @@ def training_loop(exp: Experiment, source, mesh, train_steps, pools: int) -> dic
   keys, couple = train.base_keys(0), train.couple_function(exp, mesh)
   state, waited, pending = train.init_function(exp, mesh)(keys.init), 0.0, None
   read = read_pools(exp, source, mesh, exp.data.num_threads)
-  for index in range(pools + 1):
-    if index == 1:  # compiled
+  for index in range(pools + 2):
+    if index == 2:  # compiled, and what was read meanwhile is used up
       jax.block_until_ready(state)
       start, waited = time.perf_counter(), 0.0
     before = time.perf_counter()
@@ -392,11 +412,12 @@ def training_loop(exp: Experiment, source, mesh, train_steps, pools: int) -> dic
   return {"seconds": time.perf_counter() - start, "waited": waited}
 
 
-def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int) -> dict:
+def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repeats: int) -> dict:
   """benchmark.json; see the module's docstring.
 
   Args:
-    rows: of the batch that the timed step trains on. pools: sizes K that are paired besides.
+    source: the dataset that is read. rows: of the batch that the timed step trains on. pools:
+      sizes K that are paired besides.
   """
   if exp.data.vae and not exp.data.vae.startswith(_RANDOM_VAE):  # decoding takes shapes alone
     exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae=_RANDOM_VAE))
@@ -421,9 +442,8 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
     | {("sample", name): call for name, call in draw.items()},
     repeats,
   )
-  with source_of(exp) as source:
-    rates = read_rates(exp, source, mesh)
-    loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
+  rates = read_rates(exp, source, mesh, repeats)
+  loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
 
   alone = {name: seconds["alone", name] for name in UPDATES}
   for name in (SQUARES, WAVELETS):
@@ -443,7 +463,7 @@ def measure(exp: Experiment, mesh, *, rows: int, pools: list[int], repeats: int)
     "techniques": technique_costs(fewer, step, alone, pairing[size] / size),
     "pool": pool_costs(exp, seconds["couple", (own, size)], step[STEP], pairing),
     "input": {
-      "images_per_second": rates,
+      "images_per_second": {n: spread(rate) for n, rate in rates.items()},
       "needed": float(np.median(exp.batch_size / step[STEP])),
       "loop": loop,
     },
@@ -541,20 +561,27 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
   """
   size = exp.coupling.pool_size
   pool = couple + size * step
+  parts = {
+    "noise and latents": couple - pairing[size],
+    "pairing": pairing[size],
+    "steps": size * step,
+  }
   steps = step_seconds(exp, float(np.median(step)))
   largest = max(pairing)
+  longest = float(np.median(pairing[largest]))
   return {
     "seconds": spread(pool),
-    "pairing": spread(pairing[size]),
-    "share_of_pairing": spread(pairing[size] / pool),
+    "parts": {name: spread(seconds) for name, seconds in parts.items()},
+    "shares": {name: spread(seconds / pool) for name, seconds in parts.items()},
     "by_size": {k: spread(values) for k, values in pairing.items()},
     "step_seconds": steps,
     "pairs_at": {
       share: {
-        name: pairs_at(share, largest, float(np.median(pairing[largest])), seconds, exp.batch_size)
+        name: pairs_at(share, largest, longest, seconds, exp.batch_size)
         for name, seconds in steps.items()
       }
       for share in SHARES
+      if longest > 0  # the coupling pairs, and that is told from the noise
     },
   }
 
@@ -670,11 +697,19 @@ def _techniques(found: dict) -> list[str]:
 
 def _pool(report: dict) -> list[str]:
   pool, step = report["pool"], report["train"]["seconds_per_step"]["median"]
-  return [
+  lines = [
     "## A pool",
     "",
-    f"{told(pool['seconds'], form='.4g')} s, of which pairing {told(pool['pairing'])} s, "
-    f"{told(pool['share_of_pairing'], 100, '.2g')} %. By the size of the pool:",
+    f"{told(pool['seconds'], form='.4g')} s on the devices:",
+    "",
+    *logs.table(
+      ["part", "s", "% of the pool"],
+      [
+        [name, told(seconds), told(pool["shares"][name], 100, ".2g")]
+        for name, seconds in pool["parts"].items()
+      ],
+    ),
+    "By the size of the pool:",
     "",
     *logs.table(
       ["K", "pairs", "pairing, s", "% of K steps"],
@@ -688,6 +723,11 @@ def _pool(report: dict) -> list[str]:
         for k, seconds in pool["by_size"].items()
       ],
     ),
+  ]
+  if not pool["pairs_at"]:
+    return lines
+  return [
+    *lines,
     "Pairing grows at least as the square of its pairs, K steps as K. From the largest pool, and "
     "with steps of other networks by their FLOPs, pairing reaches these shares of K steps at the "
     "latest with so many pairs:",
@@ -713,7 +753,7 @@ def _input(report: dict) -> list[str]:
     "",
     *logs.table(
       ["threads", "images/s read by a process"],
-      [[str(n), f"{rate:,.0f}"] for n, rate in found["images_per_second"].items()],
+      [[str(n), told(rate, form=",.0f")] for n, rate in found["images_per_second"].items()],
     ),
   ]
 
@@ -740,14 +780,22 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
     raise ValueError(f"--rows={rows}: give 1 to batch_size={exp.batch_size}.")
   if bad := [k for k in pools if k < 1]:
     raise ValueError(f"--pools={bad}: a pool has at least one batch.")
+  if pools and exp.coupling.coupling == "independent":
+    raise ValueError(
+      f"--pools={pools}: there is no pairing with coupling.coupling='independent', leave "
+      "--pools out."
+    )
   for size in (exp.batch_size, rows):
     experiment_lib.check_devices(dataclasses.replace(exp, batch_size=size), mesh.size)
   checkpoints.check_writable(out)
-  report = measure(exp, mesh, rows=rows, pools=pools, repeats=repeats)
+  with source_of(exp) as source:
+    report = measure(exp, mesh, source, rows=rows, pools=pools, repeats=repeats)
+  if jax.process_index() != 0:
+    return report
   logs.write_whole(os.path.join(out, "benchmark.json"), json.dumps(report, indent=2) + "\n")
   logs.write_whole(os.path.join(out, "benchmark.md"), as_markdown(report))
   figures.technique_costs(report["techniques"], os.path.join(out, "techniques.png"))
-  if pools:
+  if pools and report["pool"]["pairs_at"]:
     figures.pairing_shares(report, os.path.join(out, "scaling.png"))
   return report
 
@@ -760,6 +808,7 @@ def define_flags() -> None:
   flags.DEFINE_list("pools", [], "Pool sizes K that are paired besides the config's.")
   flags.DEFINE_integer("repeats", 5, "Rounds.")
   flags.mark_flags_as_required(["config", "out"])
+  multihost.define_flags()
 
 
 def main(argv):
@@ -769,13 +818,15 @@ def main(argv):
   logs.only_ours()
   jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
   given = flags.FLAGS
-  with logs.one_line_errors():
+  with multihost.shared_fate(), logs.one_line_errors():
+    multihost.initialize(*multihost.define_flags()())
     try:
       pools = [int(k) for k in given.pools]
     except ValueError:
       raise ValueError(f"--pools={','.join(given.pools)} must be whole numbers.") from None
     report = benchmark(given.config, given.out, rows=given.rows, pools=pools, repeats=given.repeats)
-  print(as_markdown(report))
+    if jax.process_index() == 0:
+      print(as_markdown(report))
 
 
 if __name__ == "__main__":

@@ -78,12 +78,17 @@ def check(report, exp, rows, pools):
   alone = report["techniques"]["seconds_alone"]
   assert len(alone) == 4 and min(map(median, alone.values())) > 0
   assert sorted(report["pool"]["by_size"]) == sorted({exp.coupling.pool_size, *pools})
-  assert 0 < median(report["pool"]["share_of_pairing"]) < 1
+  assert 0 < median(report["pool"]["shares"]["pairing"]) < 1
+  np.testing.assert_allclose(
+    sum(median(part) for part in report["pool"]["parts"].values()),
+    median(report["pool"]["seconds"]), rtol=0.5,
+  )  # fmt: skip
   assert cfg["sampled_together"] == exp.sample.batch_size
   assert list(report["sampling"]) == list(benchmark.STEPS)
   for speeds in report["sampling"].values():
     assert median(speeds["decoded"]) <= median(speeds["drawn"])
   assert list(report["input"]["images_per_second"]) == [1, 2]
+  assert min(map(median, report["input"]["images_per_second"].values())) > 0
   loop = report["input"]["loop"]
   assert 0 < loop["waited"] < loop["seconds"]
   assert min(p["compile_seconds"] for p in report["programs"].values()) > 0
@@ -93,6 +98,7 @@ def check(report, exp, rows, pools):
 def test_latents_are_measured_without_data_and_weights(tmp_path, monkeypatch):
   monkeypatch.setattr(benchmark, "SHORTEST", 0.01)
   monkeypatch.setattr(benchmark, "STEPS", (1, 4))
+  monkeypatch.setattr(benchmark, "_SECONDS_READ", 0.01)
   config = tiny_config()
   config.model.unroll = 1  # compiles faster
   config.data.update(
@@ -133,9 +139,49 @@ def test_where_pairing_reaches_a_share_of_the_steps():
   assert found["step_seconds"][exp.model.size] == 2.0
 
 
+def test_a_coupling_that_does_not_pair_takes_no_share():
+  exp = experiment.parse(tiny_config("sm"))
+  found = benchmark.pool_costs(exp, np.full(3, 0.2), np.full(3, 2.0), {4: np.zeros(3)})
+  assert found["pairs_at"] == {} and found["shares"]["pairing"]["median"] == 0
+
+
+def test_all_threads_are_read_with_in_turn(monkeypatch):
+  monkeypatch.setattr(benchmark, "_SECONDS_READ", 0.0)
+  monkeypatch.setattr(benchmark.time, "perf_counter", iter(range(1000)).__next__)
+  made, pool = [], {"c": np.zeros((2, 8))}
+  monkeypatch.setattr(
+    benchmark, "read_pools", lambda exp, source, mesh, n: made.append(n) or (pool for _ in range(9))
+  )
+  config = tiny_config()
+  config.data.num_threads = 6
+  rates = benchmark.read_rates(experiment.parse(config), None, None, repeats=2)
+  assert made == 2 * [1, 2, 4, 6]
+  for rate in rates.values():  # three pools of 16, each a second after the other
+    np.testing.assert_allclose(rate, [16, 16])
+
+
 def test_a_dataset_that_is_there_is_what_is_read():
   with benchmark.source_of(experiment.parse(tiny_config())) as source:
     assert len(source) == 1797
+
+
+def test_latents_of_a_published_autoencoder_are_read_before_anything_is_timed(
+  tmp_path, monkeypatch
+):
+  class Read(Exception):
+    pass
+
+  def measure(exp, mesh, source, **_):
+    raise Read(len(source))
+
+  config = tiny_config()
+  config.data.update(
+    {"name": "latents", "vae": "stabilityai/sd-vae-ft-mse", "channels": 4, "dir": str(tmp_path)}
+  )
+  benchmark.write_random_latents(experiment.parse(config).data, str(tmp_path))
+  monkeypatch.setattr(benchmark, "measure", measure)
+  with pytest.raises(Read, match="4096"):
+    benchmark.benchmark(config, str(tmp_path / "out"), rows=0, pools=[], repeats=1)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +190,15 @@ def test_a_dataset_that_is_there_is_what_is_read():
     ({"rows": 1000}, "--rows=1000: give 1 to batch_size="),
     ({"rows": 4}, "batch_size=4 does not split over 8 devices"),
     ({"pools": [0]}, "a pool has at least one batch"),
+    ({"pools": [2], "variant": "sm"}, "there is no pairing with coupling.coupling='independent'"),
     ({"repeats": 0}, "--repeats=0 must be at least 1"),
   ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, asked, message):
-  asked = {"rows": 0, "pools": [], "repeats": 1} | asked
+  asked = {"rows": 0, "pools": [], "repeats": 1, "variant": "ism"} | asked
+  config = tiny_config(asked.pop("variant"))
   with pytest.raises(ValueError, match=message):
-    benchmark.benchmark(tiny_config(), str(tmp_path / "out"), **asked)
+    benchmark.benchmark(config, str(tmp_path / "out"), **asked)
   assert not (tmp_path / "out").exists()
 
 
@@ -170,6 +218,7 @@ def test_what_is_timed_against_pytorch_is_the_same_there(pytorch, monkeypatch):
   exp = experiment.parse(tiny_config())
   params = random_params(exp.network(), exp.image_shape)
   batches = [against.batch(exp, 4, seed) for seed in range(2)]
+  assert [against.most_devices(8, cores) for cores in (1, 3, 6, 8, 96)] == [1, 2, 4, 8, 8]
   train, sample = against.in_jax(exp, params, batches, sharding.data_mesh(jax.devices()[:2]))
   train_whole, _ = against.in_jax(exp, params, batches, sharding.data_mesh(jax.devices()[:1]))
   train_there, sample_there = against.in_pytorch(exp, params, batches, None)

@@ -357,6 +357,33 @@ def test_two_processes_evaluate_as_one(environment, tmp_path, whole):
   assert found == expected  # of the reference: to the last bit
 
 
+# The command, with less to compile and to repeat.
+BENCHMARK = """
+from absl import app
+from ism_jax import benchmark, logs
+benchmark.SHORTEST, benchmark.STEPS, benchmark._SECONDS_READ = 0.01, (1,), 0.01
+every, compared = benchmark.techniques, (benchmark.FLOW_MATCHING, benchmark.STEP)
+benchmark.techniques = lambda exp: {name: every(exp)[name] for name in compared}
+benchmark.define_flags()
+app.run(benchmark.main, flags_parser=logs.parse_flags)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_benchmark_of_a_variant_that_does_not_pair(environment, tmp_path):
+  out = tmp_path / "out"
+  arguments = ("--config=configs/digits.py:sm", *SMALL, "--config.model.unroll=1",
+               "--config.batch_size=16", "--config.sample.batch_size=8", "--repeats=1",
+               "--config.coupling.pool_size=2", f"--out={out}")  # fmt: skip
+  two_devices = environment | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  with Processes(two_devices, tmp_path, *arguments, command=("-c", BENCHMARK)) as run:
+    assert run.finish() == [0, 0], run.said()
+  assert "## Sampling" in run.said()[0] and "## Sampling" not in run.said()[1]
+  report = json.loads((out / "benchmark.json").read_text())
+  assert report["devices"]["count"] == 2
+  assert report["pool"]["shares"]["pairing"]["median"] == 0 and not report["pool"]["pairs_at"]
+
+
 @pytest.mark.slow
 def test_sigterm_to_one_process_makes_both_save_the_same_step_and_leave(environment, tmp_path):
   work = tmp_path / "work"
