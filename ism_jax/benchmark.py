@@ -518,6 +518,7 @@ def utilisation(exp: Experiment, mesh, step, ceiling) -> dict:
     "ceiling": {"flops_per_second": spread(ceiling), "datasheet": peak and peak * mesh.size},
     "train": {
       "seconds_per_step": spread(step),
+      "steps_per_second": spread(1 / step),
       "images_per_second": spread(exp.batch_size / step),
       "model_flops_per_step": work,
       "utilisation": spread(work / step / ceiling),
@@ -659,6 +660,7 @@ def _about(report: dict) -> list[str]:
     "",
     f"- Matrix products: {told(ceiling['flops_per_second'], 1e-12)} TFLOP/s{datasheet}",
     f"- Training: {told(found['images_per_second'], form='.4g')} images/s, "
+    f"{told(found['steps_per_second'], form='.4g')} steps/s, "
     f"{told(found['seconds_per_step'], 1e3, '.4g')} ms per step. Model FLOPs: "
     f"{found['model_flops_per_step'] / 1e12:.4g} T per step, "
     f"{told(found['utilisation'], 100)} % of what matrix products reach{of_datasheet}",

@@ -73,6 +73,9 @@ def check(report, exp, rows, pools):
   np.testing.assert_allclose(
     median(found["images_per_second"]) * median(found["seconds_per_step"]), exp.batch_size, rtol=0.5
   )
+  np.testing.assert_allclose(
+    median(found["steps_per_second"]) * median(found["seconds_per_step"]), 1, rtol=0.5
+  )
   assert 0 < median(found["utilisation"]) < 1 and found["utilisation_of_datasheet"] is None
   assert set(costs) == {*benchmark.COSTS, "pairing", "all"}
   alone = report["techniques"]["seconds_alone"]
