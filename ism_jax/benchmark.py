@@ -3,9 +3,9 @@
   python -m ism_jax.benchmark --config=configs/imagenet256.py --out=DIR [--config.KEY=VALUE ...]
       [--rows=N] [--pools=1,2,4] [--repeats=5]
 
-Any config, and any devices that JAX finds; several processes are one run, as those of `main`, of
-which the first reports. Latents need no data and no autoencoder: without
-data.dir a folder of random ones is made and removed again, and what decodes has random weights.
+Any config, and any devices that JAX finds; several processes are one run, see `multihost`. Latents
+need no data and no autoencoder: without data.dir a folder of random ones is made and removed again,
+and what decodes has random weights.
 
 Everything is timed in turn, round after round (`rounds`), so that what slows a shared machine slows
 all alike; a ratio is the median of the rounds' ratios. The rate of a large matrix product in the
@@ -500,10 +500,15 @@ def setting(exp: Experiment, mesh, *, rows: int, images: int) -> dict:
     "devices": {
       "kind": mesh.devices.flat[0].device_kind,
       "count": mesh.size,
-      "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+      "cores": cores(),
       "jax": jax.__version__,
     },
   }
+
+
+def cores() -> int:
+  """CPU cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def utilisation(exp: Experiment, mesh, step, ceiling) -> dict:

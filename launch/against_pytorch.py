@@ -6,8 +6,8 @@
 Training is the forward and backward passes of a mean squared error on --steps batches, one after
 another: in JAX one program, as `scan_steps` of a config are. Sampling is one step of one batch.
 Both in float32, with all cores of this process, on latents 32x32x4. JAX splits a batch over
---devices, which share the cores' threads and keep them busier than one device does; by default
-there are as many as cores, or as then divide --rows. PyTorch runs ism_jax/pytorch.py, or the
+--devices, which share the cores' threads and keep them busier than one device does: by default
+the most that divide --rows, up to one for each core. PyTorch runs ism_jax/pytorch.py, or the
 official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
 """
 
@@ -33,7 +33,10 @@ ROWS = flags.DEFINE_integer("rows", 8, "Images at a time.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 8, "Training steps at a time.", lower_bound=1)
 DEVICES = flags.DEFINE_integer(
-  "devices", None, "Of JAX; unless given, as many as cores that divide --rows.", lower_bound=1
+  "devices",
+  None,
+  "Of JAX; default: the most, up to one for each core, that divide --rows.",
+  lower_bound=1,
 )
 UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
 REMAT = flags.DEFINE_enum("remat", "dots", model_lib.REMATS, "model.remat of JAX.")
@@ -154,7 +157,7 @@ def main(argv):
   """Prints a table; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  cores = benchmark.cores()
   devices = DEVICES.value or most_devices(ROWS.value, cores)
   with logs.one_line_errors():
     config = imagenet256.get_config()

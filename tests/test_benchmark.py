@@ -236,6 +236,16 @@ def test_what_is_timed_against_pytorch_is_the_same_there(pytorch, monkeypatch):
   np.testing.assert_allclose(sample(), sample_there().permute(0, 2, 3, 1), atol=1e-5)
 
 
+@pytest.mark.slow
+def test_rows_that_do_not_split_over_devices_are_one_line(pytorch):
+  command = [sys.executable, "launch/against_pytorch.py", "--rows=8", "--devices=3"]
+  root = pathlib.Path(__file__).parent.parent
+  ran = subprocess.run(command, cwd=root, capture_output=True, text=True)
+  assert ran.returncode == 1
+  told = ran.stderr.strip().splitlines()[-1]
+  assert told == "Error: flags rows=8, devices=3: --rows cannot be split evenly over --devices."
+
+
 def test_peaks_are_known_by_the_kind_of_device():
   assert chips.peak("TPU v5e", "bfloat16") == 197e12
   assert chips.peak("NVIDIA H200", "bfloat16") == 989e12
