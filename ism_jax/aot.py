@@ -28,7 +28,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from ism_jax import chips, flops, generate, hlo, logs, sharding, train
+from ism_jax import chips, commands, files, flops, generate, hlo, sharding, train
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
@@ -365,7 +365,7 @@ def as_markdown(content: dict) -> str:
       continue
     rows.append(_row(one))
     details += _details(one, content)
-  lines += logs.table(
+  lines += files.markdown_table(
     [
       "topology", "chips", "state", "GiB per chip, of", "spare", "TFLOP per step, per chip",
       "sent per step and chip, GB", "ms per step: compute, memory, links", "utilisation",
@@ -428,7 +428,7 @@ def _details(one: dict, content: dict) -> list[str]:
         + [_mb(program["sent_bytes"]), _mb(program["largest_collective_bytes"])]
         + [_ms(seconds) for seconds in program["estimate"].values()]
       )
-  lines += logs.table(
+  lines += files.markdown_table(
     [
       "GiB per chip", "arguments", "results", "in their place", "temporaries", "program",
       "needed", "kept meanwhile", "spare", "seconds to compile",
@@ -436,7 +436,7 @@ def _details(one: dict, content: dict) -> list[str]:
     memory,
   )  # fmt: skip
   if moved:
-    lines += logs.table(
+    lines += files.markdown_table(
       [
         "per chip", "memory, GB", "collectives, MB", "sent, MB", "largest, MB", "ms compute",
         "memory", "links", "total",
@@ -476,18 +476,18 @@ def main(argv):
   """Reports on the topologies of the flags."""
   if argv[1:]:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  logs.only_ours()
+  commands.quiet_libraries()
   jax.config.update("jax_platforms", "cpu")
   given = flags.FLAGS
-  with logs.one_line_errors():
+  with commands.one_line_errors():
     exp = experiment_lib.parse(given.config)
     assumed = given.sinkhorn_iterations, given.greedy_rounds
     content = setting(exp, *assumed) | {"topologies": []}
     for name in given.topology:
       content["topologies"].append(report(exp, name, *assumed))
       if given.out is not None:  # each time: a topology takes minutes
-        logs.write_whole(os.path.join(given.out, "aot.json"), json.dumps(content, indent=2))
-        logs.write_whole(os.path.join(given.out, "aot.md"), as_markdown(content))
+        files.write_whole(os.path.join(given.out, "aot.json"), json.dumps(content, indent=2))
+        files.write_whole(os.path.join(given.out, "aot.md"), as_markdown(content))
   print(as_markdown(content))
   if errors := sum("error" in one for one in content["topologies"]):
     raise SystemExit(f"Error: {errors} of {len(content['topologies'])} topologies; see above.")
@@ -495,4 +495,4 @@ def main(argv):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=logs.parse_flags)
+  app.run(main, flags_parser=commands.parse_flags)

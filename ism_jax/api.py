@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ism_jax import commands, export, generate, sampling, sharding, stablehlo, state_dicts, train
 from ism_jax import experiment as experiment_lib
-from ism_jax import export, generate, logs, sampling, sharding, stablehlo, state_dicts, train
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
 
@@ -37,7 +37,7 @@ def _log_as_commands_do() -> None:
     flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(None)
-    logs.only_ours()
+    commands.quiet_libraries()
 
 
 def load(source: str, *, tree: str = "ema", step: int | None = None, devices=None) -> "Model":

@@ -38,13 +38,13 @@ from ml_collections import config_flags
 import numpy as np
 
 from ism_jax import (
-  checkpoints,
   chips,
+  commands,
   data,
   figures,
+  files,
   flops,
   generate,
-  logs,
   multihost,
   objectives,
   sharding,
@@ -620,7 +620,7 @@ def as_markdown(report: dict) -> str:
   lines = [*_about(report), *_techniques(report["techniques"]), *_pool(report), *_input(report)]
   cfg = report["config"]
   lines += ["## Sampling", "", f"{cfg['sampled_together']} at a time:", ""]
-  lines += logs.table(
+  lines += files.markdown_table(
     ["steps", "images/s", "with decoding"],
     [
       [str(n), told(one["drawn"], form=".4g"), told(one["decoded"], form=".4g")]
@@ -629,7 +629,7 @@ def as_markdown(report: dict) -> str:
   )
   megabytes = lambda n: "–" if n is None else f"{n / 1e6:,.0f}"
   lines += ["## Programs", ""]
-  lines += logs.table(
+  lines += files.markdown_table(
     ["program", "compile, s", "MB per device"],
     [
       [name, f"{one['compile_seconds']:.1f}", megabytes(one["bytes"])]
@@ -677,7 +677,7 @@ def _techniques(found: dict) -> list[str]:
   return [
     "## What each technique costs",
     "",
-    *logs.table(
+    *files.markdown_table(
       ["step", "ms", "over flow matching", "by its forward passes"],
       [
         [
@@ -689,13 +689,13 @@ def _techniques(found: dict) -> list[str]:
         for name, seconds in found["seconds_per_step"].items()
       ],
     ),
-    *logs.table(
+    *files.markdown_table(
       ["technique", "% of a flow matching step"],
       [[name, told(cost, 100)] for name, cost in found["costs"].items()],
     ),
     "Parts of a step that were timed alone, on a device:",
     "",
-    *logs.table(
+    *files.markdown_table(
       ["part", "ms"],
       [[name, told(seconds, 1e3)] for name, seconds in found["seconds_alone"].items()],
     ),
@@ -709,7 +709,7 @@ def _pool(report: dict) -> list[str]:
     "",
     f"{told(pool['seconds'], form='.4g')} s on the devices:",
     "",
-    *logs.table(
+    *files.markdown_table(
       ["part", "s", "% of the pool"],
       [
         [name, told(seconds), told(pool["shares"][name], 100, ".2g")]
@@ -718,7 +718,7 @@ def _pool(report: dict) -> list[str]:
     ),
     "By the size of the pool:",
     "",
-    *logs.table(
+    *files.markdown_table(
       ["K", "pairs", "pairing, s", "% of K steps"],
       [
         [
@@ -739,7 +739,7 @@ def _pool(report: dict) -> list[str]:
     "with steps of other networks by their FLOPs, pairing reaches these shares of K steps at the "
     "latest with so many pairs:",
     "",
-    *logs.table(
+    *files.markdown_table(
       ["share", *pool["step_seconds"]],
       [
         [f"{100 * share:g} %", *(f"{pairs:,.0f}" for pairs in by_network.values())]
@@ -758,7 +758,7 @@ def _input(report: dict) -> list[str]:
     f"{100 * loop['waited'] / loop['seconds']:.2g} % of its time for data and their transfer, "
     "while devices still work on what they were given before.",
     "",
-    *logs.table(
+    *files.markdown_table(
       ["threads", "images/s read by a process"],
       [[str(n), told(rate, form=",.0f")] for n, rate in found["images_per_second"].items()],
     ),
@@ -794,13 +794,13 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
     )
   for size in (exp.batch_size, rows):
     experiment_lib.check_devices(dataclasses.replace(exp, batch_size=size), mesh.size)
-  checkpoints.check_writable(out)
+  files.check_writable(out)
   with source_of(exp) as source:
     report = measure(exp, mesh, source, rows=rows, pools=pools, repeats=repeats)
   if jax.process_index() != 0:
     return report
-  logs.write_whole(os.path.join(out, "benchmark.json"), json.dumps(report, indent=2) + "\n")
-  logs.write_whole(os.path.join(out, "benchmark.md"), as_markdown(report))
+  files.write_whole(os.path.join(out, "benchmark.json"), json.dumps(report, indent=2) + "\n")
+  files.write_whole(os.path.join(out, "benchmark.md"), as_markdown(report))
   figures.technique_costs(report["techniques"], os.path.join(out, "techniques.png"))
   if pools and report["pool"]["pairs_at"]:
     figures.pairing_shares(report, os.path.join(out, "scaling.png"))
@@ -822,10 +822,10 @@ def main(argv):
   """Measures; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  logs.only_ours()
+  commands.quiet_libraries()
   jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
   given = flags.FLAGS
-  with multihost.shared_fate(), logs.one_line_errors():
+  with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*multihost.define_flags()())
     try:
       pools = [int(k) for k in given.pools]
@@ -838,4 +838,4 @@ def main(argv):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=logs.parse_flags)
+  app.run(main, flags_parser=commands.parse_flags)

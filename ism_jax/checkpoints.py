@@ -9,7 +9,6 @@ without a word.
 import contextlib
 import json
 import os
-import tempfile
 import zlib
 
 from absl import logging
@@ -17,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from ism_jax import files
 
 _MAX_NAMED = 8  # differences spelt out in one error
 
@@ -46,7 +47,7 @@ def open_manager(workdir, *, keep, keep_every=0, read_only=False):
   if "://" not in workdir:
     workdir = os.path.abspath(os.path.expanduser(workdir))
     if not read_only:
-      check_writable(workdir)
+      files.check_writable(workdir)
   state, plain = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
   handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
   handlers.add("state", ocp.args.StandardSave, state)
@@ -194,25 +195,6 @@ def read_config(manager, step=None):
   """The config dict the checkpoint was saved with; raises as `restore` does."""
   step = _existing_step(manager, step)
   return _read_json(manager, step, "config", _read_json(manager, step, "checksums"))
-
-
-def check_writable(folder):
-  """Raises OSError unless `folder` can be made and written; leaves nothing behind.
-
-  A path with a scheme, such as gs://, is not checked.
-  """
-  folder = os.fspath(folder)
-  if "://" in folder:
-    return
-  folder = existing = os.path.abspath(os.path.expanduser(folder))
-  while not os.path.exists(existing):
-    existing = os.path.dirname(existing)
-  # Writing is the test: permission bits say nothing about read-only mounts, quotas or root.
-  try:
-    with tempfile.TemporaryFile(dir=existing):
-      pass
-  except OSError as e:
-    raise OSError(f"{folder} cannot be written ({e.strerror}); name a folder that can.") from e
 
 
 def _existing_step(manager, step):

@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 import scipy.optimize
 
-from ism_jax import couplings, data, diagnosis, evaluate, figures, logs, summary
+from ism_jax import commands, couplings, data, diagnosis, evaluate, figures, files, summary
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.summary import Run
@@ -160,7 +160,9 @@ def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
     distances = [cell(runs, "distance", n) for n in counts]
     accuracy = cell(runs, "accuracy", 1, ".3f")
     lines.append([name, decays(runs[0].config), *distances, accuracy])
-  return logs.table(["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"], lines)
+  return files.markdown_table(
+    ["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"], lines
+  )
 
 
 def spectrum_table(rows: dict[str, list[Run]], w: float) -> list[str]:
@@ -174,7 +176,7 @@ def spectrum_table(rows: dict[str, list[Run]], w: float) -> list[str]:
       bands = summary.measured(runs, "bands", n, w)
       line.append(spread(summary.measured(runs, "finest_octave", n, w)))
       line.append(", ".join(f"{b:.2f}" for b in np.mean(bands, axis=0)) if bands else "–")
-  return logs.table(header, lines)
+  return files.markdown_table(header, lines)
 
 
 def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
@@ -190,7 +192,7 @@ def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
     line.append(spread(summary.trained(runs, "coupling/class_shift"), "z.4f"))
     line.append(spread(summary.trained(runs, "gradient_norm/consistency"), ".3f"))
     lines.append(line)
-  return logs.table(header, lines)
+  return files.markdown_table(header, lines)
 
 
 def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
@@ -230,7 +232,7 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
   if scales := content["effective_scale"]:
     lines += [f"Effective CFG scale of a jump told w = {w:g}, a line a seed:", ""]
     each = [[name, *(f"{s:.2f}" for s in run)] for name, runs in scales.items() for run in runs]
-    lines += logs.table(["", *(f"d = 1/{1 / d:.0f}" for d in JUMPS)], each)
+    lines += files.markdown_table(["", *(f"d = 1/{1 / d:.0f}" for d in JUMPS)], each)
   if content["pools"]:
     lines += [
       "Pairing of real images with noise, without training. Gain: transport cost of random pairs "
@@ -241,7 +243,7 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
     ]
     names = ("gain", "optimal_gain", "attained_gain", "class_shift")
     number = lambda value: "–" if value is None else f"{value:z.4f}"
-    lines += logs.table(
+    lines += files.markdown_table(
       ["K", "n", "class penalty", "gain", "optimal gain", "attained gain", "class shift"],
       [
         [str(f["K"]), str(f["n"]), f"{f['class_penalty']:g}", *(number(f[name]) for name in names)]
@@ -291,8 +293,8 @@ def compare(
       name: [measure(run) for run in some] for name, some in rows.items() if guidance
     },
   }
-  logs.write_whole(path("comparison.json"), json.dumps(content, indent=2))
-  logs.write_whole(path("comparison.md"), as_markdown(content, rows))
+  files.write_whole(path("comparison.json"), json.dumps(content, indent=2))
+  files.write_whole(path("comparison.md"), as_markdown(content, rows))
   if report["reference_spectrum"]:
     figures.spectra(spectra, rows, w, path("spectrum.png"))
   if by_w := summary.frechet_by_w(rows):
@@ -313,9 +315,9 @@ def main(argv):
   """Compares the runs named on the command line."""
   if not argv[1:]:
     raise app.UsageError("Name the workdirs of evaluated runs.")
-  logs.only_ours()
+  commands.quiet_libraries()
   matplotlib.use("Agg")
-  with logs.one_line_errors():
+  with commands.one_line_errors():
     compare(
       argv[1:],
       _OUT.value,

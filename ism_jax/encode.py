@@ -20,7 +20,6 @@ import concurrent.futures
 import contextlib
 import functools
 import os
-import tempfile
 import time
 
 from absl import app, flags, logging
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import logs, multihost, sharding
+from ism_jax import commands, files, logs, multihost, sharding
 from ism_jax.data import images, latents
 from ism_jax.pretrained import vae as vae_lib
 
@@ -168,12 +167,8 @@ def check_writable(folder: str) -> None:
   """Makes a folder; raises OSError where it cannot be written."""
   if "://" in folder:
     raise OSError(f"--out={folder} is no folder: mount the bucket, and name a folder in it.")
-  try:
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as error:
-    raise OSError(f"--out={folder} cannot be written: {error}. Choose another folder.") from error
+  files.check_writable(folder)
+  os.makedirs(folder, exist_ok=True)
 
 
 def wait_for_shards(out: str, settings: latents.Settings) -> None:
@@ -202,7 +197,7 @@ def write_manifest(source: images.Source, out: str, settings: latents.Settings) 
       f"{settings.path(out, missing[0])}. Run the same command again."
     )
   path = os.path.join(out, latents.MANIFEST)
-  logs.write_whole(path, latents.manifest(settings, source.classes, trailers))
+  files.write_whole(path, latents.manifest(settings, source.classes, trailers))
   found = latents.read_manifest(out)
   if unreadable := found["unreadable"]:
     logging.warning(
@@ -235,9 +230,9 @@ def main(argv):
   """Encodes; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  logs.only_ours()
+  commands.quiet_libraries()
   given = flags.FLAGS
-  with multihost.shared_fate(), logs.one_line_errors():
+  with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*multihost.define_flags()())
     latents.check_size(given.size)
     check_writable(given.out)

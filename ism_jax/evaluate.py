@@ -24,9 +24,9 @@ from ism_jax import (
   diagnosis,
   features,
   figures,
+  files,
   generate,
   guidance,
-  logs,
   sampling,
   scores,
   sharding,
@@ -77,7 +77,7 @@ def restore_ema(config, workdir: str, devices=None):
 
     def read(step):
       saved = checkpoints.read_config(manager, step)
-      experiment_lib.check_continues(saved, logs.as_dict(config))
+      experiment_lib.check_continues(saved, files.as_dict(config))
       everywhere = sharding.replicated(mesh)
       like = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
@@ -127,7 +127,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     The contents of evaluation.json; None in processes but the first.
   """
   exp, mesh, step, params = restore_ema(config, workdir, devices)
-  checkpoints.check_writable(workdir)
+  files.check_writable(workdir)
   generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)  # a VAE may be missing
   reference, ev = load_reference(exp, mesh), exp.evaluation
   header = {
@@ -141,7 +141,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   } | protocol(mesh, reference, ev.num_images)
   path = functools.partial(os.path.join, workdir)
   settings = [(steps, w, seed) for seed in ev.seeds for steps, w in ev.settings()]
-  fingerprint = header | {"evaluation": logs.as_dict(config)["evaluation"]}
+  fingerprint = header | {"evaluation": files.as_dict(config)["evaluation"]}
   found = _read_partial(path(PARTIAL), fingerprint)
   extract, compiled = features.extractor(reference.networks, mesh), set()
   for steps, w, seed in _unfinished(settings, found):
@@ -155,7 +155,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     compiled.add(steps)
     if jax.process_index() == 0:
       if seed == ev.seeds[0]:
-        logs.write_whole(path(f"{name}.png"), generate.grid_png(grid, ev.enlarge))
+        files.write_whole(path(f"{name}.png"), generate.grid_png(grid, ev.enlarge))
       found[steps, w, seed] = result | {"images_per_second": speed}
       _write_partial(path(PARTIAL), fingerprint, found)
       logging.info("%d steps, w=%g, seed %d: %s.", steps, w, seed, _told(result["scores"]))
@@ -170,7 +170,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     "results": [dict(zip(_SETTING, key, strict=True)) | found[key] for key in settings],
     "yardsticks": reference.yardsticks() if reference.images else {},
     "straightness": straight,
-    "config": logs.as_dict(config),
+    "config": files.as_dict(config),
   }
   _write_report(workdir, report)
   figures.sweep(report, path("evaluation.png"))
@@ -186,7 +186,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   """
   exp, mesh = experiment_lib.parse(config), sharding.data_mesh(jax.local_devices())
   samples = samples_lib.open(path)
-  checkpoints.check_writable(workdir)
+  files.check_writable(workdir)
   reference = load_reference(exp, mesh)
   reference.check_count(samples.count)
   reference.check_images(path, samples.image_shape, samples.labels)
@@ -200,7 +200,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
     | {
       "results": [result],
       "yardsticks": reference.yardsticks() if reference.images else {},
-      "config": logs.as_dict(config),
+      "config": files.as_dict(config),
     }
   )
   _write_report(workdir, report)
@@ -290,7 +290,7 @@ def _read_partial(path: str, fingerprint: dict) -> dict[tuple, dict]:
 
 def _write_partial(path: str, fingerprint: dict, found: dict[tuple, dict]) -> None:
   results = [dict(zip(_SETTING, key, strict=True)) | result for key, result in found.items()]
-  logs.write_whole(path, json.dumps({"fingerprint": fingerprint, "results": results}))
+  files.write_whole(path, json.dumps({"fingerprint": fingerprint, "results": results}))
 
 
 def _unfinished(settings: list[tuple], found: dict) -> list[tuple]:
@@ -314,8 +314,8 @@ def _told(found: dict[str, dict]) -> str:
 
 
 def _write_report(workdir: str, report: dict) -> None:
-  logs.write_whole(os.path.join(workdir, "evaluation.json"), json.dumps(report, indent=2))
-  logs.write_whole(os.path.join(workdir, "evaluation.md"), as_markdown(report))
+  files.write_whole(os.path.join(workdir, "evaluation.json"), json.dumps(report, indent=2))
+  files.write_whole(os.path.join(workdir, "evaluation.md"), as_markdown(report))
 
 
 def as_markdown(report: dict) -> str:
@@ -349,7 +349,10 @@ def as_markdown(report: dict) -> str:
   rows += [_row(report, result, name) for name, result in report["yardsticks"].items()]
   found = dict.fromkeys(column for row in rows for column in row)
   columns = sorted(found, key=lambda column: column != "samples")  # names first, else as found
-  lines += ["", *logs.table(columns, [[row.get(c, "–") for c in columns] for row in rows])]
+  lines += [
+    "",
+    *files.markdown_table(columns, [[row.get(c, "–") for c in columns] for row in rows]),
+  ]
   if drawn:
     lines += ["The best w for each number of steps, by " + _headline(report) + ":", ""]
     lines += [f"- NFE {steps}: w = {w:g}" for steps, w in sorted(figures.best_w(report).items())]
@@ -384,7 +387,7 @@ def _row(report: dict, result: dict, name: str = "") -> dict[str, str]:
 
 def sample(config, workdir: str, out: str, devices=None) -> None:
   """Draws `config.sample` into an npz for other evaluators: images arr_0, labels arr_1."""
-  checkpoints.check_writable(os.path.dirname(out))
+  files.check_writable(os.path.dirname(out))
   exp, mesh, step, params = restore_ema(config, workdir, devices)
   s = exp.sample
   labels = generate.class_labels(exp, s.num_images, s.seed)

@@ -10,14 +10,11 @@ It is written whole or not at all, and replaces nothing. Training begins with it
 --config.init_from=DIR.
 """
 
-from collections.abc import Iterator
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
-import tempfile
 
 from absl import app, flags, logging
 from etils import epath
@@ -26,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import checkpoints, evaluate, logs, sharding, state_dicts
+from ism_jax import checkpoints, commands, evaluate, files, sharding, state_dicts
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
@@ -98,7 +95,7 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
   Raises:
     OSError: `out` is not empty or cannot be written. Otherwise as `restore`.
   """
-  check_empty(out)
+  files.check_empty(out)
   trained = restore(workdir, tree, step)
   write(trained, out, dtype=dtype, evaluation=read_evaluation(workdir, trained))
   logging.info("Wrote the %s to %s.", name_of(tree, trained.step), out)
@@ -120,7 +117,7 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
     )  # fmt: skip
   state = state_dicts.from_params(trained.params, exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
-  with whole_folder(out) as folder:
+  with files.whole_folder(out) as folder:
     settings = json.dumps(describe(trained, dtype), indent=2) + "\n"
     (folder / state_dicts.CONFIG).write_text(settings)
     (folder / CODE).write_bytes(pathlib.Path(__file__).with_name("pytorch.py").read_bytes())
@@ -129,37 +126,6 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
     # Other readers ask the metadata whose arrays these are.
     safetensors.numpy.save_file(state, weights, {"format": "pt"})
     weights.chmod((folder / CARD).stat().st_mode)  # which is for the owner's eyes only
-
-
-@contextlib.contextmanager
-def whole_folder(out: str) -> Iterator[pathlib.Path]:
-  """A folder to write files into, which is at `out` once the block has ended without an error.
-
-  Raises:
-    OSError: see `check_empty`.
-  """
-  check_empty(out)
-  # Renaming is atomic, within one file system, and replaces no folder that has something in it.
-  parent, name = os.path.split(os.path.abspath(os.path.expanduser(out)))
-  os.makedirs(parent, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
-    folder = pathlib.Path(temporary) / name
-    folder.mkdir()
-    yield folder
-    for path in folder.iterdir():
-      with path.open("rb") as file:
-        os.fsync(file.fileno())
-    os.rename(folder, os.path.join(parent, name))
-
-
-def check_empty(out: str) -> None:
-  """Raises OSError unless `out` can be made: no bucket, and nothing in it yet."""
-  if "://" in out:
-    raise OSError(f"{out} is no folder: name one, and copy it to the bucket.")
-  path = pathlib.Path(out).expanduser()
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise FileExistsError(f"{out} is there and not empty; name another folder, or remove it.")
-  checkpoints.check_writable(path)
 
 
 def describe(trained: Trained, dtype: str) -> dict:
@@ -309,12 +275,12 @@ def main(argv):
   """Exports; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  logs.only_ours()
+  commands.quiet_libraries()
   given = flags.FLAGS
-  with logs.one_line_errors():
+  with commands.one_line_errors():
     export(given.workdir, given.out, tree=given.tree, dtype=given.dtype, step=given.step)
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=logs.parse_flags)
+  app.run(main, flags_parser=commands.parse_flags)

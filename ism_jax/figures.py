@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 import numpy as np
 from PIL import Image
 
-from ism_jax import logs, paths
+from ism_jax import files, paths
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours: none comes with the same colour twice
@@ -42,7 +42,7 @@ def save_figure(fig, path: str) -> None:
   png = io.BytesIO()
   fig.savefig(png, format="png", dpi=120)
   plt.close(fig)
-  logs.write_whole(path, png.getvalue())
+  files.write_whole(path, png.getvalue())
 
 
 def _legend(fig, axes) -> None:
@@ -301,12 +301,12 @@ def grids(workdirs: dict[str, str], w: float, path: str) -> None:
     return
   size = (2.2 * len(nfes), 1.9 * len(found))
   fig, axes = plt.subplots(len(found), len(nfes), figsize=size, layout="constrained", squeeze=False)
-  for row, (name, files) in zip(axes, found.items(), strict=True):
+  for row, (name, pictures) in zip(axes, found.items(), strict=True):
     row[0].set_ylabel(name.replace("`", "").replace(", ", "\n"))
     for ax, nfe in zip(row, nfes, strict=True):
       ax.set(xticks=[], yticks=[])
-      if nfe in files:
-        with Image.open(os.path.join(workdirs[name], files[nfe])) as image:
+      if nfe in pictures:
+        with Image.open(os.path.join(workdirs[name], pictures[nfe])) as image:
           ax.imshow(image.convert("RGB"))
   for ax, nfe in zip(axes[0], nfes, strict=True):
     ax.set_title(f"NFE {nfe}")

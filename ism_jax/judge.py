@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import tempfile
 from typing import Any
 
 from absl import logging
@@ -22,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from ism_jax import files
 
 # Raise it with every change that trains another judge: it is part of the cache's name.
 VERSION = 1
@@ -268,15 +269,6 @@ def _read(path, image_shape, num_classes):
 
 
 def _write(path, judge):
-  directory = os.path.dirname(path)
-  os.makedirs(directory, exist_ok=True)
   arrays = traverse_util.flatten_dict(judge.params, sep="/")
-  # Written aside and renamed: a reader sees the whole file or none, whoever else is writing.
-  with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
-    try:
-      np.savez(file, held_out_accuracy=judge.held_out_accuracy, **arrays)
-      file.close()
-      os.replace(file.name, path)
-    except BaseException:
-      os.unlink(file.name)
-      raise
+  with files.whole_file(path) as temporary, open(temporary, "wb") as file:
+    np.savez(file, held_out_accuracy=judge.held_out_accuracy, **arrays)

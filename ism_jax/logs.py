@@ -1,7 +1,6 @@
 """What a run says: a progress line, metrics.jsonl and TensorBoard events, of the same values."""
 
 from concurrent import futures
-import contextlib
 import datetime
 import fractions
 import glob
@@ -11,9 +10,8 @@ import os
 import sys
 import tempfile
 import time
-import traceback
 
-from absl import flags, logging
+from absl import logging
 from etils import epath
 import jax
 import numpy as np
@@ -21,91 +19,9 @@ from PIL import Image
 import tensorboardX
 import tqdm
 
-from ism_jax import paths
+from ism_jax import files, paths
 
-
-def as_dict(config) -> dict:
-  """A ConfigDict as a plain dict that JSON can hold."""
-  return json.loads(config.to_json())
-
-
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _SECONDS_BETWEEN_LINES = 30.0
-
-
-def only_ours() -> None:
-  """Lets the project's own messages through, and of libraries their warnings: Orbax says a lot."""
-  ours = lambda record: record.pathname.startswith(_PACKAGE)
-  logging.set_verbosity(logging.INFO)
-  # It also warns that a checkpoint opened for reading is opened for reading.
-  expected = lambda record: any(s in str(record.msg) for s in ("read_only=True", "read only"))
-  logging.get_absl_handler().addFilter(
-    lambda record: ours(record) or (record.levelno >= 30 and not expected(record))
-  )
-
-
-@contextlib.contextmanager
-def one_line_errors():
-  """Ends the process in one line for our own errors; those of libraries keep their trace."""
-  try:
-    yield
-  except (ValueError, OSError, FloatingPointError) as error:
-    if traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE):
-      raise SystemExit(f"Error: {error}") from None
-    raise
-
-
-@contextlib.contextmanager
-def one_line_flag_errors():
-  """Ends the process in one line for a wrong flag."""
-  try:
-    yield
-  except flags.Error as error:
-    # A config file's own error, such as an unknown variant, comes with its trace: its last line.
-    raise SystemExit(f"Error: {str(error).strip().splitlines()[-1].strip()}") from None
-  except (AttributeError, KeyError) as error:
-    if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-      raise
-    reason = str(error.args[0]).replace("\n", " ")
-    raise SystemExit(
-      f"Error: a --config.KEY=VALUE names a key that the config does not have: {reason} "
-      "The keys are in configs/base.py."
-    ) from None
-
-
-def parse_flags(argv, known_only: bool = False) -> list[str]:
-  """Parses a command's flags and returns the other arguments; what is wrong is one line.
-
-  Args:
-    known_only: whether unknown flags are among those arguments instead of an error.
-  """
-  with one_line_flag_errors():
-    return flags.FLAGS(argv, known_only=known_only)
-
-
-def table(header: list[str], lines: list[list[str]]) -> list[str]:
-  """The lines of a Markdown table, with an empty one after it."""
-  row = lambda cells: f"| {' | '.join(cells)} |"
-  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
-
-
-def write_whole(path: str, data: str | bytes) -> None:
-  """Writes a file that is either all there or not there, from the first process alone."""
-  if jax.process_index() == 0:
-    _write_whole(os.fspath(path), data.encode() if isinstance(data, str) else data)
-
-
-def _write_whole(path: str, data: bytes) -> None:
-  if "://" in path:  # an object store shows an object once it is whole
-    epath.Path(path).write_bytes(data)
-    return
-  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-  temporary = f"{path}.tmp"
-  with open(temporary, "wb") as f:
-    f.write(data)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
 
 
 class _Copies:
@@ -173,9 +89,9 @@ class Writer:
       # A run that continues from step `start` writes what came after it anew.
       with epath.Path(lines).open() as f:
         kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-      write_whole(lines, "".join(kept))
+      files.write_whole(lines, "".join(kept))
       if folder != workdir:
-        write_whole(self._lines_path, "".join(kept))
+        files.write_whole(self._lines_path, "".join(kept))
     if folder != workdir:
       self._copies = _Copies(folder, workdir)
     self._events = tensorboardX.SummaryWriter(folder, purge_step=start + 1, flush_secs=30)
@@ -309,7 +225,7 @@ class Profile:
       jax.profiler.stop_trace()
       for path in glob.glob("plugins/profile/*/*.xplane.pb", root_dir=name):
         with open(os.path.join(name, path), "rb") as f:
-          _write_whole(os.path.join(self._workdir, path), f.read())
+          files.write_here(os.path.join(self._workdir, path), f.read())
     logging.info("Profiled; `pip install xprof` and `xprof %s` show it.", self._workdir)
 
 

@@ -16,7 +16,7 @@ from absl import app, flags
 import ml_collections
 from ml_collections import config_flags
 
-from ism_jax import logs, multihost
+from ism_jax import commands, multihost
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with a variant behind a colon: configs/digits.py:sm.",
@@ -43,12 +43,12 @@ def main(argv):
     raise app.UsageError("--samples goes with --mode=evaluate.")
   if _CONFIG.value is None and _MODE.value == "train":
     raise SystemExit("Error: --mode=train needs --config, such as --config=configs/digits.py.")
-  logs.only_ours()
+  commands.quiet_libraries()
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
   from ism_jax import checkpoints, evaluate, train
 
-  with multihost.shared_fate(), logs.one_line_errors():
+  with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*_PLACE(), preemption=_MODE.value == "train")
     config = _CONFIG.value
     if config is None:
@@ -74,7 +74,7 @@ def override(saved: dict, argv) -> ml_collections.ConfigDict:
   as_tuples = lambda v: tuple(map(as_tuples, v)) if isinstance(v, list) else v  # JSON has lists
   nested = lambda d: {k: nested(v) if isinstance(v, dict) else as_tuples(v) for k, v in d.items()}
   values = flags.FlagValues()
-  with logs.one_line_flag_errors():
+  with commands.one_line_flag_errors():
     config = config_flags.DEFINE_config_dict(
       "config", ml_collections.ConfigDict(nested(saved)), flag_values=values, sys_argv=argv
     )
@@ -91,7 +91,7 @@ def parse_flags(argv):
     since overrides are.
   """
   has_config = any(re.match("--?config(=|$)", argument) for argument in argv)
-  return logs.parse_flags(argv, known_only=not has_config)
+  return commands.parse_flags(argv, known_only=not has_config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 
-from ism_jax import generate, logs, sharding
+from ism_jax import files, generate, logs, sharding
 from ism_jax.data import latents
 from ism_jax.experiment import Experiment
 from ism_jax.reference import Reference
@@ -78,7 +78,7 @@ class Monitor:
         for network, scores in found.items():
           values |= {f"monitor/steps_{steps}/{network}_{k}": v for k, v in scores.items()}
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
-      logs.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
+      files.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
       writer.image(step, f"samples/steps_{steps}", png)
     if values:
       writer.write(step, values)

@@ -16,7 +16,7 @@ from absl import logging
 import jax
 import numpy as np
 
-from ism_jax import data, features, generate, logs, metrics, scores, spectra
+from ism_jax import data, features, files, generate, metrics, scores, spectra
 from ism_jax.experiment import Experiment
 from ism_jax.features import Network
 
@@ -44,7 +44,7 @@ def write(path: str, statistics: scores.Statistics, protocol: dict) -> None:
   arrays |= {_COUNT: np.int64(statistics.features.count), _PROTOCOL: json.dumps(protocol)}
   archive = io.BytesIO()
   np.savez(archive, **arrays)
-  logs.write_whole(path, archive.getvalue())
+  files.write_whole(path, archive.getvalue())
 
 
 def read_protocol(path: str) -> dict:

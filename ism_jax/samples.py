@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from ism_jax import files
 from ism_jax.data import images as images_lib
 
 _IMAGES, _LABELS = "arr_0", "arr_1"  # ADM's names
@@ -134,7 +135,7 @@ def _open_arrays(path) -> Samples:
     count=images.shape[0],
     image_shape=images.shape[1:],
     labels=labels,
-    sha256=functools.partial(_sha256, path),
+    sha256=functools.partial(files.sha256, path),
     batches=functools.partial(_array_batches, path, images),
   )
 
@@ -239,19 +240,14 @@ def _array_batches(path, images: _Array, batch_size) -> Iterator[np.ndarray]:
       yield np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _sha256(path) -> str:
-  with pathlib.Path(path).open("rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # Folders.
 
 
 def _open_folder(folder, num_threads) -> Samples:
   names = []
-  for where, folders, files in os.walk(folder):
+  for where, folders, names_here in os.walk(folder):
     folders[:] = (name for name in folders if not name.startswith("."))
-    names += [os.path.relpath(os.path.join(where, name), folder) for name in files]
+    names += [os.path.relpath(os.path.join(where, name), folder) for name in names_here]
   listed, names = len(names), sorted(images_lib.only_images(names, folder))
   if not names:
     raise ValueError(
@@ -280,7 +276,7 @@ def _open_folder(folder, num_threads) -> Samples:
   def sha256():
     digest = hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-      for name, content in zip(names, pool.map(_sha256, paths), strict=True):
+      for name, content in zip(names, pool.map(files.sha256, paths), strict=True):
         digest.update(f"{name}\n{content}\n".encode())
     return digest.hexdigest()
 
@@ -367,25 +363,15 @@ def writer(path: str, count: int, image_shape: tuple[int, int, int]):
       local = os.path.join(folder, "samples.npz")
     os.makedirs(os.path.dirname(local), exist_ok=True)
     _check_room(path, os.path.dirname(local), count * math.prod(image_shape))
-    temporary = f"{local}.tmp"
-    try:
-      with pathlib.Path(temporary).open("wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-          with _member(archive, _IMAGES) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)}
-            np.lib.format.write_array_header_1_0(member, header)
-            add, all_labels = _appender(path, count, image_shape, member.write)
-            yield add
-            labels = all_labels()
-          with _member(archive, _LABELS) as member:
-            np.lib.format.write_array(member, labels)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, local)
-    except BaseException:
-      with contextlib.suppress(FileNotFoundError):
-        os.remove(temporary)
-      raise
+    with files.whole_file(local) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+      with _member(archive, _IMAGES) as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)}
+        np.lib.format.write_array_header_1_0(member, header)
+        add, all_labels = _appender(path, count, image_shape, member.write)
+        yield add
+        labels = all_labels()
+      with _member(archive, _LABELS) as member:
+        np.lib.format.write_array(member, labels)
     if "://" in path:
       epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
       epath.Path(local).copy(path, overwrite=True)

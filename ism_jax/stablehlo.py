@@ -26,7 +26,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import experiment, generate, logs
+from ism_jax import commands, experiment, files, generate
 from ism_jax import export as export_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
@@ -55,7 +55,7 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
     experiment.check_guidance(exp, steps, exp.sample.w)
   # A program for all platforms has no kernel of one.
   exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, attention="xla"))
-  with export_lib.whole_folder(out) as folder:
+  with files.whole_folder(out) as folder:
     _write_files(exp, params, folder, schedules, about)
 
 
@@ -177,10 +177,10 @@ def main(argv):
   """Exports; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  logs.only_ours()
+  commands.quiet_libraries()
   given = flags.FLAGS
-  with logs.one_line_errors():
-    export_lib.check_empty(given.out)
+  with commands.one_line_errors():
+    files.check_empty(given.out)
     trained = export_lib.restore(given.workdir, given.tree, given.step)
     about = export_lib.name_of(given.tree, trained.step)
     write(trained.exp, trained.params, given.out, given.steps, about=about)
@@ -189,4 +189,4 @@ def main(argv):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=logs.parse_flags)
+  app.run(main, flags_parser=commands.parse_flags)

@@ -30,7 +30,16 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import checkpoints, data, features, logs, multihost, reference, scores, sharding
+from ism_jax import (
+  commands,
+  data,
+  features,
+  logs,
+  multihost,
+  reference,
+  scores,
+  sharding,
+)
 from ism_jax import samples as samples_lib
 from ism_jax.data import images as images_lib
 from ism_jax.data import pipeline
@@ -311,14 +320,14 @@ def main(argv):
   """Makes statistics; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  logs.only_ours()
+  commands.quiet_libraries()
   given = flags.FLAGS
-  with multihost.shared_fate(), logs.one_line_errors():
+  with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*multihost.define_flags()())
     if jax.process_index() != 0:
       return  # and wait for the first
     files = _network_files(given.networks, given.weights)
-    checkpoints.check_writable(given.out)
+    files.check_writable(given.out)
     images = _image_set(given)
     networks = tuple(features.published(name, file) for name, file in files.items())
     make(images, networks, given.out, keep=given.keep_features, batch_size=given.batch_size)
@@ -326,4 +335,4 @@ def main(argv):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main, flags_parser=logs.parse_flags)
+  app.run(main, flags_parser=commands.parse_flags)

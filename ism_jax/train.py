@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ism_jax import checkpoints, couplings, data, logs, objectives, sharding, state_dicts
+from ism_jax import checkpoints, couplings, data, files, logs, objectives, sharding, state_dicts
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax import monitor as monitor_lib
@@ -371,7 +371,7 @@ def train(config, workdir: str, devices=None) -> state_lib.TrainState:
   exp = experiment_lib.parse(config)
   mesh = sharding.data_mesh(devices)
   experiment_lib.check_devices(exp, mesh.size)
-  checkpoints.check_writable(workdir)
+  files.check_writable(workdir)
   source = data.load_source(exp.data)
   if exp.total_steps != exp.steps:
     logging.info(
@@ -398,7 +398,7 @@ def _restore(exp: Experiment, config, mesh, manager):
   like = abstract_state(exp, mesh)
 
   def read(step):
-    experiment_lib.check_continues(checkpoints.read_config(manager, step), logs.as_dict(config))
+    experiment_lib.check_continues(checkpoints.read_config(manager, step), files.as_dict(config))
     if step % exp.coupling.pool_size % exp.scan_steps:
       raise ValueError(
         f"scan_steps={exp.scan_steps} does not reach step {step}, where the checkpoint is, in a "
@@ -468,7 +468,7 @@ def _train(
     # A pool that is not finished is read and paired again on resumption.
     pools_state = pools.get_state() if step % pool_size == 0 else pools_before
     position = {"pools": pools_state, "log": writer.state()}
-    checkpoints.save(manager, step, state, position, logs.as_dict(config))
+    checkpoints.save(manager, step, state, position, files.as_dict(config))
 
   # From the second pool on everything is compiled.
   second = (step // pool_size + 1) * pool_size

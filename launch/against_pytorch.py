@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configs import imagenet256
-from ism_jax import benchmark, generate, logs, pytorch, sharding, state_dicts
+from ism_jax import benchmark, commands, files, generate, pytorch, sharding, state_dicts
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.sharding import AXIS, P
@@ -159,7 +159,7 @@ def main(argv):
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   cores = benchmark.cores()
   devices = DEVICES.value or most_devices(ROWS.value, cores)
-  with logs.one_line_errors():
+  with commands.one_line_errors():
     config = imagenet256.get_config()
     config.model.update(
       {"size": SIZE.value, "dtype": "float32", "remat": REMAT.value, "unroll": UNROLL.value}
@@ -195,8 +195,8 @@ def main(argv):
     ratio = benchmark.told(benchmark.spread(torch_seconds / jax_seconds))
     lines.append([part, *per_image, ratio])
   header = ["ms per image", "JAX", "PyTorch", "PyTorch / JAX"]
-  print("\n".join(logs.table(header, lines)))
+  print("\n".join(files.markdown_table(header, lines)))
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=logs.parse_flags)
+  app.run(main, flags_parser=commands.parse_flags)

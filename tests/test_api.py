@@ -15,7 +15,7 @@ from PIL import Image
 import pytest
 
 import ism_jax
-from ism_jax import api, checkpoints, experiment, export, generate, logs, paths, sharding
+from ism_jax import api, checkpoints, experiment, export, files, generate, paths, sharding
 from ism_jax import state as state_lib
 from ism_jax.pretrained import vae as vae_lib
 
@@ -51,7 +51,7 @@ def workdir(model, tmp_path_factory):
   with checkpoints.open_manager(folder, keep=2) as manager:
     for step, scale in ((4, 0.5), (8, 1.0)):
       trees = {"ema": times(scale), "target_ema": times(0.2 * scale), "params": times(-scale)}
-      checkpoints.save(manager, step, state.replace(**trees), {}, logs.as_dict(tiny_config()))
+      checkpoints.save(manager, step, state.replace(**trees), {}, files.as_dict(tiny_config()))
   return folder
 
 

@@ -24,8 +24,9 @@ LAYERS = [
     {"sampling", "diagnosis"},
     {"objectives", "state_dicts"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
-     "metrics", "spectra", "judge", "logs"},
-    {"paths", "pretrained", "chips", "hlo", "multihost", "pytorch"},
+     "metrics", "spectra", "judge", "logs", "commands"},
+    {"pretrained"},
+    {"paths", "files", "chips", "hlo", "multihost", "pytorch"},
 ]  # fmt: skip
 MATHEMATICS = {
   "paths",

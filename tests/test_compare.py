@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from ism_jax import compare, couplings, logs, summary
+from ism_jax import compare, couplings, files, summary
 
 NETWORK = {
   "name": "classifier", "features": "f", "floor": {"mean": 0.1, "sd": 0.0, "is": "g"},
@@ -32,7 +32,7 @@ def write_run(workdir, results, variant="ism", entries=(), straight=(), **overri
   for key, value in overrides.items():
     config.update_from_flattened_dict({key.replace("__", "."): value})
   report = REAL | {
-    "config": logs.as_dict(config), "results": results, "networks": [NETWORK],
+    "config": files.as_dict(config), "results": results, "networks": [NETWORK],
     "yardsticks": {"noise": result(0, 0, 77.0)},
     "straightness": [{"w": w, "deviation_from_chord": value} for w, value in straight],
   }  # fmt: skip
@@ -256,7 +256,7 @@ def test_pools_are_measured_for_every_size_and_penalty_on_the_configs_images(mon
     return {"gain": float(len(seen)), "optimal_gain": None}
 
   monkeypatch.setattr(compare, "pool_gain", pool_gain)
-  found = compare.pool_gains(logs.as_dict(tiny_config("interval")), [1, 2])
+  found = compare.pool_gains(files.as_dict(tiny_config("interval")), [1, 2])
   each = [(1, 5.0), (1, 0.0), (2, 5.0), (2, 0.0)]
   shape = lambda k: (64 * k, 8, 8, 1)
   assert seen == [

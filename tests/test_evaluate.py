@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import checkpoints, evaluate, experiment, generate, logs, sharding, train
+from ism_jax import checkpoints, evaluate, experiment, files, generate, sharding, train
 from ism_jax import reference as references
 from ism_jax import samples as samples_lib
 
@@ -41,7 +41,7 @@ def parameters(mesh):
 @pytest.fixture
 def workdir(parameters, tmp_path):
   with checkpoints.open_manager(str(tmp_path / "run"), keep=1) as manager:
-    checkpoints.save(manager, 4, parameters, {}, logs.as_dict(config_of()))
+    checkpoints.save(manager, 4, parameters, {}, files.as_dict(config_of()))
   return str(tmp_path / "run")
 
 

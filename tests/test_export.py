@@ -18,8 +18,8 @@ from ism_jax import (
   checkpoints,
   experiment,
   export,
+  files,
   generate,
-  logs,
   model,
   paths,
   sampling,
@@ -246,7 +246,7 @@ def write_checkpoints(folder, config):
       draw = lambda i: random_params(exp.network(), exp.image_shape, seed=10 * step + i)
       trees = {name: jax.device_put(draw(i)) for i, name in enumerate(TREES)}
       state = state.replace(step=jnp.int32(step), **trees)
-      checkpoints.save(manager, step, state, {}, logs.as_dict(config))
+      checkpoints.save(manager, step, state, {}, files.as_dict(config))
   return folder, exp, state
 
 
@@ -294,7 +294,7 @@ def test_an_export_says_what_it_is_and_keeps_the_machine_to_itself(workdir, tmp_
 
 def test_the_autoencoder_of_latents_is_named():
   config = imagenet256.get_config()
-  trained = export.Trained(experiment.parse(config), logs.as_dict(config), 4, "ema", {})
+  trained = export.Trained(experiment.parse(config), files.as_dict(config), 4, "ema", {})
   described = export.describe(trained, "float32")
   assert (described["vae"], described["vae_scale"]) == ("stabilityai/sd-vae-ft-mse", 0.18215)
   assert "32x32x4 latents of `stabilityai/sd-vae-ft-mse`" in export.card(trained, "float32", None)

@@ -8,7 +8,7 @@ from fsspec.implementations import memory
 import numpy as np
 import pytest
 
-from ism_jax import logs
+from ism_jax import files, logs
 
 WORKDIR = "gs://bucket/a run"
 
@@ -101,8 +101,8 @@ def bucket(monkeypatch):
 
 def test_a_file_is_written_to_an_object_store_whole(bucket, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  logs.write_whole(f"{WORKDIR}/grids/a.md", "text")
-  logs.write_whole(f"{WORKDIR}/grids/a.md", b"other")
+  files.write_whole(f"{WORKDIR}/grids/a.md", "text")
+  files.write_whole(f"{WORKDIR}/grids/a.md", b"other")
   assert epath.Path(WORKDIR, "grids", "a.md").read_bytes() == b"other"
   assert not list(tmp_path.iterdir())  # no folder that is called gs:
 

@@ -185,12 +185,12 @@ WORKER = """
 import os, signal, sys, time
 from absl import app
 from jax.experimental import multihost_utils
-from ism_jax import logs, multihost
+from ism_jax import commands, multihost
 place = multihost.define_flags()
 
 def main(_):
-  logs.only_ours()
-  with multihost.shared_fate(), logs.one_line_errors():
+  commands.quiet_libraries()
+  with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*place())
     _, n, i = place()
 """
@@ -360,12 +360,12 @@ def test_two_processes_evaluate_as_one(environment, tmp_path, whole):
 # The command, with less to compile and to repeat.
 BENCHMARK = """
 from absl import app
-from ism_jax import benchmark, logs
+from ism_jax import benchmark, commands
 benchmark.SHORTEST, benchmark.STEPS, benchmark._SECONDS_READ = 0.01, (1,), 0.01
 every, compared = benchmark.techniques, (benchmark.FLOW_MATCHING, benchmark.STEP)
 benchmark.techniques = lambda exp: {name: every(exp)[name] for name in compared}
 benchmark.define_flags()
-app.run(benchmark.main, flags_parser=logs.parse_flags)
+app.run(benchmark.main, flags_parser=commands.parse_flags)
 """
 
 

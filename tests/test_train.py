@@ -16,8 +16,8 @@ from ism_jax import (
   data,
   evaluate,
   experiment,
+  files,
   generate,
-  logs,
   reference,
   sharding,
   train,
@@ -90,7 +90,7 @@ def test_a_run_leaves_checkpoints_metrics_and_events(run):
   assert list(workdir.glob("events.out.tfevents.*"))
   with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
     assert manager.all_steps() == [4, 8]
-    assert checkpoints.read_config(manager) == logs.as_dict(tiny_config())
+    assert checkpoints.read_config(manager) == files.as_dict(tiny_config())
 
 
 def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ism_jax import files
 from ism_jax.pretrained import torch_files, weights
 
 WHAT = "1024 features of DINOv2 ViT-L/14, the normed class token (images resized as PIL does)"
@@ -123,7 +124,7 @@ def load(name: str) -> Dinov2:
     return Dinov2(params, weights.sha256_of_params(params), name)
   path = weights.find(name, PUBLISHED)
   params = params_from_state_dict(VIT_L14, torch_files.read_state_dict(path), source=str(path))
-  return Dinov2(params, weights.sha256(path), name)
+  return Dinov2(params, files.sha256(path), name)
 
 
 def features(params, images, cfg: Dinov2Config = VIT_L14):

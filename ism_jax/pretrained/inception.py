@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ism_jax import files
 from ism_jax.pretrained import torch_files, weights
 
 PUBLISHED = weights.Published(
@@ -79,7 +80,7 @@ def load(name: str = "") -> Inception:
     return Inception(params, weights.sha256_of_params(params), name)
   path = weights.find(name, PUBLISHED)
   params = params_from_state_dict(torch_files.read_state_dict(path), source=str(path))
-  return Inception(params, weights.sha256(path), name)
+  return Inception(params, files.sha256(path), name)
 
 
 def features(params, images, outputs=("features", "spatial", "logits")):

@@ -10,12 +10,13 @@ import hashlib
 import os
 import pathlib
 import re
-import tempfile
 import urllib.request
 
 from absl import logging
 from huggingface_hub import hf_hub_download
 import jax
+
+from ism_jax import files
 
 CACHE = "ISM_JAX_CACHE"
 _TIMEOUT = 30  # seconds without a byte
@@ -61,12 +62,6 @@ def cache() -> pathlib.Path:
   return pathlib.Path(os.environ.get(CACHE) or "~/.cache/ism_jax").expanduser()
 
 
-def sha256(path) -> str:
-  """The checksum of a file, in hex."""
-  with pathlib.Path(path).open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sha256_of_params(params) -> str:
   """The checksum of weights that come from no file, a pytree of NumPy arrays, in hex."""
   digest = hashlib.sha256()
@@ -93,7 +88,7 @@ def find(name: str, published: Published) -> pathlib.Path:
   path = cache() / published.file
   if not path.is_file():
     path = _download(published, path)
-  found = sha256(path)
+  found = files.sha256(path)
   if not found.startswith(published.sha256):
     raise ValueError(
       f"{path} ({path.stat().st_size} bytes) is not the published file of {published.what} "
@@ -107,16 +102,12 @@ def _download(published, path):
   try:
     if published.repository:  # the hub's cache, which works offline, or else the hub
       return pathlib.Path(hf_hub_download(published.repository, published.member))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that renaming is atomic: no reader ever sees half a file, and of two
-    # processes that download at once the second replaces the first's file by an equal one.
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder:
+    with files.whole_file(path) as temporary:
       logging.info("Downloading %s to %s.", published.page, path)
-      whole = pathlib.Path(folder) / published.file
+      whole = pathlib.Path(temporary)
       _fetch(published.url, whole)
-      if not (found := sha256(whole)).startswith(published.sha256):
+      if not (found := files.sha256(whole)).startswith(published.sha256):
         raise OSError(f"it gave {whole.stat().st_size} bytes of sha256 {found}")
-      os.replace(whole, path)
     return path
   # No network, a full disk, a page that is gone: the libraries' errors have no base in common, and
   # the remedy is the same for all.

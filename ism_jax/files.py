@@ -1,0 +1,114 @@
+"""Files that are written whole or not at all, their checksums, and tables to put into them."""
+
+from collections.abc import Iterator
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+
+from etils import epath
+import jax
+
+
+def as_dict(config) -> dict:
+  """A ConfigDict as a plain dict that JSON can hold."""
+  return json.loads(config.to_json())
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> list[str]:
+  """The lines of a Markdown table, with an empty one after it."""
+  row = lambda cells: f"| {' | '.join(cells)} |"
+  return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
+
+
+def sha256(path) -> str:
+  """The checksum of a file, in hex."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder) -> None:
+  """Raises OSError unless `folder` can be made and written; leaves nothing behind.
+
+  A path with a scheme, such as gs://, is not checked.
+  """
+  folder = os.fspath(folder)
+  if "://" in folder:
+    return
+  folder = existing = os.path.abspath(os.path.expanduser(folder))
+  while not os.path.exists(existing):
+    existing = os.path.dirname(existing)
+  # Writing is the test: permission bits say nothing about read-only mounts, quotas or root.
+  try:
+    with tempfile.TemporaryFile(dir=existing):
+      pass
+  except OSError as e:
+    raise OSError(f"{folder} cannot be written ({e.strerror}); name a folder that can.") from e
+
+
+@contextlib.contextmanager
+def whole_file(path) -> Iterator[str]:
+  """A temporary file to write to, which is at `path` once the block has ended without an error.
+
+  A reader sees all of it or none. Of several writers at once the last one's file stays.
+  """
+  path = os.path.abspath(path)
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=".writing-", dir=os.path.dirname(path)) as folder:
+    temporary = os.path.join(folder, os.path.basename(path))
+    yield temporary
+    _replace(temporary, path)
+
+
+def check_empty(path) -> None:
+  """Raises OSError unless a folder can be made at `path`: no bucket, and nothing in it yet."""
+  path = os.fspath(path)
+  if "://" in path:
+    raise OSError(f"{path} is no folder: name one, and copy it to the bucket.")
+  folder = pathlib.Path(path).expanduser()
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    raise FileExistsError(f"{path} is there and not empty; name another folder, or remove it.")
+  check_writable(path)
+
+
+@contextlib.contextmanager
+def whole_folder(path) -> Iterator[pathlib.Path]:
+  """A folder to write files into, which is at `path` once the block has ended without an error.
+
+  Raises:
+    OSError: see `check_empty`.
+  """
+  check_empty(path)
+  # Renaming is atomic, within one file system, and replaces no folder that has something in it.
+  parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
+  os.makedirs(parent, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
+    folder = pathlib.Path(temporary) / name
+    folder.mkdir()
+    yield folder
+    _replace(folder, os.path.join(parent, name))
+
+
+def _replace(temporary, path) -> None:
+  for file in [temporary] if os.path.isfile(temporary) else pathlib.Path(temporary).iterdir():
+    with open(file, "rb") as f:
+      os.fsync(f.fileno())
+  os.replace(temporary, path)
+
+
+def write_whole(path, data: str | bytes) -> None:
+  """Writes a file that is either all there or not there, from the first process alone."""
+  if jax.process_index() == 0:
+    write_here(path, data)
+
+
+def write_here(path, data: str | bytes) -> None:
+  """Writes a file that is either all there or not there, from this process."""
+  path, data = os.fspath(path), data.encode() if isinstance(data, str) else data
+  if "://" in path:  # an object store shows an object once it is whole
+    epath.Path(path).write_bytes(data)
+    return
+  with whole_file(path) as temporary, open(temporary, "wb") as f:
+    f.write(data)
