@@ -1,12 +1,66 @@
-"""What every command shares: its messages, one-line errors, and flags."""
+"""What every command shares: how it is run, its flags and its help, its messages, one-line errors.
+
+A command is a module with a docstring, which is its help, `define_flags()` and `main(arguments)`.
+If it takes arguments that are no flags, its `ARGUMENTS` says what they are.
+"""
 
 import contextlib
+import difflib
 import os
+import re
+import sys
+import textwrap
 import traceback
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_HELP = ("-h", "-help", "--help", "--helpshort")
+
+
+def run(command, argv: list[str] | None = None, **options) -> None:
+  """Runs a command, and ends the process.
+
+  Args:
+    command: the module, see above. With `parse_flags(argv)` of its own, that is used.
+    argv: what it is called as, and its arguments; by default those of the process.
+    options: of its `define_flags`.
+  """
+  argv = list(sys.argv if argv is None else argv)
+  before = set(flags.FLAGS)
+  command.define_flags(**options)
+  names = [name for name in flags.FLAGS if name not in before]
+  if any(argument in _HELP for argument in argv[1:]):
+    print(describe(command, names))
+    sys.exit()
+
+  def main(arguments):
+    if len(arguments) > 1 and not hasattr(command, "ARGUMENTS"):
+      raise SystemExit(f"Error: unknown arguments: {' '.join(arguments[1:])}.")
+    quiet_libraries()
+    try:
+      command.main(arguments)
+    except app.UsageError as error:  # absl's own handler prints all help, too
+      raise SystemExit(f"Error: {error}") from None
+
+  app.run(main, argv=argv, flags_parser=getattr(command, "parse_flags", parse_flags))
+
+
+def describe(command, names: list[str]) -> str:
+  """The help of a command: its docstring, its own flags in their order, and absl's after them."""
+  lines = [(command.__doc__ or "").strip(), "", "Flags:"]
+  for name in names:
+    flag = flags.FLAGS[name]
+    if name != flag.name:  # a short name
+      continue
+    value = "" if flag.default is None else f" (default: {flag.default_as_str})"
+    lines += [f"  --{name}:", textwrap.indent(textwrap.fill(f"{flag.help}{value}", 90), "    ")]
+  others = flags.FlagValues()
+  for name in flags.FLAGS:
+    if name not in names and flags.FLAGS[name].name == name:
+      others[name] = flags.FLAGS[name]
+  lines += ["", "Flags of absl and its libraries, mostly for logging:", others.get_help()]
+  return "\n".join(lines)
 
 
 def quiet_libraries() -> None:
@@ -33,16 +87,22 @@ def one_line_errors():
 
 @contextlib.contextmanager
 def one_line_flag_errors():
-  """Ends the process in one line for a wrong flag."""
+  """Ends the process in one line for a wrong flag, which names the flag that was probably meant."""
   try:
     yield
+  except flags.UnrecognizedFlagError as error:
+    close = suggest(error.flagname, flags.FLAGS, "--")
+    raise SystemExit(f"Error: --{error.flagname} is no flag of this command.{close}") from None
   except flags.Error as error:
+    if missing := re.search(r"Flag (--\w+) must have a value other than None", str(error)):
+      raise SystemExit(f"Error: {missing[1]} is missing; --help tells what it is.") from None
     # A config file's own error, such as an unknown variant, comes with its trace: its last line.
     raise SystemExit(f"Error: {str(error).strip().splitlines()[-1].strip()}") from None
   except (AttributeError, KeyError) as error:
     if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
       raise
-    reason = str(error.args[0]).replace("\n", " ")
+    # Quoted, once or twice: 'gama'\nDid you mean "gamma" instead of "gama"?
+    reason = re.sub(r"^\W*(\w+)\W*?(\\n|\n|$)", r"\1. ", str(error.args[0])).strip("' ")
     raise SystemExit(
       f"Error: a --config.KEY=VALUE names a key that the config does not have: {reason} "
       "The keys are in configs/base.py."
@@ -53,7 +113,22 @@ def parse_flags(argv, known_only: bool = False) -> list[str]:
   """Parses a command's flags and returns the other arguments; what is wrong is one line.
 
   Args:
+    argv: what the command is called as, and its arguments.
     known_only: whether unknown flags are among those arguments instead of an error.
   """
   with one_line_flag_errors():
-    return flags.FLAGS(argv, known_only=known_only)
+    arguments = flags.FLAGS(argv, known_only=known_only)
+    for flag in (flags.FLAGS[name] for name in flags.FLAGS):
+      # A file that is not there is no error of the flag's own before somebody reads the config.
+      file = getattr(flag, "config_filename", None)
+      if file is not None and not os.path.exists(file.partition(":")[0]):
+        raise flags.Error(
+          f"--{flag.name}={file}: there is no such file; those here are in configs/."
+        )
+    return arguments
+
+
+def suggest(name: str, known, prefix: str = "") -> str:
+  """ " Did you mean ...?" with the known name that is most like `name`, or "" where none is."""
+  close = difflib.get_close_matches(name, list(known), n=1)
+  return f" Did you mean {prefix}{close[0]}?" if close else ""

@@ -1,0 +1,60 @@
+"""The one door: python -m ism_jax COMMAND [FLAGS], installed as the command ism-jax too."""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+  """A command.
+
+  Attributes:
+    module: where it is; imported once the command is asked for.
+    about: what it does, in a line.
+    mode: of the module, where that has several.
+  """
+
+  module: str
+  about: str
+  mode: str | None = None
+
+
+COMMANDS = {
+  "train": Command("main", "trains a network, or continues", "train"),
+  "evaluate": Command("main", "measures a trained network, or any images", "evaluate"),
+  "sample": Command("main", "draws images from a trained network", "sample"),
+  "encode": Command("encode", "turns images into latents to train on"),
+  "statistics": Command("statistics", "makes the statistics of real images that FID needs"),
+  "compare": Command("compare", "puts evaluated runs side by side, in tables and figures"),
+  "export": Command("export", "writes a checkpoint for PyTorch"),
+  "stablehlo": Command("stablehlo", "writes a sampler that needs JAX and nothing of this project"),
+  "aot": Command("aot", "compiles training for TPUs that are not there: memory, time, traffic"),
+  "benchmark": Command("benchmark", "measures how fast this machine trains and samples"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Runs the command that the arguments name; without one, lists them all."""
+  argv = sys.argv if argv is None else argv
+  name = argv[1] if len(argv) > 1 else "--help"
+  if name in ("-h", "-help", "--help", "help"):
+    width = max(map(len, COMMANDS))
+    print("python -m ism_jax COMMAND [FLAGS], or ism-jax COMMAND [FLAGS]:\n")
+    print("\n".join(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()))
+    print("\npython -m ism_jax COMMAND --help tells the flags of a command.")
+    return
+  from ism_jax import commands
+
+  if name not in COMMANDS:
+    raise SystemExit(
+      f"Error: {name!r} is no command.{commands.suggest(name, COMMANDS)} There are "
+      f"{', '.join(COMMANDS)}."
+    )
+  command = COMMANDS[name]
+  module = importlib.import_module(f"ism_jax.{command.module}")
+  options = {} if command.mode is None else {"mode": command.mode}
+  commands.run(module, [f"ism_jax {name}", *argv[2:]], **options)
+
+
+if __name__ == "__main__":
+  main()
