@@ -9,6 +9,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11,<3.13",
   packages=setuptools.find_packages(include=["ism_jax*", "configs*"]),
+  entry_points={"console_scripts": ["ism-jax = ism_jax.__main__:main"]},
   install_requires=[
     # Lower bounds are the versions the tests run on.
     "absl-py>=2.3",
