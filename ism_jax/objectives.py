@@ -33,12 +33,15 @@ class ObjectiveConfig:
   Attributes:
     shares: rows of velocity, guidance and consistency in each sum(shares) rows of the batch; (2, 1,
       1) is 1/2, 1/4, 1/4. Open in the paper.
-    alpha, beta, gamma: weights of the three losses (1 in the paper).
+    alpha: weight of the velocity loss (1 in the paper, as the other two).
+    beta: weight of the guidance loss.
+    gamma: weight of the consistency loss.
     guidance: "intrinsic": w is a network input (iSM). "fixed_finest": SM; guidance of `fixed_w` in
-      the consistency target's finest step alone. "fixed_every_level": the same at every level, the
-      compounding that iSM's Sec. 3 describes.
-    fixed_w: of the two fixed forms.
-    w_max, w_spacing: w is drawn from 0, w_spacing, ..., w_max.
+      only the finest step of the consistency target. "fixed_every_level": the same at every level,
+      the compounding that iSM's Sec. 3 describes.
+    fixed_w: w of the two fixed forms.
+    w_max: the largest w that is drawn.
+    w_spacing: w is drawn from 0, w_spacing, ..., w_max.
     t_interval: guidance is off for t < t_interval, the noisy side; 0 is no interval.
     guidance_parameters: whose conditional-unconditional difference guides: "online", or "target"
       (the fast EMA). Open in the paper.
@@ -99,6 +102,11 @@ class ObjectiveConfig:
     """Whether w is a network input."""
     return self.guidance == "intrinsic"
 
+  @property
+  def weights(self) -> tuple[float, float, float]:
+    """Of the velocity, guidance and consistency loss."""
+    return self.alpha, self.beta, self.gamma
+
 
 class Rows(NamedTuple):
   """Which rows of a batch belong to which loss: arrays of row numbers."""
@@ -129,7 +137,10 @@ def deal_rows(n: int, shares: tuple[int, int, int]) -> Rows:
 
 
 class Conditions(NamedTuple):
-  """What the network is told about each row: all [B]."""
+  """What each row is trained for: all [B].
+
+  They are the inputs of the network, but for the w of fixed guidance: it shapes targets only.
+  """
 
   t: jax.Array
   c: jax.Array
@@ -147,7 +158,7 @@ def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions
   """Draws (t, c, d, w) for a global batch with labels c [B], row by row for the row's loss.
 
   Velocity rows: d = 0, w = 0, c dropped at random. Guidance rows: d = 0, any w. Consistency rows:
-  a jump d in {1/64, ..., 1} from a multiple of d, any w.
+  a jump d in {1/64, ..., 1} from a multiple of d, any w, or `fixed_w` where guidance is fixed.
   """
   n = c.shape[0]
   rows = deal_rows(n, cfg.shares)
@@ -162,7 +173,10 @@ def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions
   jump = paths.draw_jump(key_jump, (n,))
   t = jnp.where(is_consistency, paths.draw_start(key_start, jump), t)
   d = jnp.where(is_consistency, jump, 0.0)
-  w = jnp.where(is_velocity, 0.0, draw_w(key_w, (n,), cfg)) if cfg.intrinsic else jnp.zeros(n)
+  if cfg.intrinsic:
+    w = jnp.where(is_velocity, 0.0, draw_w(key_w, (n,), cfg))
+  else:
+    w = jnp.where(is_consistency, cfg.fixed_w, jnp.zeros(n))
   may_drop = is_velocity | (is_consistency & (cfg.guidance == "fixed_every_level"))
   drop = jax.random.bernoulli(key_drop, cfg.label_dropout, (n,)) & may_drop
   return Conditions(t, jnp.where(drop, null_class, c), d, w)
@@ -172,8 +186,12 @@ def guidance_target(v, s_cond, s_uncond, w, t, t_interval):
   """v + w (s_cond - s_uncond), and v alone for t < t_interval (iSM, intrinsic guidance).
 
   Args:
-    v, s_cond, s_uncond: [B, H, W, C]; the latter two at d = 0, w = 0.
-    w, t: [B].
+    v: [B, H, W, C] velocity of the path.
+    s_cond: [B, H, W, C] the network's velocity for the label, at d = 0, w = 0.
+    s_uncond: [B, H, W, C] the same for the null class.
+    w: [B] guidance.
+    t: [B] times.
+    t_interval: the time from which guidance is on.
   """
   w = guidance.interval_weight(w, t, t_interval)
   return v + paths.expand(w, v) * (s_cond - s_uncond)
@@ -184,8 +202,12 @@ def consistency_target(s_first, velocity, x_t, t, c, d, w, clip=0.0):
 
   Args:
     s_first: [B, H, W, C], velocity(x_t, t, c, d, w): an argument since its call can be shared.
+    velocity: the velocity function of the second step.
     x_t: [B, H, W, C] state at time t.
-    t, d: [B], with t + 2 length(d) <= 1.
+    t: [B], with t + 2 length(d) <= 1.
+    c: [B] classes.
+    d: [B] size of each of the two steps.
+    w: [B] guidance of both.
     clip: bound on |x_{t+d}| and on the target, 0 for none.
   """
   x_next = paths.advance(x_t, s_first, d)
@@ -205,66 +227,96 @@ def in_one_call(velocity, *inputs):
   return jnp.split(s, np.cumsum(sizes)[:-1])
 
 
-def regression_targets(online, target, x0, x1, x_t, given: Conditions, c, cfg, null_class):
+def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, c, cfg, null_class):
   """What the network must predict for each row, [B, H, W, C]; gradients are stopped.
 
   Args:
-    online, target: velocity functions of the online parameters and of the target EMA.
-    x0, x1, x_t: [B, H, W, C].
-    given: the conditions of each row; c: [B] the labels before dropout.
+    s_online: velocity function of the online parameters.
+    s_ema: velocity function of the target EMA.
+    x0: [B, H, W, C] noise.
+    x1: [B, H, W, C] images.
+    x_t: [B, H, W, C] states on the paths between them.
+    conditions: of each row.
+    c: [B] labels before dropout.
+    cfg: the ObjectiveConfig.
+    null_class: label of "no class".
   """
-  _, g, k = deal_rows(len(c), cfg.shares)
-  zero, null = jnp.zeros(g.size), jnp.full(g.size, null_class)
-  cond = (x_t[g], given.t[g], c[g], zero, zero)
-  uncond = (x_t[g], given.t[g], null, zero, zero)
-  half = (x_t[k], given.t[k], given.c[k], paths.halve(given.d[k]), given.w[k])
+  rows = deal_rows(len(c), cfg.shares)
+  x_g, guided = x_t[rows.guidance], Conditions(*(a[rows.guidance] for a in conditions))
+  x_c, jump = x_t[rows.consistency], Conditions(*(a[rows.consistency] for a in conditions))
+  zero, null = jnp.zeros(len(x_g)), jnp.full(len(x_g), null_class)
+  cond = (x_g, guided.t, c[rows.guidance], zero, zero)
+  uncond = (x_g, guided.t, null, zero, zero)
+  half_jump = (x_c, *jump._replace(d=paths.halve(jump.d)))
+  s_target = s_ema
   if not cfg.intrinsic:
-    half = (*half[:-1], jnp.full(k.size, cfg.fixed_w))
-    target = guidance.fixed(
-      target,
-      null_class=null_class,
-      t_interval=cfg.t_interval,
-      every_level=cfg.guidance == "fixed_every_level",
+    every_level = cfg.guidance == "fixed_every_level"
+    s_target = guidance.fixed(
+      s_ema, null_class=null_class, t_interval=cfg.t_interval, every_level=every_level
     )
   if cfg.guidance_parameters == "online":
-    s_cond, s_uncond = in_one_call(online, cond, uncond)
-    (s_first,) = in_one_call(target, half)
+    s_cond, s_uncond = in_one_call(s_online, cond, uncond)
+    (s_first,) = in_one_call(s_target, half_jump)
   else:
-    s_cond, s_uncond, s_first = in_one_call(target, cond, uncond, half)
+    s_cond, s_uncond, s_first = in_one_call(s_target, cond, uncond, half_jump)
   v = paths.velocity(x0, x1)
-  y = v.at[g].set(guidance_target(v[g], s_cond, s_uncond, given.w[g], given.t[g], cfg.t_interval))
-  if k.size:
-    y = y.at[k].set(consistency_target(s_first, target, *half, clip=cfg.clip))
+  v_guided = guidance_target(v[rows.guidance], s_cond, s_uncond, guided.w, guided.t, cfg.t_interval)
+  y = v.at[rows.guidance].set(v_guided)
+  if rows.consistency.size:
+    two_steps = consistency_target(s_first, s_target, *half_jump, clip=cfg.clip)
+    y = y.at[rows.consistency].set(two_steps)
   return jax.lax.stop_gradient(y)
 
 
-def losses(online, target, x0, x1, c, given: Conditions, cfg, wavelet_cfg, null_class, batch_size):
+def losses(
+  s_online,
+  s_ema,
+  x0,
+  x1,
+  c,
+  conditions: Conditions,
+  cfg: ObjectiveConfig,
+  wavelet_cfg: wavelets.WaveletConfig,
+  null_class: int,
+  batch_size: int,
+  weights=None,
+):
   """The loss of these rows, as their share of the global batch's.
 
   Args:
-    online, target: velocity functions; only `online`'s last call carries a gradient.
-    x0, x1: [B, H, W, C]; c: [B] labels.
-    given: the rows' conditions.
+    s_online: velocity function; only its last call carries a gradient.
+    s_ema: velocity function of the target EMA.
+    x0: [B, H, W, C] noise.
+    x1: [B, H, W, C] images.
+    c: [B] labels.
+    conditions: of each row.
+    cfg: the losses.
+    wavelet_cfg: their distances.
+    null_class: label of "no class".
     batch_size: rows of the global batch. The sum of the results over all devices and micro-batches
       is the loss of the global batch.
+    weights: (alpha, beta, gamma), scalars or an array [3]; None for those of `cfg`.
   Returns:
     (loss, {"velocity": .., "guidance": .., "consistency": .., "jumps": ..}): scalars, and for each
     d of `paths.JUMPS` the sum of the consistency distances and their number, [2, 7]. (The other
-    two losses are of d = 0 alone.)
+    two losses have d = 0 only.)
   """
-  x_t = paths.interpolate(x0, x1, given.t)
-  y = regression_targets(online, target, x0, x1, x_t, given, c, cfg, null_class)
-  e = online(x_t, *given) - y
-  total, parts = 0.0, {}
-  weights = (cfg.alpha, cfg.beta, cfg.gamma)
+  weights = cfg.weights if weights is None else weights
   rows = deal_rows(len(c), cfg.shares)
-  for name, weight, share, mine in zip(rows._fields, weights, cfg.shares, rows, strict=True):
-    if share:
-      count = batch_size * share // sum(cfg.shares)
-      distances = wavelets.distance(e[mine], wavelet_cfg, name)
-      parts[name] = jnp.sum(distances) / count
-      total += weight * parts[name]
-      if name == "consistency":
-        is_jump = given.d[mine] == jnp.array(paths.JUMPS)[:, None]
-        parts["jumps"] = jnp.stack([is_jump @ distances, is_jump.sum(1)])
+  x_t = paths.interpolate(x0, x1, conditions.t)
+  y = regression_targets(s_online, s_ema, x0, x1, x_t, conditions, c, cfg, null_class)
+  # A network with fixed guidance has no input w: see `guidance.fixed`.
+  w = conditions.w if cfg.intrinsic else jnp.zeros_like(conditions.w)
+  error = s_online(x_t, *conditions._replace(w=w)) - y
+  total, parts = 0.0, {}
+  for name, share, weight in zip(rows._fields, cfg.shares, weights, strict=True):
+    if not share:
+      continue
+    rows_of_loss = getattr(rows, name)
+    distances = wavelets.distance(error[rows_of_loss], wavelet_cfg, name)
+    parts[name] = jnp.sum(distances) / (batch_size * share // sum(cfg.shares))
+    total += weight * parts[name]
+    if name == "consistency":
+      is_jump = conditions.d[rows_of_loss] == jnp.array(paths.JUMPS)[:, None]
+      parts["jumps"] = jnp.stack([is_jump @ distances, is_jump.sum(1)])
   return total, parts

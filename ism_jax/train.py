@@ -9,7 +9,6 @@ Axes: K batches of a pool, M rows of a global batch.
 
 from collections.abc import Callable
 import contextlib
-import dataclasses
 import functools
 import signal
 import threading
@@ -51,78 +50,81 @@ def base_keys(seed: int) -> Keys:
 
 
 def gradient_function(exp: Experiment, mesh) -> Callable:
-  """gradient(params, target_params, x0, x1, c, conditions) of the global batch, sharded by rows.
+  """gradient(params, target_params, x0, x1, c, conditions, weights=None) of the global batch.
 
   Returns:
-    A function to ((loss, parts), gradient), all replicated. Rows [M, ...] may live anywhere.
+    A function to ((loss, parts), gradient), all replicated. Rows [M, ...] may live anywhere; they
+    are split over the devices. The weights are those of `objectives.losses`.
   """
   network = exp.network()
 
-  def share_of_loss(params, target_params, x0, x1, c, given):
+  def share_of_loss(params, target_params, weights, x0, x1, c, conditions):
     return objectives.losses(
-        model_lib.velocity_function(network, params),
-        model_lib.velocity_function(network, target_params),
-        x0, x1, c, given,
-        cfg=exp.objective,
-        wavelet_cfg=exp.wavelet,
-        null_class=exp.null_class,
-        batch_size=exp.batch_size,
-    )  # fmt: skip
+      model_lib.velocity_function(network, params),
+      model_lib.velocity_function(network, target_params),
+      x0,
+      x1,
+      c,
+      conditions,
+      cfg=exp.objective,
+      wavelet_cfg=exp.wavelet,
+      null_class=exp.null_class,
+      batch_size=exp.batch_size,
+      weights=weights,
+    )
 
   share_and_gradient = jax.value_and_grad(share_of_loss, has_aux=True)
 
-  def on_device(params, target_params, *rows):
+  def on_device(params, target_params, weights, *rows):
     # Each device differentiates its own share of the loss with respect to its own copy of the
     # parameters; one psum at the end adds the shares. (Left replicated, `params` would make
     # jax.grad sum over the devices in every micro-batch.)
     params = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
     if exp.micro_batches == 1:
-      return jax.lax.psum(share_and_gradient(params, target_params, *rows), AXIS)
+      return jax.lax.psum(share_and_gradient(params, target_params, weights, *rows), AXIS)
     micro_batches = jax.tree.map(lambda a: a.reshape(exp.micro_batches, -1, *a.shape[1:]), rows)
     first = jax.tree.map(lambda a: a[0], micro_batches)
     others = jax.tree.map(lambda a: a[1:], micro_batches)
 
     def add(total, micro):
-      return jax.tree.map(jnp.add, total, share_and_gradient(params, target_params, *micro)), None
+      share = share_and_gradient(params, target_params, weights, *micro)
+      return jax.tree.map(jnp.add, total, share), None
 
-    total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, *first), others)
+    total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, weights, *first), others)
     return jax.lax.psum(total, AXIS)
 
-  rows = P(AXIS)
-  return jax.shard_map(
-    on_device,
-    mesh=mesh,
-    in_specs=(P(), P(), rows, rows, rows, rows),
-    out_specs=P(),
-  )
+  whole, rows = P(), P(AXIS)
+  in_specs = (whole, whole, whole, rows, rows, rows, rows)
+  sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole)
+
+  def gradient(params, target_params, x0, x1, c, conditions, weights=None):
+    return sharded(params, target_params, weights, x0, x1, c, conditions)
+
+  return gradient
 
 
 def gradient_norms_function(exp: Experiment, mesh) -> Callable:
-  """norms(state, pool, keys, index) -> {"gradient_norm/velocity": ..}: of each loss alone.
+  """norms(state, pool, keys, index) -> {"gradient_norm/velocity": ..}: one for each loss.
 
   Of the weighted losses, on batch `index` of a pool, at the parameters of `state`.
   """
-  cfg = exp.objective
-  weights = np.diag([cfg.alpha, cfg.beta, cfg.gamma]).astype(np.float32)
+  gradient = gradient_function(exp, mesh)
+  one_loss_each = np.diag(exp.objective.weights).astype(np.float32)
 
-  def norms(state, pool, keys: Keys, index):
+  def gradient_norms(state, pool, keys: Keys, index):
     batch = jax.tree.map(lambda a: a[index], pool)
-    given = draw_conditions(exp, state, batch, keys)
+    conditions = draw_conditions(exp, state, batch, keys)
+    rows = (batch["x0"], batch["x1"], batch["c"], conditions)
 
     def norm(weights):
-      alone = dict(zip(("alpha", "beta", "gamma"), weights, strict=True))
-      gradient = gradient_function(
-        dataclasses.replace(exp, objective=dataclasses.replace(cfg, **alone)), mesh
-      )
-      _, grad = gradient(
-        state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
-      )
+      _, grad = gradient(state.params, state.target_ema, *rows, weights)
       return optax.tree.norm(grad)
 
-    each = zip(objectives.Rows._fields, cfg.shares, jax.lax.map(norm, weights), strict=True)
-    return {f"gradient_norm/{name}": value for name, share, value in each if share}
+    norms = jax.lax.map(norm, one_loss_each)
+    by_loss = zip(objectives.Rows._fields, exp.objective.shares, norms, strict=True)
+    return {f"gradient_norm/{name}": value for name, share, value in by_loss if share}
 
-  return jax.jit(norms, out_shardings=sharding.replicated(mesh))
+  return jax.jit(gradient_norms, out_shardings=sharding.replicated(mesh))
 
 
 @functools.lru_cache
@@ -293,9 +295,9 @@ def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
   placed = _placed(exp, mesh, jax.eval_shape(_create(exp), jax.random.key(0)))
 
   def train_step(state, batch, keys: Keys):
-    given = draw_conditions(exp, state, batch, keys)
+    conditions = draw_conditions(exp, state, batch, keys)
     (loss, parts), grad = gradient(
-      state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], given
+      state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], conditions
     )
     state = apply(state, grad)
     norms = {
