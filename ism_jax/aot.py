@@ -28,7 +28,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from ism_jax import chips, commands, files, flops, generate, hlo, sharding, train
+from ism_jax import chips, commands, files, flops, generate, hlo, sharding, steps
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
@@ -209,9 +209,9 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
   mesh = sharding.data_mesh(top.devices)
   everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
   whole = lambda tree: jax.tree.map(lambda a: everywhere(a.shape, a.dtype), tree)
-  state, pool = train.abstract_state(exp, mesh), train.abstract_pool(exp, mesh)
-  keys, index = whole(jax.eval_shape(train.base_keys, 0)), everywhere((), jnp.int32)
-  couple = train.couple_function(exp, mesh)
+  state, pool = steps.abstract_state(exp, mesh), steps.abstract_pool(exp, mesh)
+  keys, index = whole(jax.eval_shape(steps.base_keys, 0)), everywhere((), jnp.int32)
+  couple = steps.couple_function(exp, mesh)
   paired = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.rows(mesh, axis=1)),
     jax.eval_shape(couple, pool, keys, index)[0],
@@ -221,7 +221,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
   per_sample = [everywhere((at_once,), kind) for kind in (jnp.int32, jnp.float32)]
   sample = generate.sample_function(exp, mesh, exp.sample.steps)
   programs = {
-    "train_steps": (train.steps_function(exp, mesh), (state, paired, keys, index)),
+    "train_steps": (steps.steps_function(exp, mesh), (state, paired, keys, index)),
     "couple": (couple, (pool, keys, index)),
     "sample": (sample, (whole(state.ema), x0, *per_sample)),
   }
@@ -258,7 +258,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     "chip": top.chip.name,
     "chips": mesh.size,
     "memory": top.chip.memory,
-    "placement": train.placement(exp, mesh),
+    "placement": steps.placement(exp, mesh),
     "fits": all(one["spare"] >= 0 for one in found.values()),
     "needed": max(one["needed"] + one["meanwhile"] for one in found.values()),
     "state": {
@@ -270,8 +270,8 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
   }
   if all("estimate" in found[name] for name in ("train_steps", "couple")):
     a_step, a_pool = found["train_steps"], found["couple"]
-    seconds, steps = a_step["estimate"]["total"], exp.coupling.pool_size
-    share = lambda mine, of_step: mine / (mine + steps * of_step) if mine else 0.0
+    seconds, pool_size = a_step["estimate"]["total"], exp.coupling.pool_size
+    share = lambda mine, of_step: mine / (mine + pool_size * of_step) if mine else 0.0
     report["utilisation"] = step.model / mesh.size / top.chip.flops / seconds
     report["images_per_second"] = exp.batch_size / seconds
     report["coupling_share"] = {

@@ -48,7 +48,7 @@ from ism_jax import (
   multihost,
   objectives,
   sharding,
-  train,
+  steps,
   wavelets,
 )
 from ism_jax import experiment as experiment_lib
@@ -240,9 +240,9 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
   A call is `exp.scan_steps` of the `techniques`' steps, or one of the `UPDATES` alone, with the
   parameters for a gradient. All hand one state on to each other.
   """
-  keys = train.base_keys(0)
+  keys = steps.base_keys(0)
   pool = random_pool(exp, mesh)
-  state = train.init_function(exp, mesh)(keys.init)
+  state = steps.init_function(exp, mesh)(keys.init)
   calls, programs = {}, {}
 
   def call(program, *arguments):
@@ -251,12 +251,12 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
     return result
 
   for name, (one, update) in techniques(exp).items():
-    steps = train.steps_function(one, mesh, UPDATES[update])
-    programs[name] = compiled(steps, state, pool, keys, 0)
+    train_steps = steps.steps_function(one, mesh, UPDATES[update])
+    programs[name] = compiled(train_steps, state, pool, keys, 0)
     calls["step", name] = functools.partial(call, programs[name].call, pool, keys, 0)
   placed = jax.tree.map(lambda a: a.sharding, state)
   for name, update in UPDATES.items():
-    apply = train.update_function(exp, mesh, update)
+    apply = steps.update_function(exp, mesh, update)
     # What is waited for is an array of its own: the state is donated to the next call.
     alone = jax.jit(
       lambda state, apply=apply: (new := apply(state, state.params), new.step + 0),
@@ -295,19 +295,19 @@ def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
 
 def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict, dict[str, Program]]:
   """{(coupling, K): call}, {(coupling, K): Program}."""
-  keys = train.base_keys(0)
+  keys = steps.base_keys(0)
   calls, programs = {}, {}
   for size in sizes:
     for coupling in dict.fromkeys(("independent", exp.coupling.coupling)):
       cfg = dataclasses.replace(exp.coupling, coupling=coupling, pool_size=size)
       one = dataclasses.replace(exp, coupling=cfg)
-      shapes = train.abstract_pool(one, mesh)
+      shapes = steps.abstract_pool(one, mesh)
       draw = lambda key, shapes=shapes: {
         name: jax.random.normal(key, a.shape).astype(a.dtype) for name, a in shapes.items()
       }
       placed = {name: a.sharding for name, a in shapes.items()}
       pool = jax.jit(draw, out_shardings=placed)(jax.random.key(2))
-      program = compiled(train.couple_function(one, mesh), pool, keys, 0)
+      program = compiled(steps.couple_function(one, mesh), pool, keys, 0)
       # It takes its argument's memory.
       call = lambda program=program, pool=pool: program.call(jax.tree.map(jnp.copy, pool), keys, 0)
       calls[coupling, size], programs[coupling, size] = call, program
@@ -321,9 +321,9 @@ def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], di
   x0 = generate.noise_function(exp.image_shape, mesh)(jax.random.key(0), numbers)
   given = (params, x0, numbers % exp.data.num_classes, np.full(n, exp.sample.w, np.float32))
   programs, calls = {}, {}
-  for steps in STEPS:
-    programs[steps] = compiled(generate.sample_function(exp, mesh, steps), *given)
-    calls[steps] = functools.partial(programs[steps].call, *given)
+  for count in STEPS:
+    programs[count] = compiled(generate.sample_function(exp, mesh, count), *given)
+    calls[count] = functools.partial(programs[count].call, *given)
   pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
   return calls, programs, functools.partial(pixels, x0), n
 
@@ -393,8 +393,8 @@ def training_loop(exp: Experiment, source, mesh, train_steps, pools: int) -> dic
   Args:
     train_steps: compiled.
   """
-  keys, couple = train.base_keys(0), train.couple_function(exp, mesh)
-  state, waited, pending = train.init_function(exp, mesh)(keys.init), 0.0, None
+  keys, couple = steps.base_keys(0), steps.couple_function(exp, mesh)
+  state, waited, pending = steps.init_function(exp, mesh)(keys.init), 0.0, None
   read = read_pools(exp, source, mesh, exp.data.num_threads)
   for index in range(pools + 2):
     if index == 2:  # compiled, and what was read meanwhile is used up

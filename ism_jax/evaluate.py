@@ -31,13 +31,13 @@ from ism_jax import (
   scores,
   sharding,
   spectra,
-  train,
 )
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax import reference as reference_lib
 from ism_jax import samples as samples_lib
 from ism_jax.experiment import Experiment
+from ism_jax.steps import abstract_state
 
 PARTIAL = "evaluation_partial.json"
 PATHS = 256  # paths whose straightness is measured
@@ -81,7 +81,7 @@ def restore_ema(config, workdir: str, devices=None):
       everywhere = sharding.replicated(mesh)
       like = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-        train.abstract_state(exp, mesh).ema,
+        abstract_state(exp, mesh).ema,
       )
       return checkpoints.restore_tree(manager, "ema", like, step)
 

@@ -1,15 +1,6 @@
-"""Training: the gradient over the mesh, the compiled steps, and the loop around them.
+"""The training loop: it starts or continues a run, reports, saves, and stops when it is told to."""
 
-The unit of work is a pool of K batches: `couple` pairs its noises with its images in one call, then
-`train_steps` runs S steps per call on it, the state donated. All randomness is drawn on the global
-batch from (seed, step), so a step's result does not depend on how many devices ran it.
-
-Axes: K batches of a pool, M rows of a global batch.
-"""
-
-from collections.abc import Callable
 import contextlib
-import functools
 import signal
 import threading
 import time
@@ -18,300 +9,32 @@ from typing import NamedTuple
 from absl import logging
 from clu import parameter_overview
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from ism_jax import checkpoints, couplings, data, files, logs, objectives, sharding, state_dicts
-from ism_jax import experiment as experiment_lib
-from ism_jax import model as model_lib
-from ism_jax import monitor as monitor_lib
-from ism_jax import state as state_lib
+from ism_jax import checkpoints, data, experiment, files, logs, sharding, state_dicts, steps
 from ism_jax.experiment import Experiment
-from ism_jax.pretrained import vae
-from ism_jax.sharding import AXIS, P
+from ism_jax.monitor import Monitor
+from ism_jax.state import TrainState
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code, as of a process that SIGTERM kills: 143
 
 
-class Keys(NamedTuple):
-  """Base keys, one per purpose; steps and pools fold their number in."""
+class Pending(NamedTuple):
+  """What was computed after `step` steps, still on the devices, to be reported one call later.
 
-  init: jax.Array
-  noise: jax.Array
-  pairing: jax.Array
-  conditions: jax.Array
-  latents: jax.Array
-
-
-def base_keys(seed: int) -> Keys:
-  """The keys of a run."""
-  return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
-
-
-def gradient_function(exp: Experiment, mesh) -> Callable:
-  """gradient(params, target_params, x0, x1, c, conditions, weights=None) of the global batch.
-
-  Returns:
-    A function to ((loss, parts), gradient), all replicated. Rows [M, ...] may live anywhere; they
-    are split over the devices. The weights are those of `objectives.losses`.
+  Attributes:
+    step: steps done.
+    metrics: [S] of the call's S steps, by name.
+    info: diagnostics of the pool's coupling.
+    norms: gradient norm of each loss; empty where none is due.
+    samples: of the monitor, by number of steps; empty where none are due.
   """
-  network = exp.network()
 
-  def share_of_loss(params, target_params, weights, x0, x1, c, conditions):
-    return objectives.losses(
-      model_lib.velocity_function(network, params),
-      model_lib.velocity_function(network, target_params),
-      x0,
-      x1,
-      c,
-      conditions,
-      cfg=exp.objective,
-      wavelet_cfg=exp.wavelet,
-      null_class=exp.null_class,
-      batch_size=exp.batch_size,
-      weights=weights,
-    )
-
-  share_and_gradient = jax.value_and_grad(share_of_loss, has_aux=True)
-
-  def on_device(params, target_params, weights, *rows):
-    # Each device differentiates its own share of the loss with respect to its own copy of the
-    # parameters; one psum at the end adds the shares. (Left replicated, `params` would make
-    # jax.grad sum over the devices in every micro-batch.)
-    params = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
-    if exp.micro_batches == 1:
-      return jax.lax.psum(share_and_gradient(params, target_params, weights, *rows), AXIS)
-    micro_batches = jax.tree.map(lambda a: a.reshape(exp.micro_batches, -1, *a.shape[1:]), rows)
-    first = jax.tree.map(lambda a: a[0], micro_batches)
-    others = jax.tree.map(lambda a: a[1:], micro_batches)
-
-    def add(total, micro):
-      share = share_and_gradient(params, target_params, weights, *micro)
-      return jax.tree.map(jnp.add, total, share), None
-
-    total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, weights, *first), others)
-    return jax.lax.psum(total, AXIS)
-
-  whole, rows = P(), P(AXIS)
-  in_specs = (whole, whole, whole, rows, rows, rows, rows)
-  sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole)
-
-  def gradient(params, target_params, x0, x1, c, conditions, weights=None):
-    return sharded(params, target_params, weights, x0, x1, c, conditions)
-
-  return gradient
-
-
-def gradient_norms_function(exp: Experiment, mesh) -> Callable:
-  """norms(state, pool, keys, index) -> {"gradient_norm/velocity": ..}: one for each loss.
-
-  Of the weighted losses, on batch `index` of a pool, at the parameters of `state`.
-  """
-  gradient = gradient_function(exp, mesh)
-  one_loss_each = np.diag(exp.objective.weights).astype(np.float32)
-
-  def gradient_norms(state, pool, keys: Keys, index):
-    batch = jax.tree.map(lambda a: a[index], pool)
-    conditions = draw_conditions(exp, state, batch, keys)
-    rows = (batch["x0"], batch["x1"], batch["c"], conditions)
-
-    def norm(weights):
-      _, grad = gradient(state.params, state.target_ema, *rows, weights)
-      return optax.tree.norm(grad)
-
-    norms = jax.lax.map(norm, one_loss_each)
-    by_loss = zip(objectives.Rows._fields, exp.objective.shares, norms, strict=True)
-    return {f"gradient_norm/{name}": value for name, share, value in by_loss if share}
-
-  return jax.jit(gradient_norms, out_shardings=sharding.replicated(mesh))
-
-
-@functools.lru_cache
-def placement(exp: Experiment, mesh) -> str:
-  """ "replicated" or "sharded": what `exp.placement` comes to on this mesh, logged."""
-  if exp.placement != "auto":
-    return exp.placement
-  memory = sharding.device_memory(mesh)
-  if memory is None:
-    return "replicated"
-  needed = replicated_bytes(exp, mesh.size)
-  chosen = "replicated" if needed <= 0.9 * memory else "sharded"
-  logging.info(
-    "Placement of the train state: %s (replicated, a step takes about %.1f GB of a device's %.1f).",
-    chosen,
-    needed / 1e9,
-    memory / 1e9,
-  )
-  return chosen
-
-
-def replicated_bytes(exp: Experiment, devices: int) -> float:
-  """About what a step takes of a device's memory where the state is on every device.
-
-  Parameters, two moments, two averages and a gradient in float32, and the activations of a device's
-  rows, in bytes per token, layer and unit of width as ahead-of-time compilation for TPUs found them
-  (README).
-  """
-  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
-  parameters = sum(a.size for a in jax.tree.leaves(shapes.params))
-  depth, width, _ = exp.model.dimensions
-  tokens = (exp.data.image_size // exp.model.patch) ** 2
-  rows = exp.batch_size / devices / exp.micro_batches
-  per_unit = {"none": 100, "dots": 30, "full": 4}[exp.model.remat]
-  per_unit *= np.dtype(exp.model.dtype).itemsize / 2
-  return 4.0 * 6 * parameters + per_unit * rows * depth * width * tokens
-
-
-def _create(exp: Experiment) -> Callable:
-  tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
-
-  def create(key, imported=None):
-    params = model_lib.init_params(key, exp.network(), exp.image_shape)
-    if imported is not None:
-      params = state_dicts.complete(imported, params)
-    return state_lib.create(params, tx)
-
-  return create
-
-
-def _placed(exp: Experiment, mesh, shapes, parameters_too=False):
-  """The sharding of each array of a TrainState; with `parameters_too`, all as the moments are."""
-  everywhere = lambda tree: jax.tree.map(lambda _: sharding.replicated(mesh), tree)
-  if placement(exp, mesh) == "replicated":
-    return everywhere(shapes)
-  over_devices = jax.tree.map(lambda a: sharding.split(mesh, a.shape), shapes)
-  return over_devices if parameters_too else over_devices.replace(params=everywhere(shapes.params))
-
-
-def init_function(exp: Experiment, mesh) -> Callable:
-  """init(key) -> TrainState, placed on the mesh.
-
-  init(key, params) begins with these parameters; see `state_dicts.complete`.
-  """
-  create = _create(exp)
-  placed = _placed(exp, mesh, jax.eval_shape(create, jax.random.key(0)))
-  return jax.jit(create, out_shardings=placed)
-
-
-def abstract_state(exp: Experiment, mesh):
-  """The TrainState as shapes with shardings, made without a computation."""
-  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
-  return jax.tree.map(
-    lambda a, placed: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed),
-    shapes,
-    _placed(exp, mesh, shapes),
-  )
-
-
-def abstract_pool(exp: Experiment, mesh):
-  """What the input pipeline yields, as shapes with shardings."""
-  in_pool = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.rows(mesh, axis=1))
-  rows = (exp.coupling.pool_size, exp.batch_size)
-  height, width, channels = exp.image_shape
-  images = (
-    {"moments": in_pool((*rows, height, width, 2 * channels), np.float16)}
-    if exp.data.vae
-    else {"x1": in_pool((*rows, height, width, channels), np.float32)}
-  )
-  return images | {"c": in_pool(rows, np.int32)}
-
-
-def couple_function(exp: Experiment, mesh) -> Callable:
-  """couple(pool, keys, index) -> (pool {"x0", "x1": [K, M, ...], "c": [K, M]}, diagnostics).
-
-  The pool that goes in has images "x1", or the "moments" [K, M, H, W, 2 C] of latents, which are
-  drawn from them each time.
-  """
-  in_pool = sharding.rows(mesh, axis=1)
-  over_devices = {}
-  if mesh.size > 1:
-    over_devices = {
-      "dot_rows": functools.partial(sharding.dot_rows, mesh),
-      "take_rows": functools.partial(sharding.take_rows, mesh),
-    }
-
-  # One list of K M examples, rows before batches, so that the split over devices stays in place.
-  flatten = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
-  unflatten = lambda a: a.reshape(exp.batch_size, -1, *a.shape[1:]).swapaxes(0, 1)
-
-  def couple(pool, keys: Keys, index):
-    key_noise = jax.random.fold_in(keys.noise, index)
-    key_pairing = jax.random.fold_in(keys.pairing, index)
-    c, shape = flatten(pool["c"]), (exp.coupling.pool_size * exp.batch_size, *exp.image_shape)
-    if exp.data.vae:
-      noise = jax.random.normal(jax.random.fold_in(keys.latents, index), shape)
-      x1 = vae.sample_latent(flatten(pool["moments"]), noise, vae.SD_VAE.scale)
-    else:
-      x1 = flatten(pool["x1"])
-    x0 = jax.random.normal(key_noise, shape)
-    x0, info = couplings.pair(
-      x0, x1, c, key_pairing, exp.coupling, exp.data.num_classes, **over_devices
-    )
-    return {"x0": unflatten(x0), "x1": unflatten(x1), "c": pool["c"]}, info
-
-  return jax.jit(
-    couple,
-    # Moments have another shape than what is made of them.
-    donate_argnames=() if exp.data.vae else "pool",
-    out_shardings=(in_pool, sharding.replicated(mesh)),
-  )
-
-
-def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Conditions:
-  """The conditions of the step that follows `state`."""
-  key = jax.random.fold_in(keys.conditions, state.step)
-  return objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class)
-
-
-def update_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
-  """apply(state, gradient) -> TrainState; both live where the placement says.
-
-  Args:
-    update: what `state.update` does; another one only to measure what it costs.
-  """
-  tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
-  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
-  updated = _placed(exp, mesh, shapes, parameters_too=True)
-  place = jax.lax.with_sharding_constraint
-
-  def apply(state, gradient):
-    # Sharded, each device updates its part of everything; the next step gathers the parameters in
-    # the dtype it computes in, and the last one's are gathered whole. (TPUs' XLA makes an
-    # all-reduce of a reduce-scatter of such shapes: asking for one gains nothing.)
-    state = update(place(state, updated), place(gradient, updated.params), tx, exp.ema)
-    return place(state, updated)
-
-  return apply
-
-
-def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
-  """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`.
-
-  Args:
-    update: as `update_function` takes it.
-  """
-  gradient, apply = gradient_function(exp, mesh), update_function(exp, mesh, update)
-  placed = _placed(exp, mesh, jax.eval_shape(_create(exp), jax.random.key(0)))
-
-  def train_step(state, batch, keys: Keys):
-    conditions = draw_conditions(exp, state, batch, keys)
-    (loss, parts), grad = gradient(
-      state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], conditions
-    )
-    state = apply(state, grad)
-    norms = {
-      "gradient_norm": optax.tree.norm(grad),
-      "parameter_norm": optax.tree.norm(state.params),
-    }
-    return state, {"loss": loss, **parts, **norms}
-
-  def train_steps(state, pool, keys: Keys, first):
-    batches = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, exp.scan_steps), pool)
-    return jax.lax.scan(lambda state, batch: train_step(state, batch, keys), state, batches)
-
-  out = (placed, sharding.replicated(mesh))
-  return jax.jit(train_steps, donate_argnames="state", out_shardings=out)
+  step: int
+  metrics: dict
+  info: dict
+  norms: dict
+  samples: dict
 
 
 def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> None:
@@ -359,48 +82,74 @@ def watch_for_preemption(manager):
     signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def train(config, workdir: str, devices=None) -> state_lib.TrainState:
+def train(config, workdir: str, devices=None) -> TrainState:
   """Trains to the end of the config, from the newest whole checkpoint in `workdir` if there is one.
 
   Args:
     config: a ConfigDict, saved with every checkpoint.
+    workdir: folder of the run.
     devices: default all.
   Returns:
     The final state.
   Raises:
     SystemExit: with PREEMPTED, once SIGTERM has come and a checkpoint of the last step is written.
   """
-  exp = experiment_lib.parse(config)
+  exp = experiment.parse(config)
   mesh = sharding.data_mesh(devices)
-  experiment_lib.check_devices(exp, mesh.size)
+  experiment.check_devices(exp, mesh.size)
   files.check_writable(workdir)
   source = data.load_source(exp.data)
-  if exp.total_steps != exp.steps:
-    logging.info(
-        "steps=%d rounds up to %d: whole pools of %d.",
-        exp.steps, exp.total_steps, exp.coupling.pool_size,
-    )  # fmt: skip
+  total = exp.total_steps
+  if total != exp.steps:
+    pool_size = exp.coupling.pool_size
+    logging.info("steps=%d rounds up to %d: whole pools of %d.", exp.steps, total, pool_size)
 
   # Leaving the manager waits for the checkpoint that is being written, whatever ends the run.
-  kept = exp.checkpoint
-  manager = checkpoints.open_manager(workdir, keep=kept.keep, keep_every=kept.keep_every)
+  manager = checkpoints.open_manager(
+    workdir, keep=exp.checkpoint.keep, keep_every=exp.checkpoint.keep_every
+  )
   with watch_for_preemption(manager) as preempted, manager:
-    state = _train(exp, config, workdir, mesh, source, manager, preempted)
-  if (step := int(state.step)) < exp.total_steps:
+    pools = data.pools(
+      source,
+      batch_size=exp.batch_size,
+      pool_size=exp.coupling.pool_size,
+      flip=exp.data.flip,
+      seed=exp.data.seed,
+      rows=sharding.local_rows(mesh, exp.batch_size),
+      num_threads=exp.data.num_threads,
+    )
+    state, log = start_or_continue(exp, config, workdir, mesh, manager, pools)
+    if int(state.step) >= total:
+      logging.info("%s has all %d steps already.", workdir, total)
+      return state
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    logging.info("\n%s", overview)
+    state = _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted)
+  if (step := int(state.step)) < total:
     logging.warning(
-        "Stopped by SIGTERM after step %d of %d, which is saved; the same command continues.",
-        step, exp.total_steps,
-    )  # fmt: skip
+      "Stopped by SIGTERM after step %d of %d, which is saved; the same command continues.",
+      step,
+      total,
+    )
     raise SystemExit(PREEMPTED)
   return state
 
 
-def _restore(exp: Experiment, config, mesh, manager):
-  """(step, (state, position in the data)) of the newest whole checkpoint of this run."""
-  like = abstract_state(exp, mesh)
+def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pools):
+  """The newest whole checkpoint of this run, or a new state; `pools` is set to where it was.
+
+  Returns:
+    (the TrainState, the state of the log: None for a new run).
+  """
+  if manager.latest_step() is None:
+    imported = None
+    if exp.init_from:
+      imported = state_dicts.load(exp.init_from, exp.network(), exp.image_shape)
+    return steps.init_function(exp, mesh)(steps.base_keys(exp.seed).init, imported), None
+  like = steps.abstract_state(exp, mesh)
 
   def read(step):
-    experiment_lib.check_continues(checkpoints.read_config(manager, step), files.as_dict(config))
+    experiment.check_continues(checkpoints.read_config(manager, step), files.as_dict(config))
     if step % exp.coupling.pool_size % exp.scan_steps:
       raise ValueError(
         f"scan_steps={exp.scan_steps} does not reach step {step}, where the checkpoint is, in a "
@@ -408,101 +157,84 @@ def _restore(exp: Experiment, config, mesh, manager):
       )
     return checkpoints.restore(manager, like, step)
 
-  return checkpoints.restore_newest(manager, read, move_damaged=True)
+  step, (state, position) = checkpoints.restore_newest(manager, read, move_damaged=True)
+  pools.set_state(position["pools"])
+  logging.info("Continuing from step %d of %s.", step, workdir)
+  return state, position["log"]
 
 
-def _train(
-  exp: Experiment, config, workdir: str, mesh, source, manager, preempted
-) -> state_lib.TrainState:
-  """To the end, or until preempted(..); see `train` and `watch_for_preemption`."""
-  pool_size, total = exp.coupling.pool_size, exp.total_steps
-  keys = base_keys(exp.seed)
-  pools = data.pools(
-    source,
-    batch_size=exp.batch_size,
-    pool_size=pool_size,
-    flip=exp.data.flip,
-    seed=exp.data.seed,
-    rows=sharding.local_rows(mesh, exp.batch_size),
-    num_threads=exp.data.num_threads,
-  )
-  position = {"log": None}
-  if manager.latest_step() is None:
-    imported = None
-    if exp.init_from:
-      imported = state_dicts.load(exp.init_from, exp.network(), exp.image_shape)
-    state = init_function(exp, mesh)(keys.init, imported)
-  else:
-    restored_step, (state, position) = _restore(exp, config, mesh, manager)
-    pools.set_state(position["pools"])
-    logging.info("Continuing from step %d of %s.", restored_step, workdir)
-  step = start = int(state.step)
-  if step >= total:
-    logging.info("%s has all %d steps already.", workdir, total)
-    return state
-  logging.info("\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
-
-  couple, train_steps = couple_function(exp, mesh), steps_function(exp, mesh)
-  # Values are read one call late: the device is never waited for. Checkpoints wait, so that none
-  # is written of a state that is not finite.
-  pending = None
-  gradient_norms = gradient_norms_function(exp, mesh)
-  monitor = monitor_lib.Monitor(exp, mesh, workdir) if exp.monitor.every else None
-  due = lambda every: every and step % every < exp.scan_steps
-
-  def take(writer):
-    nonlocal pending
-    if pending is not None:
-      last_step, metrics, info, norms, drawn = pending
-      pending = None
-      metrics, info, norms, drawn = jax.device_get((metrics, info, norms, drawn))
-      check_finite(metrics, info, last_step)
-      writer.add(last_step, metrics, info)
-      if norms:
-        writer.write(last_step, norms)
-      if drawn:
-        monitor.finish(last_step, drawn, writer)
-
-  def save(writer):
-    take(writer)
-    if monitor:
-      monitor.wait()
-    # A pool that is not finished is read and paired again on resumption.
-    pools_state = pools.get_state() if step % pool_size == 0 else pools_before
-    position = {"pools": pools_state, "log": writer.state()}
-    checkpoints.save(manager, step, state, position, files.as_dict(config))
-
-  # From the second pool on everything is compiled.
-  second = (step // pool_size + 1) * pool_size
+def _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted) -> TrainState:
+  """Trains from `state` to the end, or until preempted(..); see `watch_for_preemption`."""
+  pool_size, scan_steps, total = exp.coupling.pool_size, exp.scan_steps, exp.total_steps
+  keys, step, pending = steps.base_keys(exp.seed), int(state.step), None
+  couple, train_steps = steps.couple_function(exp, mesh), steps.steps_function(exp, mesh)
+  gradient_norms = steps.gradient_norms_function(exp, mesh)
+  monitor = Monitor(exp, mesh, workdir) if exp.monitor.every else None
+  second = (step // pool_size + 1) * pool_size  # from the second pool on everything is compiled
   if exp.profile_steps and second >= total:
     logging.warning("Nothing is profiled: that begins with the second pool, at step %d.", second)
-
   with (
-    logs.Writer(
-      workdir, start=start, state=position["log"], total=total, every=exp.log.every
-    ) as writer,
+    logs.Writer(workdir, start=step, state=log, total=total, every=exp.log.every) as writer,
     logs.Profile(workdir, first=second, steps=exp.profile_steps) as profile,
   ):
     while step < total:
       profile.start(step)
       pools_before = pools.get_state()
-      waited = time.perf_counter()
-      pool = sharding.global_arrays(sharding.rows(mesh, axis=1), next(pools))
-      writer.waited(time.perf_counter() - waited)
-      pool, info = couple(pool, keys, step // pool_size)
-      for first in range(step % pool_size, pool_size, exp.scan_steps):
+      pool, info = couple(_read_pool(pools, mesh, writer), keys, step // pool_size)
+      for first in range(step % pool_size, pool_size, scan_steps):
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
           state, metrics = train_steps(state, pool, keys, first)
-        step += exp.scan_steps
+        step += scan_steps
         profile.done(step, metrics)
-        take(writer)
-        last = first + exp.scan_steps - 1
-        norms = due(exp.log.gradients_every) and gradient_norms(state, pool, keys, last)
-        drawn = (due(exp.monitor.every) or (monitor and step == total)) and monitor.start(state.ema)
-        pending = step, metrics, info, norms, drawn
-        stop = preempted(step - exp.scan_steps + 1, step)
-        if stop or step == total or due(exp.checkpoint.every):
-          save(writer)
+        _report(pending, writer, monitor)
+        norms, samples = {}, {}
+        if _is_due(step, exp.log.gradients_every, scan_steps):
+          norms = gradient_norms(state, pool, keys, first + scan_steps - 1)
+        if monitor and (step == total or _is_due(step, exp.monitor.every, scan_steps)):
+          samples = monitor.start(state.ema)
+        pending = Pending(step, metrics, info, norms, samples)
+        stop = preempted(step - scan_steps + 1, step)
+        if stop or step == total or _is_due(step, exp.checkpoint.every, scan_steps):
+          _report(pending, writer, monitor, wait=True)  # raises before a bad state is saved
+          pending = None
+          # A pool that is not finished is read and paired again on resumption.
+          pools_state = pools_before if step % pool_size else pools.get_state()
+          position = {"pools": pools_state, "log": writer.state()}
+          checkpoints.save(manager, step, state, position, files.as_dict(config))
         if stop:
           return state
   return state
+
+
+def _is_due(step: int, every: int, scan_steps: int) -> bool:
+  """Whether the last `scan_steps` steps passed a multiple of `every`; never for 0."""
+  return every > 0 and step % every < scan_steps
+
+
+def _read_pool(pools, mesh, writer: logs.Writer):
+  """The next pool on the mesh; the time it took is counted."""
+  start = time.perf_counter()
+  pool = sharding.global_arrays(sharding.rows(mesh, axis=1), next(pools))
+  writer.waited(time.perf_counter() - start)
+  return pool
+
+
+def _report(pending: Pending | None, writer: logs.Writer, monitor, wait: bool = False) -> None:
+  """Checks and writes what is pending. It is one call old: the devices are never waited for.
+
+  Args:
+    pending: None for nothing.
+    writer: of the run's log.
+    monitor: None for none.
+    wait: whether to wait until the monitor has written all.
+  """
+  if pending is not None:
+    step, metrics, info, norms, samples = jax.device_get(pending)
+    check_finite(metrics, info, step)
+    writer.add(step, metrics, info)
+    if norms:
+      writer.write(step, norms)
+    if samples:
+      monitor.finish(step, samples, writer)
+  if wait and monitor:
+    monitor.wait()

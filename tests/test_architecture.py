@@ -16,7 +16,7 @@ LAYERS = [
     {"export"},
     {"evaluate"},
     {"train"},
-    {"monitor"},
+    {"monitor", "steps"},
     {"reference", "figures"},
     {"generate", "flops"},
     {"experiment", "scores"},

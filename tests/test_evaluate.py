@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import checkpoints, evaluate, experiment, files, generate, sharding, train
+from ism_jax import checkpoints, evaluate, experiment, files, generate, sharding, steps
 from ism_jax import reference as references
 from ism_jax import samples as samples_lib
 
@@ -31,7 +31,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def parameters(mesh):
   exp = experiment.parse(config_of())
-  state = train.init_function(exp, mesh)(train.base_keys(0).init)
+  state = steps.init_function(exp, mesh)(steps.base_keys(0).init)
   leaves, tree = jax.tree.flatten(state.ema)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   noisy = [a + 0.05 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base, digits, imagenet256, imagenet512
-from ism_jax import experiment, sharding, state, train, wavelets
+from ism_jax import experiment, sharding, state, steps, wavelets
 
 # Those less one technique take what the cumulative rows take.
 VARIANTS = [
@@ -26,14 +26,14 @@ def test_every_variant_of_digits_takes_a_step_that_moves_every_tree(variant):
   )
   exp = experiment.parse(config)
   mesh = sharding.data_mesh(jax.devices()[:1])
-  keys = train.base_keys(0)
-  s = train.init_function(exp, mesh)(keys.init)
+  keys = steps.base_keys(0)
+  s = steps.init_function(exp, mesh)(keys.init)
   before = jax.device_get(s)
-  pool = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), train.abstract_pool(exp, mesh))
-  pool, _ = train.couple_function(exp, mesh)(pool, keys, 0)
-  steps = train.steps_function(exp, mesh)
+  pool = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), steps.abstract_pool(exp, mesh))
+  pool, _ = steps.couple_function(exp, mesh)(pool, keys, 0)
+  train_steps = steps.steps_function(exp, mesh)
   for _ in range(3):  # Adam's warm-up starts at a learning rate of zero
-    s, metrics = steps(s, pool, keys, 0)
+    s, metrics = train_steps(s, pool, keys, 0)
   assert np.isfinite(metrics["loss"]).all()
   moved = lambda a, b: any(
     not np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
@@ -49,15 +49,15 @@ def test_every_variant_of_imagenet256_traces_on_eight_devices(variant):
   exp = experiment.parse(config)
   mesh = sharding.data_mesh()
   experiment.check_devices(exp, mesh.size)
-  keys = jax.eval_shape(lambda: train.base_keys(0))
+  keys = jax.eval_shape(lambda: steps.base_keys(0))
   pool, info = jax.eval_shape(
-    train.couple_function(exp, mesh), train.abstract_pool(exp, mesh), keys, jnp.zeros((), int)
+    steps.couple_function(exp, mesh), steps.abstract_pool(exp, mesh), keys, jnp.zeros((), int)
   )
   assert pool["x0"].shape == (32, 256, 32, 32, 4)
   assert ("attained_gain" in info) == (exp.coupling.coupling == "ot")
-  like = train.abstract_state(exp, mesh)
+  like = steps.abstract_state(exp, mesh)
   out, metrics = jax.eval_shape(
-    train.steps_function(exp, mesh), like, pool, keys, jnp.zeros((), int)
+    steps.steps_function(exp, mesh), like, pool, keys, jnp.zeros((), int)
   )
   assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, like)
   assert metrics["loss"].shape == (exp.scan_steps,)
@@ -72,13 +72,13 @@ def test_the_step_for_a_gpu_has_its_fused_attention_forward_and_backward(monkeyp
   config = imagenet256.get_config()
   config.model.attention = "cudnn"
   exp, mesh = experiment.parse(config), sharding.data_mesh()
-  keys, index = jax.eval_shape(lambda: train.base_keys(0)), jnp.zeros((), int)
-  couple = train.couple_function(exp, mesh)
-  pool, _ = jax.eval_shape(couple, train.abstract_pool(exp, mesh), keys, index)
-  given = (train.abstract_state(exp, mesh), pool, keys, index)
+  keys, index = jax.eval_shape(lambda: steps.base_keys(0)), jnp.zeros((), int)
+  couple = steps.couple_function(exp, mesh)
+  pool, _ = jax.eval_shape(couple, steps.abstract_pool(exp, mesh), keys, index)
+  given = (steps.abstract_state(exp, mesh), pool, keys, index)
   for backend, fused in (("gpu", True), ("cpu", False)):
     monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
-    lowered = train.steps_function(exp, mesh).trace(*given).lower(lowering_platforms=("cuda",))
+    lowered = steps.steps_function(exp, mesh).trace(*given).lower(lowering_platforms=("cuda",))
     called = set(re.findall(r"@__cudnn\$(\w+)", lowered.as_text()))
     assert called == ({"fmhaSoftmax", "fmhaSoftmaxBackward"} if fused else set())
 

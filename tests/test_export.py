@@ -28,6 +28,7 @@ from ism_jax import (
   train,
 )
 from ism_jax.pretrained import torch_files, vae
+from ism_jax.steps import abstract_state, init_function
 
 SHAPE = (8, 8, 2)  # of images; two channels, so that their order shows
 CLASSES = 5
@@ -239,7 +240,7 @@ def workdir(workdirs, request):
 def write_checkpoints(folder, config):
   config.data.dir = "/somewhere/private"
   exp = experiment.parse(config)
-  shapes = train.abstract_state(exp, sharding.data_mesh(jax.devices()[:1]))
+  shapes = abstract_state(exp, sharding.data_mesh(jax.devices()[:1]))
   state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype)), shapes)
   with checkpoints.open_manager(folder, keep=5) as manager:
     for step in (2, 4):
@@ -365,7 +366,7 @@ def test_a_run_begins_with_what_is_imported(workdir, tmp_path):
   folder, exp, state = workdir
   export.export(str(folder), str(tmp_path / "out"), tree="ema", dtype="float32")
   imported = state_dicts.load(tmp_path / "out", exp.network(), exp.image_shape)
-  init = train.init_function(exp, sharding.data_mesh())
+  init = init_function(exp, sharding.data_mesh())
   begun = init(jax.random.key(1), imported)
   for name in TREES:
     assert_equal(getattr(begun, name), state.ema)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import imagenet256
-from ism_jax import couplings, experiment, flops, model, objectives, sharding, train
+from ism_jax import couplings, experiment, flops, model, objectives, sharding, steps
 
 
 def small(variant="ism", remat="none", unroll=1):
@@ -32,7 +32,7 @@ def gradient(exp):
   images, numbers = shaped((n, *exp.image_shape), jnp.float32), shaped((n,), jnp.float32)
   labels, params = shaped((n,), jnp.int32), abstract_parameters(exp)
   given = objectives.Conditions(numbers, labels, numbers, numbers)
-  function = train.gradient_function(exp, sharding.data_mesh(jax.devices()[:1]))
+  function = steps.gradient_function(exp, sharding.data_mesh(jax.devices()[:1]))
   return jax.jit(function), [params, params, images, images, labels, given]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ism_jax import experiment, model, objectives, sharding, train
+from ism_jax import experiment, model, objectives, sharding, steps
 from ism_jax import state as state_lib
 
 
@@ -39,7 +39,7 @@ def gradient_and_loss(devices, micro_batches, **objective):
   exp, arguments = problem(micro_batches, **objective)
   mesh = sharding.data_mesh(jax.devices()[:devices])
   everywhere = sharding.replicated(mesh)
-  gradient = jax.jit(train.gradient_function(exp, mesh), in_shardings=everywhere)
+  gradient = jax.jit(steps.gradient_function(exp, mesh), in_shardings=everywhere)
   (loss, _), grad = jax.device_get(gradient(*arguments))
   return grad, loss
 
@@ -95,12 +95,12 @@ def test_target_parameters_in_the_guidance_pair_change_the_gradient(reference):
 def test_the_gradient_norm_of_each_loss_is_that_of_this_loss_alone():
   """Weighted, on 8 devices, against the gradient of each part without any mesh."""
   exp, (online, target, x0, x1, c, _) = problem(alpha=2.0, gamma=3.0)
-  mesh, keys = sharding.data_mesh(), train.base_keys(0)
+  mesh, keys = sharding.data_mesh(), steps.base_keys(0)
   state = state_lib.TrainState(jnp.int32(5), online, None, online, target)
   pool = {name: jnp.stack([jnp.zeros_like(a), a]) for name, a in (("x0", x0), ("x1", x1))}
   pool["c"] = jnp.stack([c, c])
-  norms = train.gradient_norms_function(exp, mesh)(state, pool, keys, 1)
-  given = train.draw_conditions(exp, state, {"c": c}, keys)
+  norms = steps.gradient_norms_function(exp, mesh)(state, pool, keys, 1)
+  given = steps.draw_conditions(exp, state, {"c": c}, keys)
   velocity = lambda params: model.velocity_function(exp.network(), params)
 
   @jax.jit

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import checkpoints, experiment, sharding, train
+from ism_jax import checkpoints, experiment, sharding, steps, train
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +87,15 @@ def placed(placement, devices, **changes):
 
 def two_calls(exp, mesh):
   """The state after a pool of 4 steps from drawn images, and the diagnostics of the coupling."""
-  rng, keys = np.random.default_rng(0), train.base_keys(0)
+  rng, keys = np.random.default_rng(0), steps.base_keys(0)
   pool = {
     "x1": rng.standard_normal((4, 64, *exp.image_shape), np.float32),
     "c": np.int32(rng.integers(10, size=(4, 64))),
   }
   pool = sharding.global_arrays(sharding.rows(mesh, axis=1), pool)
-  state = train.init_function(exp, mesh)(keys.init)
-  pool, info = train.couple_function(exp, mesh)(pool, keys, 0)
-  train_steps = train.steps_function(exp, mesh)
+  state = steps.init_function(exp, mesh)(keys.init)
+  pool, info = steps.couple_function(exp, mesh)(pool, keys, 0)
+  train_steps = steps.steps_function(exp, mesh)
   for first in (0, 2):
     state, _ = train_steps(state, pool, keys, first)
   return state, info
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_a_sharded_state_continues_replicated_on_another_mesh(
   saved = jax.device_get(half)
   exp, mesh = placed("replicated", 2)
   with checkpoints.open_manager(tmp_path / "run", keep=1, read_only=True) as manager:
-    state, _ = checkpoints.restore(manager, train.abstract_state(exp, mesh))
+    state, _ = checkpoints.restore(manager, steps.abstract_state(exp, mesh))
   jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(state))
   config.placement, config.steps = "replicated", 8
   assert train.train(config, str(tmp_path / "run"), jax.devices()[:2]).step == 8
@@ -141,15 +141,15 @@ def test_a_checkpoint_of_a_sharded_state_continues_replicated_on_another_mesh(
 
 def test_auto_replicates_where_memory_allows_and_says_what_it_chose(monkeypatch, caplog):
   exp, mesh = placed("auto", 8)
-  assert train.placement(exp, mesh) == "replicated"  # nobody knows a CPU's memory
-  needed = train.replicated_bytes(exp, mesh.size)
+  assert steps.placement(exp, mesh) == "replicated"  # nobody knows a CPU's memory
+  needed = steps.replicated_bytes(exp, mesh.size)
   for factor, chosen in ((1.2, "replicated"), (1.05, "sharded")):
     monkeypatch.setattr(sharding, "device_memory", lambda _, f=factor: f * needed)
-    train.placement.cache_clear()
+    steps.placement.cache_clear()
     with caplog.at_level("INFO", logger="absl"):
-      assert train.placement(exp, mesh) == chosen
+      assert steps.placement(exp, mesh) == chosen
     assert f"train state: {chosen}" in caplog.text
-  train.placement.cache_clear()
+  steps.placement.cache_clear()
 
 
 def test_the_estimate_is_that_of_xl_on_a_pod():
@@ -160,7 +160,7 @@ def test_the_estimate_is_that_of_xl_on_a_pod():
   for remat, measured in (("full", 16.4e9), ("none", 19.6e9)):
     config.model.remat = remat
     np.testing.assert_allclose(
-      train.replicated_bytes(experiment.parse(config), 64), measured, rtol=0.03
+      steps.replicated_bytes(experiment.parse(config), 64), measured, rtol=0.03
     )
 
 
@@ -169,12 +169,12 @@ def test_a_latent_is_drawn_from_its_moments_anew_for_each_pool(mesh):
   config.coupling.coupling = "independent"
   config.data.update({"name": "latents", "vae": "random-small", "channels": 4})
   exp = experiment.parse(config)
-  keys = train.base_keys(0)
+  keys = steps.base_keys(0)
   shape = (4, 64, 8, 8, 4)
   mean = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
   deviation = np.exp(np.linspace(-2, 0, 4, dtype=np.float16))
   moments = np.concatenate([mean, np.broadcast_to(2 * np.log(deviation), shape)], -1)
-  couple = train.couple_function(exp, mesh)
+  couple = steps.couple_function(exp, mesh)
   drawn = []
   for index in (0, 1):
     pool = {"moments": moments, "c": np.zeros((4, 64), np.int32)}

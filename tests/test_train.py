@@ -20,6 +20,7 @@ from ism_jax import (
   generate,
   reference,
   sharding,
+  steps,
   train,
 )
 
@@ -45,8 +46,8 @@ def run(tmp_path_factory, one_device):
   made = []
   patch = pytest.MonkeyPatch()
   for name in ("couple_function", "steps_function"):
-    original = getattr(train, name)
-    patch.setattr(train, name, lambda *a, original=original: made.append(original(*a)) or made[-1])
+    original = getattr(steps, name)
+    patch.setattr(steps, name, lambda *a, original=original: made.append(original(*a)) or made[-1])
   state = train.train(tiny_config(), str(workdir), one_device)
   patch.undo()
   return workdir, jax.device_get(state), made
@@ -146,7 +147,7 @@ def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
   _workdir, whole, _ = run
   config = tiny_config()
   config.checkpoint.every = 2  # a pool has 4 steps
-  steps_function = train.steps_function
+  steps_function = steps.steps_function
 
   def dies_in_its_fourth_call(*args):
     f, calls = steps_function(*args), []
@@ -160,7 +161,7 @@ def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
     return call
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "steps_function", dies_in_its_fourth_call)
+    patch.setattr(steps, "steps_function", dies_in_its_fourth_call)
     with pytest.raises(KeyboardInterrupt):
       train.train(config, str(tmp_path), one_device)
   with checkpoints.open_manager(tmp_path, keep=2, read_only=True) as manager:
@@ -174,7 +175,7 @@ def test_a_run_that_sigterm_stops_saves_where_it_is_and_continues_as_the_same_ru
   run, tmp_path, one_device, monkeypatch
 ):
   _, whole, _ = run
-  steps_function = train.steps_function
+  steps_function = steps.steps_function
 
   def is_told_in_its_first_call(*args):
     f, calls = steps_function(*args), []
@@ -189,7 +190,7 @@ def test_a_run_that_sigterm_stops_saves_where_it_is_and_continues_as_the_same_ru
 
   before = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
-    patch.setattr(train, "steps_function", is_told_in_its_first_call)
+    patch.setattr(steps, "steps_function", is_told_in_its_first_call)
     with pytest.raises(SystemExit) as stopped:
       train.train(tiny_config(), str(tmp_path), one_device)
   assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
@@ -221,7 +222,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_its_steps_are_trained_again(
   assert [e["step"] for e in entries(workdir)] == [4, 8]
   with checkpoints.open_manager(workdir, keep=2, read_only=True) as manager:
     assert manager.all_steps() == [4, 8]
-    like = train.abstract_state(experiment.parse(tiny_config()), sharding.data_mesh(one_device))
+    like = steps.abstract_state(experiment.parse(tiny_config()), sharding.data_mesh(one_device))
     assert_equal_trees(jax.device_get(checkpoints.restore(manager, like, 8)[0]), run[1])
 
 
@@ -235,17 +236,17 @@ def test_a_finished_run_is_left_alone(run, one_device):
 def test_the_step_may_take_its_states_buffers(one_device):
   """Donation: the old state is gone, and the result is that of a step that keeps it."""
   config = tiny_config()
-  exp, keys = experiment.parse(config), train.base_keys(0)
+  exp, keys = experiment.parse(config), steps.base_keys(0)
   mesh = sharding.data_mesh(one_device)
   source = data.load_source(exp.data)
   pool = next(data.pools(source, batch_size=64, pool_size=4, seed=0))
   put = lambda: sharding.global_arrays(sharding.rows(mesh, axis=1), pool)
-  couple, steps = train.couple_function(exp, mesh), train.steps_function(exp, mesh)
+  couple, train_steps = steps.couple_function(exp, mesh), steps.steps_function(exp, mesh)
   results = []
   for _ in range(2):
-    state = train.init_function(exp, mesh)(keys.init)
+    state = steps.init_function(exp, mesh)(keys.init)
     paired, _ = couple(put(), keys, 0)
-    after, _ = steps(state, paired, keys, 0)
+    after, _ = train_steps(state, paired, keys, 0)
     results.append(jax.device_get(after))
     assert all(a.is_deleted() for a in jax.tree.leaves((state.params, state.ema)))
     assert not any(a.is_deleted() for a in jax.tree.leaves(after))

@@ -1,0 +1,305 @@
+"""The compiled functions of a run: a new state, pairing, the gradient over the mesh, and the steps.
+
+The unit of work is a pool of K batches: `couple` pairs its noises with its images in one call, then
+`train_steps` runs S steps per call on it, the state donated. All randomness is drawn on the global
+batch from (seed, step), so a step's result does not depend on how many devices ran it.
+
+Axes: K batches of a pool, M rows of a global batch.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ism_jax import couplings, objectives, sharding, state_dicts
+from ism_jax import model as model_lib
+from ism_jax import state as state_lib
+from ism_jax.experiment import Experiment
+from ism_jax.pretrained import vae
+from ism_jax.sharding import AXIS, P
+
+
+class Keys(NamedTuple):
+  """Base keys, one per purpose; steps and pools fold their number in."""
+
+  init: jax.Array
+  noise: jax.Array
+  pairing: jax.Array
+  conditions: jax.Array
+  latents: jax.Array
+
+
+def base_keys(seed: int) -> Keys:
+  """The keys of a run."""
+  return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
+
+
+def gradient_function(exp: Experiment, mesh) -> Callable:
+  """gradient(params, target_params, x0, x1, c, conditions, weights=None) of the global batch.
+
+  Returns:
+    A function to ((loss, parts), gradient), all replicated. Rows [M, ...] may live anywhere; they
+    are split over the devices. The weights are those of `objectives.losses`.
+  """
+  network = exp.network()
+
+  def share_of_loss(params, target_params, weights, x0, x1, c, conditions):
+    return objectives.losses(
+      model_lib.velocity_function(network, params),
+      model_lib.velocity_function(network, target_params),
+      x0,
+      x1,
+      c,
+      conditions,
+      cfg=exp.objective,
+      wavelet_cfg=exp.wavelet,
+      null_class=exp.null_class,
+      batch_size=exp.batch_size,
+      weights=weights,
+    )
+
+  share_and_gradient = jax.value_and_grad(share_of_loss, has_aux=True)
+
+  def on_device(params, target_params, weights, *rows):
+    # Each device differentiates its own share of the loss with respect to its own copy of the
+    # parameters; one psum at the end adds the shares. (Left replicated, `params` would make
+    # jax.grad sum over the devices in every micro-batch.)
+    params = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
+    if exp.micro_batches == 1:
+      return jax.lax.psum(share_and_gradient(params, target_params, weights, *rows), AXIS)
+    micro_batches = jax.tree.map(lambda a: a.reshape(exp.micro_batches, -1, *a.shape[1:]), rows)
+    first = jax.tree.map(lambda a: a[0], micro_batches)
+    others = jax.tree.map(lambda a: a[1:], micro_batches)
+
+    def add(total, micro):
+      share = share_and_gradient(params, target_params, weights, *micro)
+      return jax.tree.map(jnp.add, total, share), None
+
+    total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, weights, *first), others)
+    return jax.lax.psum(total, AXIS)
+
+  whole, rows = P(), P(AXIS)
+  in_specs = (whole, whole, whole, rows, rows, rows, rows)
+  sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole)
+
+  def gradient(params, target_params, x0, x1, c, conditions, weights=None):
+    return sharded(params, target_params, weights, x0, x1, c, conditions)
+
+  return gradient
+
+
+def gradient_norms_function(exp: Experiment, mesh) -> Callable:
+  """norms(state, pool, keys, index) -> {"gradient_norm/velocity": ..}: one for each loss.
+
+  Of the weighted losses, on batch `index` of a pool, at the parameters of `state`.
+  """
+  gradient = gradient_function(exp, mesh)
+  one_loss_each = np.diag(exp.objective.weights).astype(np.float32)
+
+  def gradient_norms(state, pool, keys: Keys, index):
+    batch = jax.tree.map(lambda a: a[index], pool)
+    conditions = draw_conditions(exp, state, batch, keys)
+    rows = (batch["x0"], batch["x1"], batch["c"], conditions)
+
+    def norm(weights):
+      _, grad = gradient(state.params, state.target_ema, *rows, weights)
+      return optax.tree.norm(grad)
+
+    norms = jax.lax.map(norm, one_loss_each)
+    by_loss = zip(objectives.Rows._fields, exp.objective.shares, norms, strict=True)
+    return {f"gradient_norm/{name}": value for name, share, value in by_loss if share}
+
+  return jax.jit(gradient_norms, out_shardings=sharding.replicated(mesh))
+
+
+@functools.lru_cache
+def placement(exp: Experiment, mesh) -> str:
+  """ "replicated" or "sharded": what `exp.placement` comes to on this mesh, logged."""
+  if exp.placement != "auto":
+    return exp.placement
+  memory = sharding.device_memory(mesh)
+  if memory is None:
+    return "replicated"
+  needed = replicated_bytes(exp, mesh.size)
+  chosen = "replicated" if needed <= 0.9 * memory else "sharded"
+  logging.info(
+    "Placement of the train state: %s (replicated, a step takes about %.1f GB of a device's %.1f).",
+    chosen,
+    needed / 1e9,
+    memory / 1e9,
+  )
+  return chosen
+
+
+def replicated_bytes(exp: Experiment, devices: int) -> float:
+  """About what a step takes of a device's memory where the state is on every device.
+
+  Parameters, two moments, two averages and a gradient in float32, and the activations of a device's
+  rows, in bytes per token, layer and unit of width as ahead-of-time compilation for TPUs found them
+  (README).
+  """
+  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
+  parameters = sum(a.size for a in jax.tree.leaves(shapes.params))
+  depth, width, _ = exp.model.dimensions
+  tokens = (exp.data.image_size // exp.model.patch) ** 2
+  rows = exp.batch_size / devices / exp.micro_batches
+  per_unit = {"none": 100, "dots": 30, "full": 4}[exp.model.remat]
+  per_unit *= np.dtype(exp.model.dtype).itemsize / 2
+  return 4.0 * 6 * parameters + per_unit * rows * depth * width * tokens
+
+
+def _create(exp: Experiment) -> Callable:
+  tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
+
+  def create(key, imported=None):
+    params = model_lib.init_params(key, exp.network(), exp.image_shape)
+    if imported is not None:
+      params = state_dicts.complete(imported, params)
+    return state_lib.create(params, tx)
+
+  return create
+
+
+def _placed(exp: Experiment, mesh, shapes, parameters_too=False):
+  """The sharding of each array of a TrainState; with `parameters_too`, all as the moments are."""
+  everywhere = lambda tree: jax.tree.map(lambda _: sharding.replicated(mesh), tree)
+  if placement(exp, mesh) == "replicated":
+    return everywhere(shapes)
+  over_devices = jax.tree.map(lambda a: sharding.split(mesh, a.shape), shapes)
+  return over_devices if parameters_too else over_devices.replace(params=everywhere(shapes.params))
+
+
+def init_function(exp: Experiment, mesh) -> Callable:
+  """init(key) -> TrainState, placed on the mesh.
+
+  init(key, params) begins with these parameters; see `state_dicts.complete`.
+  """
+  create = _create(exp)
+  placed = _placed(exp, mesh, jax.eval_shape(create, jax.random.key(0)))
+  return jax.jit(create, out_shardings=placed)
+
+
+def abstract_state(exp: Experiment, mesh):
+  """The TrainState as shapes with shardings, made without a computation."""
+  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
+  return jax.tree.map(
+    lambda a, placed: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed),
+    shapes,
+    _placed(exp, mesh, shapes),
+  )
+
+
+def abstract_pool(exp: Experiment, mesh):
+  """What the input pipeline yields, as shapes with shardings."""
+  in_pool = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.rows(mesh, axis=1))
+  rows = (exp.coupling.pool_size, exp.batch_size)
+  height, width, channels = exp.image_shape
+  images = (
+    {"moments": in_pool((*rows, height, width, 2 * channels), np.float16)}
+    if exp.data.vae
+    else {"x1": in_pool((*rows, height, width, channels), np.float32)}
+  )
+  return images | {"c": in_pool(rows, np.int32)}
+
+
+def couple_function(exp: Experiment, mesh) -> Callable:
+  """couple(pool, keys, index) -> (pool {"x0", "x1": [K, M, ...], "c": [K, M]}, diagnostics).
+
+  The pool that goes in has images "x1", or the "moments" [K, M, H, W, 2 C] of latents, which are
+  drawn from them each time.
+  """
+  in_pool = sharding.rows(mesh, axis=1)
+  over_devices = {}
+  if mesh.size > 1:
+    over_devices = {
+      "dot_rows": functools.partial(sharding.dot_rows, mesh),
+      "take_rows": functools.partial(sharding.take_rows, mesh),
+    }
+
+  # One list of K M examples, rows before batches, so that the split over devices stays in place.
+  flatten = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
+  unflatten = lambda a: a.reshape(exp.batch_size, -1, *a.shape[1:]).swapaxes(0, 1)
+
+  def couple(pool, keys: Keys, index):
+    key_noise = jax.random.fold_in(keys.noise, index)
+    key_pairing = jax.random.fold_in(keys.pairing, index)
+    c, shape = flatten(pool["c"]), (exp.coupling.pool_size * exp.batch_size, *exp.image_shape)
+    if exp.data.vae:
+      noise = jax.random.normal(jax.random.fold_in(keys.latents, index), shape)
+      x1 = vae.sample_latent(flatten(pool["moments"]), noise, vae.SD_VAE.scale)
+    else:
+      x1 = flatten(pool["x1"])
+    x0 = jax.random.normal(key_noise, shape)
+    x0, info = couplings.pair(
+      x0, x1, c, key_pairing, exp.coupling, exp.data.num_classes, **over_devices
+    )
+    return {"x0": unflatten(x0), "x1": unflatten(x1), "c": pool["c"]}, info
+
+  return jax.jit(
+    couple,
+    # Moments have another shape than what is made of them.
+    donate_argnames=() if exp.data.vae else "pool",
+    out_shardings=(in_pool, sharding.replicated(mesh)),
+  )
+
+
+def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Conditions:
+  """The conditions of the step that follows `state`."""
+  key = jax.random.fold_in(keys.conditions, state.step)
+  return objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class)
+
+
+def update_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
+  """apply(state, gradient) -> TrainState; both live where the placement says.
+
+  Args:
+    update: what `state.update` does; another one only to measure what it costs.
+  """
+  tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
+  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
+  updated = _placed(exp, mesh, shapes, parameters_too=True)
+  place = jax.lax.with_sharding_constraint
+
+  def apply(state, gradient):
+    # Sharded, each device updates its part of everything; the next step gathers the parameters in
+    # the dtype it computes in, and the last one's are gathered whole. (TPUs' XLA makes an
+    # all-reduce of a reduce-scatter of such shapes: asking for one gains nothing.)
+    state = update(place(state, updated), place(gradient, updated.params), tx, exp.ema)
+    return place(state, updated)
+
+  return apply
+
+
+def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
+  """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`.
+
+  Args:
+    update: as `update_function` takes it.
+  """
+  gradient, apply = gradient_function(exp, mesh), update_function(exp, mesh, update)
+  placed = _placed(exp, mesh, jax.eval_shape(_create(exp), jax.random.key(0)))
+
+  def train_step(state, batch, keys: Keys):
+    conditions = draw_conditions(exp, state, batch, keys)
+    (loss, parts), grad = gradient(
+      state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], conditions
+    )
+    state = apply(state, grad)
+    norms = {
+      "gradient_norm": optax.tree.norm(grad),
+      "parameter_norm": optax.tree.norm(state.params),
+    }
+    return state, {"loss": loss, **parts, **norms}
+
+  def train_steps(state, pool, keys: Keys, first):
+    batches = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, exp.scan_steps), pool)
+    return jax.lax.scan(lambda state, batch: train_step(state, batch, keys), state, batches)
+
+  out = (placed, sharding.replicated(mesh))
+  return jax.jit(train_steps, donate_argnames="state", out_shardings=out)
