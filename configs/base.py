@@ -150,7 +150,9 @@ def apply_variant(
     config.objective.shares = (3, 0, 1)  # the rows of the guidance loss go to the velocity
     config.evaluation.w = (config.objective.fixed_w,)
     config.sample.w = config.monitor.w = config.objective.fixed_w
-  if not techniques:  # SM, with the shares, weights and clipping of its authors' code
+  # SM, with the shares, weights and clipping of its authors' code. Their code departs from this in
+  # two places: 1e-5 in path and velocity (see `paths`), and AdamW's weight decay of 0.1 (here 0).
+  if not techniques:
     if variant == "sm_compounding":
       config.objective.guidance = "fixed_every_level"
     config.objective.shares = (7, 0, 1)

@@ -20,14 +20,15 @@ def extrapolate(s_cond, s_uncond, w):
 
 
 def fixed(velocity, *, null_class: int, t_interval: float, every_level: bool):
-  """Two-pass guidance: the Shortcut Models baseline, in its targets and when it is sampled.
+  """E15: s_uncond + (1 + w) (s_cond - s_uncond), the fixed guidance of the Shortcut Models (SM).
 
-  Steps of the finest level are guided, the others only where `every_level`. (SM guides the finest
-  alone: the coarser steps have learnt it already, and guiding them again would compound.)
+  It guides the targets of the baseline in training, and its finest steps when it is sampled. Steps
+  of the finest level are guided, the others only where `every_level`. (SM guides only the finest:
+  the coarser steps have learnt it already, and guiding them again would compound.)
 
   Returns:
-    A velocity function that guides `velocity` with its argument w, which `velocity` itself is not
-    given: a network with fixed guidance is called at w = 0.
+    A velocity function that guides `velocity` with its argument w. `velocity` itself is called at
+    w = 0: a network with fixed guidance has no input w.
   """
 
   def guided(x_t, t, c, d, w):

@@ -3,7 +3,7 @@
 L = alpha L_velocity + beta L_guidance + gamma L_consistency (iSM, Sec. 4). The losses differ only
 in each example's (t, d, c, w) and target, so the rows of one batch are dealt to them in a fixed
 pattern and share one network call for the gradient; targets come from calls without gradient. Each
-loss is the mean over its own rows of the *global* batch, so neither the number of devices nor of
+loss is the mean over its rows of the *global* batch, so neither the number of devices nor of
 micro-batches changes it.
 
 A velocity function is called as `velocity(x_t, t, c, d, w)`; all but x_t are [B].
@@ -183,7 +183,7 @@ def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions
 
 
 def guidance_target(v, s_cond, s_uncond, w, t, t_interval):
-  """v + w (s_cond - s_uncond), and v alone for t < t_interval (iSM, intrinsic guidance).
+  """E6: v + w (s_cond - s_uncond), but v where t < t_interval (iSM, intrinsic guidance).
 
   Args:
     v: [B, H, W, C] velocity of the path.
@@ -198,7 +198,9 @@ def guidance_target(v, s_cond, s_uncond, w, t, t_interval):
 
 
 def consistency_target(s_first, velocity, x_t, t, c, d, w, clip=0.0):
-  """Mean velocity of two d-steps: what one 2d-step must predict (iSM, self-consistency).
+  """E7: the mean velocity of two d-steps, which one 2d-step must predict (iSM, self-consistency).
+
+  (s(x_t, t, c, d, w) + s(x_{t+d}, t + d, c, d, w)) / 2.
 
   Args:
     s_first: [B, H, W, C], velocity(x_t, t, c, d, w): an argument since its call can be shared.
@@ -229,6 +231,8 @@ def in_one_call(velocity, *inputs):
 
 def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, c, cfg, null_class):
   """What the network must predict for each row, [B, H, W, C]; gradients are stopped.
+
+  E5: v for the velocity rows. E6 for the guidance rows, E7 for the consistency rows.
 
   Args:
     s_online: velocity function of the online parameters.
@@ -281,7 +285,10 @@ def losses(
   batch_size: int,
   weights=None,
 ):
-  """The loss of these rows, as their share of the global batch's.
+  """E8: alpha L_velocity + beta L_guidance + gamma L_consistency, of these rows.
+
+  Each loss is the mean distance (E9) between prediction and target over its rows; what is returned
+  is the share of these rows in the loss of the global batch.
 
   Args:
     s_online: velocity function; only its last call carries a gradient.

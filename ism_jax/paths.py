@@ -1,13 +1,16 @@
 """The straight path between noise and data, and the dyadic grid of steps on it.
 
 Conventions (iSM, Sec. 3): x0 is noise, x1 is data, and time runs from noise (t=0) to data (t=1).
-Times are made and moved in this module alone. A step of size d moves x_t to
+Times are made and moved in this module only. A step of size d moves x_t to
 x_t + d * s(x_t, t, c, d, w).
 
 Step sizes are dyadic: 1/128, 1/64, ..., 1/2, 1. The network never sees d = 1/128: it sees d = 0,
 the instantaneous velocity, which stands for the finest step (the Shortcut Models code ties the two
-in the same way). So `length(d)` is the distance that a step travels, and d is what the network is
-told. Steps of length l start at multiples of l.
+in the same way). So `length(d)` is the distance that a step travels, and d is the network's input.
+Steps of length l start at multiples of l.
+
+The code of the Shortcut Models' authors has x_t = (1 - (1 - 1e-5) t) x0 + t x1 and v = x1 -
+(1 - 1e-5) x0. The paths here end at the data exactly, for all variants, `sm` too.
 
 Axes: B batch, H/W image size, C channels.
 """
@@ -28,18 +31,18 @@ def expand(a, like):
 
 
 def interpolate(x0, x1, t):
-  """x_t = (1 - t) x0 + t x1, for x0, x1 [B, ...] and t [B]."""
+  """E1: x_t = (1 - t) x0 + t x1, for x0, x1 [B, ...] and t [B]."""
   t = expand(t, x1)
   return (1 - t) * x0 + t * x1
 
 
 def velocity(x0, x1):
-  """v = x1 - x0, the time derivative of x_t."""
+  """E2: v = x1 - x0, the time derivative of x_t."""
   return x1 - x0
 
 
 def step_size(level):
-  """The network input d of a level: 0 for level 0 (a step of 1/128), else 2^level / 128."""
+  """E3: the network input d of a level: 0 for level 0 (a step of 1/128), else 2^level / 128."""
   level = jnp.asarray(level, jnp.float32)
   return jnp.where(level == 0, 0.0, jnp.exp2(level) / FINEST)
 
@@ -60,7 +63,7 @@ def halve(d):
 
 
 def advance(x_t, s, d):
-  """x_{t+d} = x_t + d s, for d [B] (d = 0 travels 1/128)."""
+  """E4: x_{t+d} = x_t + d s, for d [B] (d = 0 travels 1/128)."""
   return x_t + expand(length(d), x_t) * s
 
 

@@ -12,11 +12,13 @@ from ism_jax import guidance, paths
 
 
 def sample(velocity, x0, c, w, schedule):
-  """Integrates noise to samples.
+  """E14: x_{t+d} = x_t + d s(x_t, t, c, d, w) along the schedule, from noise to samples.
 
   Args:
     velocity: velocity(x_t, t, c, d, w).
-    x0: [B, ...] noise; c: [B] classes; w: [B] guidance, one for each sample.
+    x0: [B, ...] noise.
+    c: [B] classes.
+    w: [B] guidance, one for each sample.
     schedule: (t, d) pairs, as `paths.parse_schedule` returns.
   Returns:
     [B, ...], the samples.
@@ -43,5 +45,5 @@ def sample_fixed(velocity, x0, c, w, schedule, *, t_interval: float, null_class:
 
 
 def draw_noise(key, indices, shape):
-  """Noise [N, *shape] of the samples numbered `indices` [N]: each depends on its number alone."""
+  """Noise [N, *shape] of the samples numbered `indices` [N]: each depends only on its number."""
   return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)

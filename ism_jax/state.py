@@ -23,7 +23,9 @@ class OptimizerConfig:
     learning_rate: after the warm-up.
     schedule: "constant", or "cosine" to zero at the end of the run.
     warmup_steps: of a linear warm-up from zero.
-    b1, b2, eps: of Adam.
+    b1: decay of Adam's first moment.
+    b2: decay of its second moment.
+    eps: of Adam, added to the root of the second moment.
     weight_decay: decoupled, as a share of the learning rate; 0 is Adam.
     clip_norm: bound on the global norm of the gradient; 0 is none.
   """
@@ -58,8 +60,8 @@ class EmaConfig:
     target_decay: per step, of the tree that makes the consistency target. Equal to
       `inference_decay`, the two trees are equal: one EMA, as SM has.
     warmup: whether decays start low, at most (1 + n) / (10 + n) after n steps, so that the average
-      forgets the initialisation. (0.999 alone keeps 9 % of it after 2,400 steps.) It holds for both
-      trees, so that equal decays stay one EMA; 0.95 is reached after 171 steps.
+      forgets the initialisation. (A constant 0.999 keeps 9 % of it after 2,400 steps.) It holds for
+      both trees, so that equal decays stay one EMA; 0.95 is reached after 171 steps.
   """
 
   inference_decay: float
@@ -78,8 +80,10 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, steps done.
-    params: online parameters. opt_state: the optimizer's.
-    ema: slow average, for sampling. target_ema: fast average, for the consistency target.
+    params: online parameters.
+    opt_state: of the optimizer.
+    ema: slow average, for sampling.
+    target_ema: fast average, for the consistency target.
   """
 
   step: jax.Array
@@ -118,7 +122,7 @@ def decay_at(decay: float, step, warmup: bool):
 
 
 def average(ema, params, decay):
-  """decay * ema + (1 - decay) * params, leaf by leaf."""
+  """E13: decay * ema + (1 - decay) * params, leaf by leaf; `update` does it to both averages."""
   return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
 

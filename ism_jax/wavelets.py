@@ -90,14 +90,17 @@ def bands(e, family: str, levels: int):
   # Channels first and default axes: jaxwt's `axes=` fails under jit.
   e_BxCxHxW = jnp.moveaxis(e, -1, 1)
   approximation, *details = jaxwt.wavedec2(e_BxCxHxW, family, mode="symmetric", level=levels)
-  found = [(levels, flat(approximation))]
+  bands_by_level = [(levels, flat(approximation))]
   for level, triple in zip(range(levels - 1, -1, -1), details, strict=True):
-    found += [(level, flat(band)) for band in triple]
-  return found
+    bands_by_level += [(level, flat(band)) for band in triple]
+  return bands_by_level
 
 
 def distance(e, cfg: WaveletConfig, loss: str):
-  """The distance per example [B] of an error e [B, H, W, C], for one of the three losses."""
+  """E9: the distance per example [B] of an error e [B, H, W, C], for one of the three losses.
+
+  `WaveletConfig.form` has the equations.
+  """
   if cfg.form == "l2" or loss not in cfg.losses:
     return jnp.mean(jnp.square(e).reshape(e.shape[0], -1), axis=-1)
   levels = depth(cfg, e.shape[1:3])
