@@ -111,7 +111,7 @@ def restore_newest(manager, read, *, move_damaged=False):
   Args:
     read: read(step) returns what is wanted of a step, by the functions below. It is called for one
       step after the other, from the newest on, until it raises no DamagedError.
-    move_damaged: for a writer, once a whole one is found: moves those passed over to
+    move_damaged: for a writer, once a whole one has been read: moves those passed over to
       `<workdir>/checkpoints_damaged/<step>`, where Orbax does not look, so that they are not taken
       for the latest and their steps can be saved again. All processes must ask for it alike.
   Returns:
@@ -153,7 +153,7 @@ def restore(manager, like, step=None):
   Raises:
     FileNotFoundError: no such checkpoint.
     DamagedError: it cannot be read, or a checksum is not that of the save.
-    ValueError: the checkpoint is one of another model; found before any array is read.
+    ValueError: the checkpoint is one of another model; raised before any array is read.
   """
   step = _existing_step(manager, step)
   saved, checksums = _contents(manager, step)
@@ -249,8 +249,8 @@ def _contents(manager, step):
   return metadata.tree, checksums
 
 
-def _check_sums(found, saved):
-  if differ := [name for name in found if found[name] != saved[name]]:
+def _check_sums(sums, saved):
+  if differ := [name for name in sums if sums[name] != saved[name]]:
     more = f" and {len(differ) - _MAX_NAMED} more" if len(differ) > _MAX_NAMED else ""
     raise ValueError(f"the checksums of {', '.join(differ[:_MAX_NAMED])}{more} differ")
 
@@ -271,7 +271,7 @@ def _checksums(arrays):
 
   Exact integers, so independent of how arrays are split over devices. `mix` (MurmurHash3's last
   step) is a bijection: one changed element always changes the sum. It is not linear: of bits_i
-  times a weight, the sum would miss two swapped values that differ in their sign alone.
+  times a weight, the sum would miss two swapped values that differ only in their sign.
   """
 
   def checksum(x):

@@ -35,18 +35,22 @@ def effective_scale(velocity, x0, x1, c, key, *, d, w, null_class, t_interval):
 
   Args:
     velocity: velocity(x_t, t, c, d, w).
-    x0, x1: [B, ...] noise and data; c: [B] classes.
-    key: of the start times: multiples of d.
-    d: the jump, 1/64 ... 1. w: guidance that the jump is told.
-    t_interval: the network's own: the rollout is guided where training was.
+    x0: [B, ...] noise.
+    x1: [B, ...] data.
+    c: [B] classes.
+    key: of the start times, which are multiples of d.
+    d: the jump, 1/64 ... 1.
+    w: guidance, the network's input for the jump.
+    null_class: label of "no class".
+    t_interval: of the network's training: the rollout is guided where training was.
   Returns:
     (1 + g, relative residual of the match).
   """
   n = len(c)
-  jump, told = jnp.full(n, d), jnp.full(n, w)
+  jump, guided_by = jnp.full(n, d), jnp.full(n, w)
   t = paths.draw_start(key, jump)
   x_t = paths.interpolate(x0, x1, t)
-  target = jax.jit(velocity)(x_t, t, c, jump, told)
+  target = jax.jit(velocity)(x_t, t, c, jump, guided_by)
   guided = guidance.fixed(velocity, null_class=null_class, t_interval=t_interval, every_level=False)
 
   @jax.jit
@@ -73,7 +77,10 @@ def deviation_from_chord(velocity, x0, c, w):
   paths at constant speed.
 
   Args:
-    velocity: velocity(x_t, t, c, d, w), called at d = 0. c, w: [B].
+    velocity: velocity(x_t, t, c, d, w), called at d = 0.
+    x0: [B, ...] noise.
+    c: [B] classes.
+    w: [B] guidance.
   Returns:
     A scalar array.
   """

@@ -43,7 +43,7 @@ class ModelConfig:
       "full" its input only.
     unroll: blocks per iteration of the scan over layers.
     attention: "xla" writes it out, for any device; "cudnn" takes NVIDIA's fused kernel where a GPU
-      computes, in bfloat16 alone, and elsewhere is "xla".
+      computes, in bfloat16 only, and elsewhere is "xla".
   """
 
   size: str

@@ -59,16 +59,17 @@ def initialize(coordinator=None, processes=None, process=None, *, preemption=Fal
   Process 0 goes on logging all, the others their warnings and errors.
 
   Args:
-    coordinator: "host:port" of process 0. processes: their number. process: that of this one. All
-      three, or none: then from the environment, as jax.distributed finds it on Cloud TPU, under
-      SLURM and under Open MPI.
+    coordinator: "host:port" of process 0. This and the two below all, or none: then they come from
+      the environment, as jax.distributed reads it on Cloud TPU, under SLURM and under Open MPI.
+    processes: their number.
+    process: the number of this one.
     preemption: whether SIGTERM to any process is only noted, for `train.watch_for_preemption`; else
       it ends the process.
   Raises:
     ValueError: the arguments do not make a place.
     OSError: the coordinator's address is unknown, or its port is taken.
   """
-  place = _given(coordinator, processes, process) or _found()
+  place = _place_of_flags(coordinator, processes, process) or _place_of_environment()
   if place is None or place[1] == 1:
     return
   coordinator, processes, process, local_devices = place
@@ -97,10 +98,8 @@ def initialize(coordinator=None, processes=None, process=None, *, preemption=Fal
   finally:
     give_up.cancel()
   threading.Thread(target=_watch, daemon=True).start()
-  logging.info(
-      "Process %d of %d, %d local devices of %d.",
-      process, processes, jax.local_device_count(), jax.device_count(),
-  )  # fmt: skip
+  local, devices = jax.local_device_count(), jax.device_count()
+  logging.info("Process %d of %d, %d local devices of %d.", process, processes, local, devices)
   if process > 0:
     logging.set_verbosity(logging.WARNING)
 
@@ -127,7 +126,7 @@ def shared_fate():
     raise
 
 
-def _given(coordinator, processes, process):
+def _place_of_flags(coordinator, processes, process):
   """The place that the flags give, checked; None where they give none."""
   named = {"--coordinator": coordinator, "--processes": processes, "--process": process}
   missing = [name for name, value in named.items() if value is None]
@@ -153,13 +152,16 @@ def _given(coordinator, processes, process):
   return coordinator, processes, process, None
 
 
-def _found():
+def _place_of_environment():
   """The place that the environment gives; None where it gives none, or a single process."""
   try:
     # In jax.distributed's order. It also knows plain Kubernetes, for which it asks an API server.
     known = (
-      clusters.OmpiCluster, clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster
-    )  # fmt: skip
+      clusters.OmpiCluster,
+      clusters.SlurmCluster,
+      clusters.GkeTpuCluster,
+      clusters.GceTpuCluster,
+    )
     cluster = next((c for c in known if c.is_env_present()), None)
     if cluster is None or (processes := cluster.get_process_count()) == 1:
       return None
@@ -178,13 +180,14 @@ def _found():
 
 def _local_devices(cluster, processes):
   """[a GPU's number] where a node runs several processes; None for all devices of the node."""
-  alone = (
+  one_per_node = (
     os.environ.get("SLURM_STEP_NUM_NODES") == str(processes)
     or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
   )
   number = cluster.get_local_process_id()  # None on TPUs
-  # jax.distributed itself would leave a process that is alone on its node a single GPU.
-  return None if alone or number is None or "JAX_LOCAL_DEVICE_IDS" in os.environ else [number]
+  # jax.distributed itself would leave the only process of a node a single GPU.
+  listed = "JAX_LOCAL_DEVICE_IDS" in os.environ
+  return None if one_per_node or number is None or listed else [number]
 
 
 def _check_port(coordinator):
@@ -244,14 +247,15 @@ def _wait_for_all():
 
 def _failures(client):
   """What the processes that failed have said: ["process i failed: ..."]."""
-  told = client.key_value_dir_get(_FAILED)
-  return [f"process {key.rpartition('/')[2]} failed: {text}" for key, text in sorted(told)]
+  messages = client.key_value_dir_get(_FAILED)
+  return [f"process {key.rpartition('/')[2]} failed: {text}" for key, text in sorted(messages)]
 
 
 def _leave(errors, client=None):
   """Prints the errors and ends this process, whatever its threads do.
 
   Args:
+    errors: their messages.
     client: of the key-value store, once joined. It runs in process 0, which stays until the others
       have read what is in it.
   """

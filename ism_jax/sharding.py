@@ -3,7 +3,7 @@
 Two axes: "slice", the parts of a machine that only the data-centre network joins (one, but for
 multi-slice TPUs), and "data" within each. Batches are split over both by rows. The parameters are
 on every device; what only the update and sampling use may be split over "data" (ZeRO-1), and is
-then whole in every slice, so that it is gathered over the fast links alone.
+then whole in every slice, so that it is gathered over the fast links only.
 
 Axes: N rows over all devices, D columns.
 """
@@ -108,8 +108,8 @@ def take_rows(mesh: Mesh, x, indices):
 
     def take(taken, owner, x):
       place = indices - owner * n
-      mine = ((place >= 0) & (place < n)).reshape(-1, *(1,) * (x.ndim - 1))
-      return jnp.where(mine, x[jnp.clip(place, 0, n - 1)], taken)
+      is_here = ((place >= 0) & (place < n)).reshape(-1, *(1,) * (x.ndim - 1))
+      return jnp.where(is_here, x[jnp.clip(place, 0, n - 1)], taken)
 
     return _round_the_ring(mesh, take, jnp.zeros_like(x), x)
 
@@ -119,7 +119,7 @@ def take_rows(mesh: Mesh, x, indices):
 
 
 def _round_the_ring(mesh, visit, result, block):
-  """visit(result, owner, block) with the block of every device, one's own first."""
+  """visit(result, owner, block) with the block of every device, first that of the device itself."""
   size, me = mesh.size, jax.lax.axis_index(AXIS)
   onwards = [(i, (i + 1) % size) for i in range(size)]
 

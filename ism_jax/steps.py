@@ -67,7 +67,7 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
   share_and_gradient = jax.value_and_grad(share_of_loss, has_aux=True)
 
   def on_device(params, target_params, weights, *rows):
-    # Each device differentiates its own share of the loss with respect to its own copy of the
+    # Each device differentiates its share of the loss with respect to its copy of the
     # parameters; one psum at the end adds the shares. (Left replicated, `params` would make
     # jax.grad sum over the devices in every micro-batch.)
     params = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
@@ -141,8 +141,8 @@ def replicated_bytes(exp: Experiment, devices: int) -> float:
   """About what a step takes of a device's memory where the state is on every device.
 
   Parameters, two moments, two averages and a gradient in float32, and the activations of a device's
-  rows, in bytes per token, layer and unit of width as ahead-of-time compilation for TPUs found them
-  (README).
+  rows, in bytes per token, layer and unit of width, as ahead-of-time compilation for TPUs measures
+  them (README).
   """
   shapes = jax.eval_shape(_create(exp), jax.random.key(0))
   parameters = sum(a.size for a in jax.tree.leaves(shapes.params))

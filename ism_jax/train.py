@@ -1,4 +1,4 @@
-"""The training loop: it starts or continues a run, reports, saves, and stops when it is told to."""
+"""The training loop: it starts or continues a run, reports, saves, and stops for SIGTERM."""
 
 import contextlib
 import signal
@@ -41,7 +41,9 @@ def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> 
   """Raises FloatingPointError naming the first step with a metric that is not finite.
 
   Args:
-    metrics: [S] of the S steps up to `last_step`. info: the coupling's, of their pool.
+    metrics: [S] of the S steps up to `last_step`.
+    info: diagnostics of the coupling of their pool.
+    last_step: the last of these steps.
   """
   bad_info = [f"coupling/{name}" for name, value in info.items() if not np.isfinite(value)]
   for i in range(len(metrics["loss"])):
@@ -58,9 +60,9 @@ def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> 
 def watch_for_preemption(manager):
   """Yields preempted(first, last): whether to stop now, after the steps `first` to `last`.
 
-  A process alone is told by SIGTERM (while this context is open, in the main thread); a second
+  A single process stops for SIGTERM (while this context is open, in the main thread); a second
   SIGTERM kills it, as usual. Of several processes, each answers the same at the same step once any
-  of them has got SIGTERM; there jax.distributed has a handler of its own, which must stay.
+  of them has got SIGTERM; there jax.distributed has its handler, which must stay.
   """
   if jax.process_count() > 1:
     # JAX agrees on the one step after the furthest that any process has asked about.

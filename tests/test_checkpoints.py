@@ -137,14 +137,14 @@ def save_with_broken_params(workdir, state):
   """Saves step 1, and breaks the compressed frame that holds params["w"] on disk."""
   with checkpoints.open_manager(workdir, keep=1) as manager:
     checkpoints.save(manager, 1, state, DATA, CONFIG)
-  start, found = np.array(state.params["w"]).tobytes()[:64], 0
+  start, files = np.array(state.params["w"]).tobytes()[:64], 0
   for path in (workdir / "checkpoints" / "1" / "state").rglob("*"):
     content = path.read_bytes() if path.is_file() else b""
     if start in content:
       frame = content.rindex(b"\x28\xb5\x2f\xfd", 0, content.index(start))  # zstd's magic number
       path.write_bytes(content[:frame] + bytes(4) + content[frame + 4 :])
-      found += 1
-  assert found == 1
+      files += 1
+  assert files == 1
   with reader(workdir) as manager, pytest.raises(Exception, match=r"Error reading .params\.w"):
     checkpoints.restore_tree(manager, "params", abstract(state.params))
 
@@ -196,7 +196,7 @@ def test_checksums_are_those_of_numpy_wherever_the_arrays_are(tmp_path):
 def test_a_changed_bit_or_two_swapped_values_on_disk_are_noticed(tmp_path):
   state = make_noise()
   w = np.array(state.params["w"])
-  w[5, 1] = w[5, 0] ^ np.uint32(1 << 31)  # these two differ by their sign alone
+  w[5, 1] = w[5, 0] ^ np.uint32(1 << 31)  # these two differ only by their sign
   state = state.replace(params={"w": jnp.asarray(w)})
   swapped, flipped = w.copy(), w.copy()
   swapped[5, :2] = w[5, 1::-1]
@@ -208,7 +208,7 @@ def test_a_changed_bit_or_two_swapped_values_on_disk_are_noticed(tmp_path):
     replace_on_disk(tmp_path / name / "checkpoints" / "1", w[row].tobytes(), wrong[row].tobytes())
     with reader(tmp_path / name) as manager:
       read = manager.restore(1, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
-      np.testing.assert_array_equal(read["params"]["w"], wrong)  # Orbax alone says nothing
+      np.testing.assert_array_equal(read["params"]["w"], wrong)  # Orbax says nothing
       damaged = pytest.raises(checkpoints.DamagedError, match=r"checkpoints/1 .* params/w differ")
       with damaged:
         checkpoints.restore(manager, abstract(state))
@@ -251,8 +251,8 @@ def test_damage_is_passed_over_for_the_checkpoint_before(tmp_path, caplog, damag
     step, (config, (restored, position)) = checkpoints.restore_newest(manager, read)
   assert (step, config, position) == (3, CONFIG, DATA)
   assert_same(restored, expected)
-  (told,) = (r.getMessage() for r in caplog.records if "damaged" in r.getMessage())
-  assert f"{folder}/6 is damaged: " in told
+  (message,) = (r.getMessage() for r in caplog.records if "damaged" in r.getMessage())
+  assert f"{folder}/6 is damaged: " in message
   assert sorted(p.name for p in folder.iterdir()) == ["3", "6"]
 
 

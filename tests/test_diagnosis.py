@@ -63,7 +63,7 @@ def test_the_deviation_from_the_chord_is_that_of_the_exact_path(key):
   np.testing.assert_allclose(straight, 0, atol=1e-10)
 
 
-def test_paths_that_bend_for_some_w_alone_are_told_apart(key):
+def test_paths_that_bend_only_for_some_w_are_distinguished(key):
   x0 = jax.random.normal(key, (8, 2, 2, 1))
   bends = lambda x, t, c, d, w: paths.expand(w * t, x)
   deviation = lambda w: diagnosis.deviation_from_chord(bends, x0, jnp.zeros(8, int), jnp.full(8, w))

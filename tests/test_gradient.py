@@ -30,8 +30,8 @@ def problem(micro_batches=1, **objective):
   online, target = randomised(params, keys[1]), randomised(params, keys[2])
   x0, x1 = (jax.random.normal(k, (128, *exp.image_shape)) for k in keys[3:5])
   c = jnp.arange(128) % 10
-  given = objectives.draw_conditions(keys[5], c, exp.objective, exp.null_class)
-  return exp, (online, target, x0, x1, c, given)
+  conditions = objectives.draw_conditions(keys[5], c, exp.objective, exp.null_class)
+  return exp, (online, target, x0, x1, c, conditions)
 
 
 def gradient_and_loss(devices, micro_batches, **objective):
@@ -67,7 +67,7 @@ def test_the_raw_gradient_depends_neither_on_devices_nor_on_micro_batches(
 
 
 def test_leaving_the_sum_over_devices_to_jax_too_would_be_noticed(reference, monkeypatch):
-  """The classic error: replicated parameters make jax.grad sum over devices, before our own sum."""
+  """The classic error: replicated parameters make jax.grad sum over devices, before ours."""
   monkeypatch.setattr(jax.lax, "pcast", lambda x, *_, **__: x)
   grad, _ = gradient_and_loss(8, 1)
   assert relative_difference(grad, reference[0]) > 1
@@ -92,7 +92,7 @@ def test_target_parameters_in_the_guidance_pair_change_the_gradient(reference):
   assert relative_difference(grad, reference[0]) > 1e-3
 
 
-def test_the_gradient_norm_of_each_loss_is_that_of_this_loss_alone():
+def test_the_gradient_norm_of_each_loss_is_that_of_its_loss():
   """Weighted, on 8 devices, against the gradient of each part without any mesh."""
   exp, (online, target, x0, x1, c, _) = problem(alpha=2.0, gamma=3.0)
   mesh, keys = sharding.data_mesh(), steps.base_keys(0)
@@ -100,16 +100,17 @@ def test_the_gradient_norm_of_each_loss_is_that_of_this_loss_alone():
   pool = {name: jnp.stack([jnp.zeros_like(a), a]) for name, a in (("x0", x0), ("x1", x1))}
   pool["c"] = jnp.stack([c, c])
   norms = steps.gradient_norms_function(exp, mesh)(state, pool, keys, 1)
-  given = steps.draw_conditions(exp, state, {"c": c}, keys)
+  conditions = steps.draw_conditions(exp, state, {"c": c}, keys)
   velocity = lambda params: model.velocity_function(exp.network(), params)
+
+  settings = (exp.objective, exp.wavelet, exp.null_class, 128)
 
   @jax.jit
   @jax.jacrev
   def parts(params):
     _, parts = objectives.losses(
-        velocity(params), velocity(target), x0, x1, c, given,
-        exp.objective, exp.wavelet, exp.null_class, 128,
-    )  # fmt: skip
+      velocity(params), velocity(target), x0, x1, c, conditions, *settings
+    )
     return {name: parts[name] for name in ("velocity", "guidance", "consistency")}
 
   expected = {name: optax.tree.norm(tree) for name, tree in parts(online).items()}

@@ -113,11 +113,11 @@ def test_attention_and_its_gradient_are_those_of_the_library(key, dtype, toleran
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v), 1, 2)
 
   for compute in (lambda f: f(q, k, v), lambda f: jax.vjp(f, q, k, v)[1](ahead)):
-    found, expected = (jnp.stack(compute(f)) for f in (model.attention, library))
-    assert found.dtype == expected.dtype == dtype
-    found, expected = np.float32(found), np.float32(expected)
-    assert np.isfinite(found).all()
-    assert np.linalg.norm(found - expected) <= size * tolerance * np.linalg.norm(expected)
+    actual, expected = (jnp.stack(compute(f)) for f in (model.attention, library))
+    assert actual.dtype == expected.dtype == dtype
+    actual, expected = np.float32(actual), np.float32(expected)
+    assert np.isfinite(actual).all()
+    assert np.linalg.norm(actual - expected) <= size * tolerance * np.linalg.norm(expected)
 
 
 def test_a_new_network_predicts_zero_and_its_gates_are_closed(key):

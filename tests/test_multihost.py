@@ -170,7 +170,7 @@ def test_a_coordinators_port_that_is_taken_is_said(joining):
     multihost.initialize(f"127.0.0.1:{other.getsockname()[1]}", 2, 0)
 
 
-def test_an_error_of_one_process_alone_stays_what_it_is():
+def test_an_error_of_a_single_process_stays_what_it_is():
   with pytest.raises(ValueError, match="mine"), multihost.shared_fate():
     raise ValueError("mine")
 
@@ -198,9 +198,9 @@ def main(_):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-  """Four devices, and a data folder of its own."""
-  kept = {k: v for k, v in os.environ.items() if not k.startswith(CLUSTERS)}
-  return kept | {
+  """Four devices, and a data folder."""
+  others = {k: v for k, v in os.environ.items() if not k.startswith(CLUSTERS)}
+  return others | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "4",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -217,9 +217,9 @@ class Processes:
     self.logs = [folder / f"log{i}" for i in range(2)]
     self.processes = []
     for i, log in enumerate(self.logs):
-      mine = [a[i] if isinstance(a, tuple) else a for a in arguments]
+      of_process = [a[i] if isinstance(a, tuple) else a for a in arguments]
       place = (f"--coordinator={coordinator}", "--processes=2", f"--process={i}")
-      run = [sys.executable, *command, *mine, *place]
+      run = [sys.executable, *command, *of_process, *place]
       with open(log, "w") as file:
         self.processes.append(
           subprocess.Popen(run, cwd=ROOT, env=environment, stdout=file, stderr=file)
@@ -310,10 +310,10 @@ def whole(environment, tmp_path_factory, killed):
 @pytest.mark.slow
 def test_two_processes_killed_and_continued_are_the_same_run(killed, whole):
   work, total = killed
-  found, expected = saved_state(work, total), saved_state(whole, total)
-  assert found.keys() == expected.keys()
+  actual, expected = saved_state(work, total), saved_state(whole, total)
+  assert actual.keys() == expected.keys()
   for name, value in expected.items():
-    np.testing.assert_array_equal(found[name], value, err_msg=name)
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
   assert entries(work) == entries(whole)
   assert len(entries(whole)) == total // 4
 
@@ -324,11 +324,11 @@ def test_two_processes_of_four_devices_are_one_of_eight(environment, tmp_path, w
              "--config.steps=8", "--config.placement=replicated",
              f"--workdir={tmp_path}"]  # fmt: skip
   subprocess.run(command, cwd=ROOT, env=environment | {"JAX_NUM_CPU_DEVICES": "8"}, check=True)
-  found, expected = saved_state(whole, 8), saved_state(tmp_path, 8)
+  actual, expected = saved_state(whole, 8), saved_state(tmp_path, 8)
   names = [name for name in expected if "params" in name or "ema" in name]
   assert names
   for name in names:
-    np.testing.assert_allclose(found[name], expected[name], atol=2e-4, err_msg=name)
+    np.testing.assert_allclose(actual[name], expected[name], atol=2e-4, err_msg=name)
   np.testing.assert_allclose(
     [e["loss"] for e in entries(whole)[:2]], [e["loss"] for e in entries(tmp_path)], rtol=1e-4
   )
@@ -344,17 +344,17 @@ def test_two_processes_evaluate_as_one(environment, tmp_path, whole):
   with Processes(environment, tmp_path, f"--workdir={two}", *evaluate) as run:
     assert run.finish() == [0, 0], run.said()
     assert "accuracy" in run.said()[0] and "accuracy" not in run.said()[1]
-  alone = [sys.executable, "-m", "ism_jax.main", f"--workdir={one}", *evaluate]
-  subprocess.run(alone, cwd=ROOT, env=environment, check=True)
-  found, expected = (json.loads((w / "evaluation.json").read_text()) for w in (two, one))
+  command = [sys.executable, "-m", "ism_jax.main", f"--workdir={one}", *evaluate]
+  subprocess.run(command, cwd=ROOT, env=environment, check=True)
+  actual, expected = (json.loads((w / "evaluation.json").read_text()) for w in (two, one))
   for key, tolerance in (("results", 1e-2), ("straightness", 1e-3)):
-    (a,), (b,) = found.pop(key), expected.pop(key)
+    (a,), (b,) = actual.pop(key), expected.pop(key)
     assert a.keys() == b.keys()
     a, b = (r | r.pop("scores", {}).get("classifier", {}) for r in (a, b))
     for name in a.keys() - {"images_per_second"}:
       np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=1e-3, err_msg=name)
-  assert [r.pop("devices") for r in (found, expected)] == ["8 x cpu", "4 x cpu"]
-  assert found == expected  # of the reference: to the last bit
+  assert [r.pop("devices") for r in (actual, expected)] == ["8 x cpu", "4 x cpu"]
+  assert actual == expected  # of the reference: to the last bit
 
 
 # The command, with less to compile and to repeat.
@@ -453,15 +453,15 @@ def test_a_process_that_dies_without_a_word_ends_the_other(environment, tmp_path
 
 @pytest.mark.slow
 def test_processes_that_do_not_meet_say_so(environment, tmp_path):
-  """Nobody listens where process 1 is told to look."""
+  """Nobody listens where process 1 looks."""
   script = WORKER.replace("place =", "multihost.JOIN_SECONDS = 4\nplace =", 1) + "app.run(main)"
   elsewhere = f"--coordinator=127.0.0.1:{free_port()}"
-  alone = subprocess.Popen(
+  process = subprocess.Popen(
     [sys.executable, "-c", script, elsewhere, "--processes=2", "--process=1"],
     cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
-  _, said = alone.communicate(timeout=60)
-  assert alone.returncode == 1
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == 1
   assert said.splitlines()[-1].startswith("Error: process 1 has waited 4 s for 2 processes to meet")
 
 

@@ -30,8 +30,8 @@ def draw(n, cfg, seed=0):
   keys = jax.random.split(jax.random.key(seed), 3)
   x0, x1 = jax.random.normal(keys[0], (2, n, 4, 4, 1))
   c = jnp.arange(n) % 10
-  given = objectives.draw_conditions(keys[1], c, cfg, NULL)
-  return x0, x1, *jax.device_get((c, given))
+  conditions = objectives.draw_conditions(keys[1], c, cfg, NULL)
+  return x0, x1, *jax.device_get((c, conditions))
 
 
 def test_every_row_of_a_batch_has_one_loss_at_its_share():
@@ -58,21 +58,21 @@ def test_rows_that_do_not_divide_name_the_nearest_number_that_does():
 def test_conditions_follow_the_grids_and_shares():
   n = 40_000
   cfg = ISM.objective
-  _, _, c, given = draw(n, cfg)
+  _, _, c, conditions = draw(n, cfg)
   velocity, guidance, consistency = objectives.deal_rows(n, cfg.shares)
-  assert np.all(given.d[velocity] == 0) and np.all(given.d[guidance] == 0)
-  assert np.all(given.d[consistency] >= 1 / 64)
-  assert np.all(given.w[velocity] == 0)
+  assert np.all(conditions.d[velocity] == 0) and np.all(conditions.d[guidance] == 0)
+  assert np.all(conditions.d[consistency] >= 1 / 64)
+  assert np.all(conditions.w[velocity] == 0)
   for r in (guidance, consistency):
-    values, counts = np.unique(given.w[r], return_counts=True)
+    values, counts = np.unique(conditions.w[r], return_counts=True)
     np.testing.assert_allclose(values, np.arange(0, 3.75, 0.25))
     assert abs(counts / len(r) - 1 / 15).max() < 0.01
   # Label dropout: 10 % of the velocity rows, and none of the others.
-  assert abs((given.c[velocity] == NULL).mean() - 0.1) < 0.01
-  assert np.all((given.c == c)[np.concatenate([guidance, consistency])])
+  assert abs((conditions.c[velocity] == NULL).mean() - 0.1) < 0.01
+  assert np.all((conditions.c == c)[np.concatenate([guidance, consistency])])
   for r in (velocity, guidance):
-    np.testing.assert_array_equal(np.unique(given.t[r]), np.arange(128) / 128)
-  assert np.all(given.t[consistency] % given.d[consistency] == 0)
+    np.testing.assert_array_equal(np.unique(conditions.t[r]), np.arange(128) / 128)
+  assert np.all(conditions.t[consistency] % conditions.d[consistency] == 0)
   uniform = draw(n, dataclasses.replace(cfg, times="uniform"))[3].t[velocity]
   assert len(np.unique(uniform)) > 1000 and 0.49 < uniform.mean() < 0.51
 
@@ -114,36 +114,36 @@ def test_the_two_step_target_of_a_growing_flow_is_its_closed_form():
 def test_ism_targets_are_their_equations_in_numpy(parameters, clip):
   cfg = dataclasses.replace(ISM.objective, guidance_parameters=parameters, clip=clip)
   online, ema = toy(1.0), toy(0.6)
-  x0, x1, c, given = draw(64, cfg)
-  x_t = paths.interpolate(x0, x1, given.t)
-  y = objectives.regression_targets(online, ema, x0, x1, x_t, given, c, cfg, NULL)
+  x0, x1, c, conditions = draw(64, cfg)
+  x_t = paths.interpolate(x0, x1, conditions.t)
+  y = objectives.regression_targets(online, ema, x0, x1, x_t, conditions, c, cfg, NULL)
   e = lambda a: a.reshape(-1, 1, 1, 1)
   x_t, expected = np.asarray(x_t), np.array(x1 - x0)
   _velocity, guidance, consistency = objectives.deal_rows(64, cfg.shares)
-  who = online if parameters == "online" else ema
+  guide = online if parameters == "online" else ema
   for i in guidance:
     row = lambda a, i=i: a[i : i + 1]
     zero = np.zeros(1)
-    s_c = who(row(x_t), row(given.t), row(c), zero, zero, np)
-    s_0 = who(row(x_t), row(given.t), np.array([NULL]), zero, zero, np)
-    if given.t[i] >= 0.3:
-      expected[i] += (given.w[i] * (s_c - s_0))[0]
+    s_c = guide(row(x_t), row(conditions.t), row(c), zero, zero, np)
+    s_0 = guide(row(x_t), row(conditions.t), np.array([NULL]), zero, zero, np)
+    if conditions.t[i] >= 0.3:
+      expected[i] += (conditions.w[i] * (s_c - s_0))[0]
   for i in consistency:
-    t, w, label, x = (a[i : i + 1] for a in (given.t, given.w, c, x_t))
-    half = given.d[i : i + 1] / 2
-    told = np.where(half < 1 / 64, 0, half)  # the finest step is told as d = 0
-    s1 = ema(x, t, label, told, w, np)
+    t, w, label, x = (a[i : i + 1] for a in (conditions.t, conditions.w, c, x_t))
+    half = conditions.d[i : i + 1] / 2
+    d = np.where(half < 1 / 64, 0, half)  # the finest step has d = 0
+    s1 = ema(x, t, label, d, w, np)
     x2 = x + e(half) * s1
     if clip:
       x2 = np.clip(x2, -clip, clip)
-    s2 = ema(x2, t + half, label, told, w, np)
+    s2 = ema(x2, t + half, label, d, w, np)
     expected[i] = ((s1 + s2) / 2)[0]
     if clip:
       expected[i] = np.clip(expected[i], -clip, clip)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def sm_loss_in_numpy(velocity, ema, x0, x1, c, given, rows, every_level):
+def sm_loss_in_numpy(velocity, ema, x0, x1, c, conditions, rows, every_level):
   """Shortcut Models, Frans et al. 2024, transcribed: one mean over all rows of squared errors.
 
   dt_base = log2(1/dt) counts levels as SM does; the finest, 7, is what this project calls d = 0.
@@ -154,12 +154,12 @@ def sm_loss_in_numpy(velocity, ema, x0, x1, c, given, rows, every_level):
     x[None], np.array([t]), np.array([label]), np.array([as_d(dt_base)]), np.zeros(1), np
   )[0]
   for i in range(len(c)):
-    t, label = float(given.t[i]), given.c[i]
+    t, label = float(conditions.t[i]), conditions.c[i]
     x_t = (1 - t) * x0[i] + t * x1[i]
     if i in rows.velocity:
       dt_base, target = 7, x1[i] - x0[i]
     else:
-      dt_base = round(-np.log2(given.d[i]))
+      dt_base = round(-np.log2(conditions.d[i]))
       half_base, dt = dt_base + 1, 2.0 ** -(dt_base + 1)
 
       def bootstrap(x, t, label=label, half_base=half_base):
@@ -180,37 +180,37 @@ def sm_loss_in_numpy(velocity, ema, x0, x1, c, given, rows, every_level):
 def test_all_switches_off_is_shortcut_models(variant):
   exp = experiment.parse(tiny_config(variant))
   cfg = exp.objective
-  x0, x1, c, given = draw(512, cfg, seed=3)
+  x0, x1, c, conditions = draw(512, cfg, seed=3)
   online, ema = toy(1.0), toy(2.5)  # large enough that the clipping at 4 matters
-  loss, _ = objectives.losses(online, ema, x0, x1, c, given, cfg, exp.wavelet, NULL, 512)
+  loss, _ = objectives.losses(online, ema, x0, x1, c, conditions, cfg, exp.wavelet, NULL, 512)
   rows = objectives.deal_rows(512, cfg.shares)
-  expected = sm_loss_in_numpy(online, ema, x0, x1, c, given, rows, variant == "sm_compounding")
+  expected = sm_loss_in_numpy(online, ema, x0, x1, c, conditions, rows, variant == "sm_compounding")
   np.testing.assert_allclose(loss, expected, rtol=1e-4)
   # In sm only the velocity rows train the null class; compounding needs it at every d.
-  assert np.any(given.c[rows.consistency] == NULL) == (variant == "sm_compounding")
+  assert np.any(conditions.c[rows.consistency] == NULL) == (variant == "sm_compounding")
 
 
 def test_each_loss_is_a_mean_over_its_rows_times_its_weight():
   cfg = dataclasses.replace(ISM.objective, alpha=2.0, beta=3.0, gamma=5.0)
-  x0, x1, c, given = draw(64, cfg)
-  args = (toy(1.0), toy(0.6), x0, x1, c, given)
+  x0, x1, c, conditions = draw(64, cfg)
+  args = (toy(1.0), toy(0.6), x0, x1, c, conditions)
   loss, parts = objectives.losses(*args, cfg, ISM.wavelet, NULL, 64)
   np.testing.assert_allclose(
     loss, 2 * parts["velocity"] + 3 * parts["guidance"] + 5 * parts["consistency"], rtol=1e-6
   )
-  x_t = paths.interpolate(x0, x1, given.t)
-  e = toy(1.0)(x_t, *given) - (x1 - x0)
+  x_t = paths.interpolate(x0, x1, conditions.t)
+  e = toy(1.0)(x_t, *conditions) - (x1 - x0)
   velocity = objectives.deal_rows(64, cfg.shares).velocity
   np.testing.assert_allclose(parts["velocity"], np.mean(np.asarray(e)[velocity] ** 2), rtol=1e-5)
 
 
 def test_no_gradient_flows_through_a_target():
-  x0, x1, c, given = draw(64, ISM.objective)
-  x_t = paths.interpolate(x0, x1, given.t)
+  x0, x1, c, conditions = draw(64, ISM.objective)
+  x_t = paths.interpolate(x0, x1, conditions.t)
 
   def total(scale):
     y = objectives.regression_targets(
-      toy(scale), toy(scale), x0, x1, x_t, given, c, ISM.objective, NULL
+      toy(scale), toy(scale), x0, x1, x_t, conditions, c, ISM.objective, NULL
     )
     return jnp.sum(y**2)
 
@@ -240,17 +240,18 @@ def test_the_consistency_loss_is_the_mean_of_its_jumps(key):
   cfg = ISM.objective
   x0, x1 = jax.random.normal(key, (2, 256, 8, 8, 1))
   c = jnp.arange(256) % NULL
-  given = objectives.draw_conditions(jax.random.key(1), c, cfg, NULL)
+  conditions = objectives.draw_conditions(jax.random.key(1), c, cfg, NULL)
   velocity = lambda x, t, c, d, w: x * paths.expand(t + d, x)
-  _, parts = objectives.losses(velocity, velocity, x0, x1, c, given, cfg, ISM.wavelet, NULL, 256)
+  rest = (cfg, ISM.wavelet, NULL, 256)
+  _, parts = objectives.losses(velocity, velocity, x0, x1, c, conditions, *rest)
   rows = objectives.deal_rows(256, cfg.shares).consistency
-  x_t = paths.interpolate(x0, x1, given.t)
-  y = objectives.regression_targets(velocity, velocity, x0, x1, x_t, given, c, cfg, NULL)
-  e = velocity(x_t, given.t, c, given.d, given.w) - y
+  x_t = paths.interpolate(x0, x1, conditions.t)
+  y = objectives.regression_targets(velocity, velocity, x0, x1, x_t, conditions, c, cfg, NULL)
+  e = velocity(x_t, conditions.t, c, conditions.d, conditions.w) - y
   distances = np.asarray(wavelets.distance(e[rows], ISM.wavelet, "consistency"))
   sums, counts = np.zeros(7), np.zeros(7)
   for row, distance in zip(rows, distances, strict=True):
-    k = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1].index(float(given.d[row]))
+    k = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1].index(float(conditions.d[row]))
     sums[k] += distance
     counts[k] += 1
   assert counts.min() > 0

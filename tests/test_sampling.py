@@ -38,8 +38,8 @@ def test_every_step_is_one_call_with_its_own_time_size_and_guidance():
   )
   jax.effects_barrier()
   assert [(float(t[0]), float(d[0])) for t, d, *_ in calls] == [(0, 0.5), (0.5, 0.25), (0.75, 0.25)]
-  for _, _, given_w, c in calls:
-    np.testing.assert_array_equal(given_w, w)
+  for _, _, w_of_call, c in calls:
+    np.testing.assert_array_equal(w_of_call, w)
     np.testing.assert_array_equal(c, [3, 4])
 
 

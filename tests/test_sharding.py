@@ -48,8 +48,8 @@ def test_a_process_reads_the_rows_of_its_devices_in_order_whatever_the_mesh(monk
   np.testing.assert_array_equal(there, whole)
   # Of two processes, one with every second device of the mesh.
   places = type(sharding.rows(shuffled)).addressable_devices_indices_map
-  mine = lambda self, shape: dict(list(places(self, shape).items())[::2])
-  monkeypatch.setattr(type(sharding.rows(shuffled)), "addressable_devices_indices_map", mine)
+  halved = lambda self, shape: dict(list(places(self, shape).items())[::2])
+  monkeypatch.setattr(type(sharding.rows(shuffled)), "addressable_devices_indices_map", halved)
   np.testing.assert_array_equal(sharding.local_rows(shuffled, 16), [0, 1, 4, 5, 8, 9, 12, 13])
 
 
@@ -86,7 +86,7 @@ def placed(placement, devices, **changes):
 
 
 def two_calls(exp, mesh):
-  """The state after a pool of 4 steps from drawn images, and the diagnostics of the coupling."""
+  """The state after a pool of 4 steps from random images, and the diagnostics of the coupling."""
   rng, keys = np.random.default_rng(0), steps.base_keys(0)
   pool = {
     "x1": rng.standard_normal((4, 64, *exp.image_shape), np.float32),
@@ -175,14 +175,14 @@ def test_a_latent_is_drawn_from_its_moments_anew_for_each_pool(mesh):
   deviation = np.exp(np.linspace(-2, 0, 4, dtype=np.float16))
   moments = np.concatenate([mean, np.broadcast_to(2 * np.log(deviation), shape)], -1)
   couple = steps.couple_function(exp, mesh)
-  drawn = []
+  latents = []
   for index in (0, 1):
     pool = {"moments": moments, "c": np.zeros((4, 64), np.int32)}
     pool = sharding.global_arrays(sharding.rows(mesh, axis=1), pool)
-    drawn.append(np.asarray(couple(pool, keys, index)[0]["x1"]))
-  noise = (drawn[0] / 0.18215 - mean) / deviation
-  assert drawn[0].dtype == np.float32 and abs(noise.mean()) < 0.02
+    latents.append(np.asarray(couple(pool, keys, index)[0]["x1"]))
+  noise = (latents[0] / 0.18215 - mean) / deviation
+  assert latents[0].dtype == np.float32 and abs(noise.mean()) < 0.02
   np.testing.assert_allclose(noise.std((0, 1, 2, 3)), 1, atol=0.02)
-  other = (drawn[1] / 0.18215 - mean) / deviation
+  other = (latents[1] / 0.18215 - mean) / deviation
   assert abs(np.mean(noise * other)) < 0.02
   assert abs(jnp.corrcoef(noise.ravel(), mean.ravel().astype(np.float32))[0, 1]) < 0.02

@@ -177,7 +177,7 @@ def test_a_run_that_sigterm_stops_saves_where_it_is_and_continues_as_the_same_ru
   _, whole, _ = run
   steps_function = steps.steps_function
 
-  def is_told_in_its_first_call(*args):
+  def gets_sigterm_in_its_first_call(*args):
     f, calls = steps_function(*args), []
 
     def call(*a):
@@ -190,7 +190,7 @@ def test_a_run_that_sigterm_stops_saves_where_it_is_and_continues_as_the_same_ru
 
   before = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
-    patch.setattr(steps, "steps_function", is_told_in_its_first_call)
+    patch.setattr(steps, "steps_function", gets_sigterm_in_its_first_call)
     with pytest.raises(SystemExit) as stopped:
       train.train(tiny_config(), str(tmp_path), one_device)
   assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before

@@ -59,7 +59,7 @@ def test_the_norm_is_its_formula_in_numpy(key):
 
 
 def band_error(coarse: bool):
-  """An error of unit energy that lies in one band alone."""
+  """An error of unit energy that lies in one band only."""
   zeros = pywt.wavedec2(np.zeros((8, 8)), "haar")
   if coarse:
     zeros[0][...] = 1
@@ -93,7 +93,7 @@ def test_a_small_error_beside_a_large_one_weighs_more_under_the_norm_and_not_und
   ],
 )
 def test_the_gradient_of_a_fine_error_against_a_coarse_one_is_that_of_the_form(cfg, ratio):
-  """For an error of unit energy in the finest diagonal band alone, and in the coarsest alone."""
+  """For an error of unit energy in only the finest diagonal band, and in only the coarsest."""
   slope = lambda e: jax.grad(lambda a: distance(cfg, a * e)[0])(1.0)
   fine, coarse = slope(band_error(False)), slope(band_error(True))
   np.testing.assert_allclose(fine / coarse, ratio, rtol=1e-4)
