@@ -30,6 +30,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED = "stabilityai/sd-vae-ft-mse"
 LOG_VARIANCES = (-30.0, 20.0)
 
+# By default TPUs multiply float32 in one pass of bfloat16, and GPUs as TF32.
+_PRECISION = jax.lax.Precision.HIGHEST
+
 _OLD_SPELLING = {  # of the attention's keys, as older files have them
   "query": "to_q",
   "key": "to_k",
@@ -113,12 +116,11 @@ def load(name: str) -> Vae:
   return Vae(SD_VAE, params, sha256, name)
 
 
-def encode(cfg: VaeConfig, params, images, dtype="float32"):
+def encode(cfg: VaeConfig, params, images):
   """The Gaussian over latents of each image.
 
   Args:
     images: float [B, H, W, 3] in [-1, 1]; H and W are multiples of 8.
-    dtype: of activations and matrix products, "float32" or "bfloat16".
   Returns:
     moments float32 [B, H/8, W/8, 8]: the mean of the 4 latent channels, then their log-variance,
     clamped to [-30, 20]; not scaled.
@@ -131,7 +133,8 @@ def encode(cfg: VaeConfig, params, images, dtype="float32"):
       f"of {cfg.factor}. Crop them to "
       f"{height // cfg.factor * cfg.factor}x{width // cfg.factor * cfg.factor}."
     )
-  moments = _apply(cfg, params, images, dtype, "encode")
+  x = images.astype(jnp.float32)
+  moments = _Autoencoder(cfg).apply({"params": params}, x, method="encode")
   mean, log_variance = jnp.split(moments, 2, axis=-1)
   return jnp.concatenate([mean, jnp.clip(log_variance, *LOG_VARIANCES)], axis=-1)
 
@@ -154,17 +157,17 @@ def sample_latent(moments, noise, scale):
   return scale * (mean + jnp.exp(log_variance / 2) * noise.astype(jnp.float32))
 
 
-def decode(cfg: VaeConfig, params, latents, dtype="float32"):
+def decode(cfg: VaeConfig, params, latents):
   """The image of each latent.
 
   Args:
     latents: float [B, h, w, 4] of the training scale.
-    dtype: of activations and matrix products, "float32" or "bfloat16".
   Returns:
     float32 [B, 8 h, 8 w, 3], [-1, 1] but for overshoots, which are not clipped.
   """
   _check("latents", latents, cfg.latent_channels)
-  return _apply(cfg, params, latents.astype(jnp.float32) / cfg.scale, dtype, "decode")
+  z = latents.astype(jnp.float32) / cfg.scale
+  return _Autoencoder(cfg).apply({"params": params}, z, method="decode")
 
 
 def params_from_safetensors(cfg: VaeConfig, path):
@@ -297,20 +300,10 @@ def _check(what, array, channels):
     )
 
 
-def _apply(cfg, params, x, dtype, method):
-  if dtype not in ("float32", "bfloat16"):
-    raise ValueError(f"dtype={dtype!r} is unknown; known are float32, bfloat16.")
-  return (
-    _Autoencoder(cfg, jnp.dtype(dtype))
-    .apply({"params": params}, x, method=method)
-    .astype(jnp.float32)
-  )
-
-
 @functools.lru_cache
 def _shapes(cfg):
   """{path in the nested dict: array of that shape}, in one order for ever."""
-  network = _Autoencoder(cfg, jnp.dtype("float32"))
+  network = _Autoencoder(cfg)
   image = jax.ShapeDtypeStruct((1, cfg.factor, cfg.factor, 3), jnp.float32)
   shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)["params"]
   return dict(sorted(traverse_util.flatten_dict(shapes).items()))
@@ -336,34 +329,28 @@ def _random_params(cfg):
   return traverse_util.unflatten_dict(params)
 
 
-def _conv(channels, dtype, size=3, **options):
-  options = {"padding": size // 2, "precision": _precision(dtype)} | options
-  return nn.Conv(channels, (size, size), dtype=dtype, **options)
+def _conv(channels, size=3, **options):
+  options = {"padding": size // 2, "precision": _PRECISION} | options
+  return nn.Conv(channels, (size, size), **options)
 
 
-def _precision(dtype):
-  # By default TPUs multiply float32 in one pass of bfloat16, and GPUs as TF32.
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _norm(cfg, dtype, name):
+def _norm(cfg, name):
   # The fast variance, E[x^2] - E[x]^2, cancels where a group's mean is large.
-  return nn.GroupNorm(cfg.groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+  return nn.GroupNorm(cfg.groups, epsilon=1e-6, use_fast_variance=False, name=name)
 
 
 class _ResidualBlock(nn.Module):
   cfg: VaeConfig
-  dtype: jnp.dtype
   channels: int
 
   @nn.compact
   def __call__(self, x):
-    h = nn.silu(_norm(self.cfg, self.dtype, "norm1")(x))
-    h = _conv(self.channels, self.dtype, name="conv1")(h)
-    h = nn.silu(_norm(self.cfg, self.dtype, "norm2")(h))
-    h = _conv(self.channels, self.dtype, name="conv2")(h)
+    h = nn.silu(_norm(self.cfg, "norm1")(x))
+    h = _conv(self.channels, name="conv1")(h)
+    h = nn.silu(_norm(self.cfg, "norm2")(h))
+    h = _conv(self.channels, name="conv2")(h)
     if x.shape[-1] != self.channels:
-      x = _conv(self.channels, self.dtype, size=1, name="conv_shortcut")(x)
+      x = _conv(self.channels, size=1, name="conv_shortcut")(x)
     return x + h
 
 
@@ -371,85 +358,80 @@ class _Attention(nn.Module):
   """Self-attention over pixels with one head."""
 
   cfg: VaeConfig
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x):
-    channels, precision = x.shape[-1], _precision(self.dtype)
-    dense = functools.partial(nn.Dense, channels, dtype=self.dtype, precision=precision)
-    einsum = functools.partial(jnp.einsum, precision=precision)
+    channels = x.shape[-1]
+    dense = functools.partial(nn.Dense, channels, precision=_PRECISION)
+    einsum = functools.partial(jnp.einsum, precision=_PRECISION)
     x_BxTxC = x.reshape(len(x), -1, channels)
-    h_BxTxC = _norm(self.cfg, self.dtype, "group_norm")(x_BxTxC)
+    h_BxTxC = _norm(self.cfg, "group_norm")(x_BxTxC)
     q_BxTxC, k_BxTxC, v_BxTxC = (dense(name=f"to_{a}")(h_BxTxC) for a in "qkv")
-    score_BxTxT = einsum("btc,bsc->bts", q_BxTxC, k_BxTxC, preferred_element_type=jnp.float32)
-    weight_BxTxT = nn.softmax(score_BxTxT / np.sqrt(channels)).astype(self.dtype)
+    score_BxTxT = einsum("btc,bsc->bts", q_BxTxC, k_BxTxC)
+    weight_BxTxT = nn.softmax(score_BxTxT / np.sqrt(channels))
     h_BxTxC = einsum("bts,bsc->btc", weight_BxTxT, v_BxTxC)
     return x + dense(name="to_out_0")(h_BxTxC).reshape(x.shape)
 
 
 class _MidBlock(nn.Module):
   cfg: VaeConfig
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x):
     channels = x.shape[-1]
-    x = _ResidualBlock(self.cfg, self.dtype, channels, name="resnets_0")(x)
-    x = _Attention(self.cfg, self.dtype, name="attentions_0")(x)
-    return _ResidualBlock(self.cfg, self.dtype, channels, name="resnets_1")(x)
+    x = _ResidualBlock(self.cfg, channels, name="resnets_0")(x)
+    x = _Attention(self.cfg, name="attentions_0")(x)
+    return _ResidualBlock(self.cfg, channels, name="resnets_1")(x)
 
 
 class _Encoder(nn.Module):
   cfg: VaeConfig
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x):
-    cfg, dtype = self.cfg, self.dtype
-    x = _conv(cfg.channels[0], dtype, name="conv_in")(x)
+    cfg = self.cfg
+    x = _conv(cfg.channels[0], name="conv_in")(x)
     for i, channels in enumerate(cfg.channels):
       level = f"down_blocks_{i}"
       for j in range(cfg.blocks):
-        x = _ResidualBlock(cfg, dtype, channels, name=f"{level}_resnets_{j}")(x)
+        x = _ResidualBlock(cfg, channels, name=f"{level}_resnets_{j}")(x)
       if i < len(cfg.channels) - 1:
         # Zeros on the right and at the bottom only.
         halve = {"strides": 2, "padding": ((0, 1), (0, 1))}
-        x = _conv(channels, dtype, name=f"{level}_downsamplers_0_conv", **halve)(x)
-    x = _MidBlock(cfg, dtype, name="mid_block")(x)
-    x = nn.silu(_norm(cfg, dtype, "conv_norm_out")(x))
-    return _conv(2 * cfg.latent_channels, dtype, name="conv_out")(x)
+        x = _conv(channels, name=f"{level}_downsamplers_0_conv", **halve)(x)
+    x = _MidBlock(cfg, name="mid_block")(x)
+    x = nn.silu(_norm(cfg, "conv_norm_out")(x))
+    return _conv(2 * cfg.latent_channels, name="conv_out")(x)
 
 
 class _Decoder(nn.Module):
   cfg: VaeConfig
-  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x):
-    cfg, dtype = self.cfg, self.dtype
-    x = _conv(cfg.channels[-1], dtype, name="conv_in")(x)
-    x = _MidBlock(cfg, dtype, name="mid_block")(x)
+    cfg = self.cfg
+    x = _conv(cfg.channels[-1], name="conv_in")(x)
+    x = _MidBlock(cfg, name="mid_block")(x)
     for i, channels in enumerate(reversed(cfg.channels)):
       level = f"up_blocks_{i}"
       for j in range(cfg.blocks + 1):
-        x = _ResidualBlock(cfg, dtype, channels, name=f"{level}_resnets_{j}")(x)
+        x = _ResidualBlock(cfg, channels, name=f"{level}_resnets_{j}")(x)
       if i < len(cfg.channels) - 1:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
-        x = _conv(channels, dtype, name=f"{level}_upsamplers_0_conv")(x)
-    x = nn.silu(_norm(cfg, dtype, "conv_norm_out")(x))
-    return _conv(3, dtype, name="conv_out")(x)
+        x = _conv(channels, name=f"{level}_upsamplers_0_conv")(x)
+    x = nn.silu(_norm(cfg, "conv_norm_out")(x))
+    return _conv(3, name="conv_out")(x)
 
 
 class _Autoencoder(nn.Module):
   cfg: VaeConfig
-  dtype: jnp.dtype
 
   def setup(self):
     latent_channels = self.cfg.latent_channels
-    self.encoder = _Encoder(self.cfg, self.dtype)
-    self.quant_conv = _conv(2 * latent_channels, self.dtype, size=1)
-    self.post_quant_conv = _conv(latent_channels, self.dtype, size=1)
-    self.decoder = _Decoder(self.cfg, self.dtype)
+    self.encoder = _Encoder(self.cfg)
+    self.quant_conv = _conv(2 * latent_channels, size=1)
+    self.post_quant_conv = _conv(latent_channels, size=1)
+    self.decoder = _Decoder(self.cfg)
 
   def encode(self, images):
     return self.quant_conv(self.encoder(images))
