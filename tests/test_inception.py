@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ism_jax import sharding
+from ism_jax import files, sharding
 from ism_jax.pretrained import inception, weights
 from ism_jax.sharding import AXIS, P
 
 # torch-fidelity's names of our outputs; it has no sFID.
-NAMES = {
-  "features": "2048",
-  "logits": "logits_unbiased",
-  "biased_logits": "logits",
-  "features_64": "64",
-  "features_192": "192",
-  "features_768": "768",
-}
+NAMES = {"features": "2048", "logits": "logits_unbiased"}
+WIDTHS = {"features": 2048, "spatial": 2023, "logits": 1008}
 
 
 def convolutions():
@@ -162,13 +156,6 @@ def test_images_are_uint8_in_colour(images):
     inception.features({}, images)
 
 
-def test_an_unknown_output_is_an_error_that_lists_the_known():
-  with pytest.raises(
-    ValueError, match=r"unknown outputs 2048; known are features, spatial, logits"
-  ):
-    inception.features({}, np.zeros((1, 8, 8, 3), np.uint8), ("features", "2048"))
-
-
 def test_other_weights_are_told_from_these(state_dict):
   inception.params_from_state_dict({**state_dict, "Mixed_5b.branch1x1.bn.num_batches_tracked": 3})
   torchvisions = dict(state_dict)
@@ -205,11 +192,9 @@ def test_random_weights_are_the_same_for_everyone():
 @pytest.mark.slow
 def test_random_features_stay_in_range_and_differ_between_images():
   x = photographs((4, 96, 96, 3))
-  found = jax.jit(inception.features, static_argnums=2)(
-    inception.load("random").params, x, tuple(inception.OUTPUTS)
-  )
-  for name, width in inception.OUTPUTS.items():
-    value = np.asarray(found[name])
+  features = jax.jit(inception.features)(inception.load("random").params, x)
+  for name, width in WIDTHS.items():
+    value = np.asarray(features[name])
     assert value.shape == (4, width) and np.isfinite(value).all()
     assert 0.1 < value.std() < 10, name
     assert np.all(np.std(value, axis=0).mean() > 0.03 * value.std()), name
@@ -236,11 +221,11 @@ def torch_inception(pytorch, state_dict, tmp_path_factory):
 
   folder = tmp_path_factory.mktemp("weights")
   state = {key: pytorch.from_numpy(value) for key, value in state_dict.items()}
-  files = folder / "new.pth", folder / "old.pth"
-  for file in files:
+  saved = folder / "new.pth", folder / "old.pth"
+  for file in saved:
     pytorch.save(state, file, _use_new_zipfile_serialization=file.name == "new.pth")
   network = FeatureExtractorInceptionV3(
-    "inception-v3-compat", list(NAMES.values()), feature_extractor_weights_path=str(files[0])
+    "inception-v3-compat", list(NAMES.values()), feature_extractor_weights_path=str(saved[0])
   )
   spatial = []
   # mixed_6/conv of TensorFlow's graph, as torch-fidelity's own conversion of the weights has it.
@@ -248,29 +233,30 @@ def torch_inception(pytorch, state_dict, tmp_path_factory):
 
   def outputs(images):
     with pytorch.no_grad():
-      found = network(pytorch.from_numpy(np.moveaxis(images, -1, 1).copy()))
-    found = {name: value.numpy() for name, value in zip(NAMES, found, strict=True)}
-    found["spatial"] = np.moveaxis(spatial.pop().numpy(), 1, -1)[..., :7].reshape(len(images), -1)
-    return found
+      values = network(pytorch.from_numpy(np.moveaxis(images, -1, 1).copy()))
+    features = {name: value.numpy() for name, value in zip(NAMES, values, strict=True)}
+    channels_last = np.moveaxis(spatial.pop().numpy(), 1, -1)
+    features["spatial"] = channels_last[..., :7].reshape(len(images), -1)
+    return features
 
-  return outputs, files
+  return outputs, saved
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(256, 256), (200, 331), (299, 299)])
 def test_all_features_agree_with_torch_fidelity(torch_inception, size):
-  reference, files = torch_inception
+  reference, saved = torch_inception
   x = photographs((2, *size, 3))
-  net = inception.load(str(files[size == (256, 256)]))
-  found = jax.jit(inception.features, static_argnums=2)(net.params, x, tuple(inception.OUTPUTS))
+  net = inception.load(str(saved[size == (256, 256)]))
+  features = jax.jit(inception.features)(net.params, x)
   expected = reference(x)
-  assert set(expected) == set(found) == set(inception.OUTPUTS)
+  assert set(expected) == set(features) == set(WIDTHS)
   for name, value in expected.items():
-    assert value.shape == found[name].shape
+    assert value.shape == features[name].shape
     assert 0.05 < value.std() / np.abs(value).max() < 0.5, "no few values hide the others"
     # Of the largest value: rounding alone; 3e-6 of it was measured.
     np.testing.assert_allclose(
-      found[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=name
+      features[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=name
     )
 
 
@@ -295,4 +281,4 @@ def test_safetensors_hold_the_same_weights(state_dict, tmp_path):
   net = inception.load(str(file))
   expected = inception.params_from_state_dict(state_dict)
   jax.tree.map(np.testing.assert_array_equal, net.params, expected)
-  assert net.sha256 == weights.sha256(file) and net.name == str(file)
+  assert net.sha256 == files.sha256(file) and net.name == str(file)

@@ -31,15 +31,6 @@ PUBLISHED = weights.Published(
 )
 WHAT = "2048 features of the FID Inception of 2015"
 SIZE = 299
-OUTPUTS = {  # and their widths
-  "features": 2048,
-  "spatial": 2023,
-  "logits": 1008,
-  "biased_logits": 1008,
-  "features_64": 64,
-  "features_192": 192,
-  "features_768": 768,
-}
 _CLASSES = 1008
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _NORM_EPSILON = 1e-3
@@ -83,30 +74,21 @@ def load(name: str = "") -> Inception:
   return Inception(params, files.sha256(path), name)
 
 
-def features(params, images, outputs=("features", "spatial", "logits")):
+def features(params, images):
   """What the metrics see of each image.
 
   Args:
     params: as in `Inception`.
     images: uint8 [B, H, W, 3], RGB, of any size.
-    outputs: which of
-      "features": [B, 2048], averages over positions before the classifier: FID, KID, and precision
-        and recall;
-      "spatial": [B, 2023], rows, columns and the first 7 channels of the `mixed_6/conv` of ADM's
-        evaluator (guided-diffusion): sFID;
-      "logits": [B, 1008], *without* the classifier's bias: the Inception Score;
-      "biased_logits": [B, 1008], with it;
-      "features_64", "features_192", "features_768": averages after the first and the second maximum
-        pooling, and before the last grid reduction.
   Returns:
-    {output: float32 array}.
+    {output: float32 array}:
+    "features": [B, 2048], averages over positions before the classifier: FID, KID, and precision
+      and recall;
+    "spatial": [B, 2023], rows, columns and the first 7 channels of the `mixed_6/conv` of ADM's
+      evaluator (guided-diffusion): sFID;
+    "logits": [B, 1008], *without* the classifier's bias: the Inception Score.
   """
-  unknown = sorted(set(outputs) - set(OUTPUTS))
-  if unknown:
-    raise ValueError(f"unknown outputs {', '.join(unknown)}; known are {', '.join(OUTPUTS)}.")
-  x = (resize(images) - 128) / 128
-  found = _Network().apply({"params": params}, x)
-  return {name: found[name] for name in outputs}
+  return _Network().apply({"params": params}, (resize(images) - 128) / 128)
 
 
 def resize(images):
@@ -245,16 +227,14 @@ class _Network(nn.Module):
     def within(block):
       return lambda x, layer, *args, **options: conv(x, f"{block}.{layer}", *args, **options)
 
-    found = {}
+    outputs = {}
     x = conv(x, "Conv2d_1a_3x3", 32, 3, stride=2)
     x = conv(x, "Conv2d_2a_3x3", 32, 3, padding="VALID")
     x = conv(x, "Conv2d_2b_3x3", 64, 3)
     x = _halve(x)
-    found["features_64"] = x.mean((1, 2))
     x = conv(x, "Conv2d_3b_1x1", 80)
     x = conv(x, "Conv2d_4a_3x3", 192, 3, padding="VALID")
     x = _halve(x)
-    found["features_192"] = x.mean((1, 2))
     for block, pooled in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
       x = _block_35(within(block), x, pooled)
     x = _block_35_to_17(within("Mixed_6a"), x)
@@ -262,24 +242,23 @@ class _Network(nn.Module):
     for block, width in widths.items():
       x = _block_17(within(block), x, width)
       if block == "Mixed_6d":  # mixed_6 of TensorFlow's graph, whose first branch is its `conv`
-        found["spatial"] = x[..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
-    found["features_768"] = x.mean((1, 2))
+        outputs["spatial"] = x[..., :_SPATIAL_CHANNELS].reshape(len(x), -1)
     x = _block_17_to_8(within("Mixed_7a"), x)
     x = _block_8(within("Mixed_7b"), x, _average_branch)
     # An oddity of this graph, with which it was trained.
     x = _block_8(within("Mixed_7c"), x, _maximum_branch)
-    found["features"] = x = x.mean((1, 2))
-    found["logits"], found["biased_logits"] = _Classifier(name="fc")(x)
-    return found
+    outputs["features"] = x = x.mean((1, 2))
+    outputs["logits"] = _Classifier(name="fc")(x)
+    return outputs
 
 
 class _Classifier(nn.Module):
   @nn.compact
   def __call__(self, x):
     kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], _CLASSES))
-    bias = self.param("bias", nn.initializers.zeros, (_CLASSES,))
-    logits = jnp.dot(x, kernel, precision=_PRECISION)
-    return logits, logits + bias
+    # Part of the published file; the Inception Score leaves it out.
+    self.param("bias", nn.initializers.zeros, (_CLASSES,))
+    return jnp.dot(x, kernel, precision=_PRECISION)
 
 
 def _block_35(conv, x, pooled):
