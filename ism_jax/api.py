@@ -25,6 +25,7 @@ from ism_jax import commands, export, generate, sampling, sharding, stablehlo, s
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
+from ism_jax.pretrained.weights import cause_of
 
 _LETTERS = 14  # pixels
 _PAPER, _INK = 255, 0
@@ -89,11 +90,9 @@ def _find_export(source) -> pathlib.Path:
   # No network, no such repository: the hub's errors have no base in common, and the remedy is the
   # same for all.
   except Exception as error:
-    cause = error.__cause__ or error
-    line = str(cause).strip().partition("\n")[0]
     raise FileNotFoundError(
       f"{source}: there is no such folder, and the Hugging Face hub did not give it "
-      f"({type(cause).__name__}: {line}); {needed}."
+      f"({cause_of(error)}); {needed}."
     ) from error
   if missing := [name for name in files if not (folder / name).is_file()]:
     raise FileNotFoundError(

@@ -30,6 +30,7 @@ import numpy as np
 from ism_jax import commands, files, logs, multihost, sharding
 from ism_jax.data import images, latents
 from ism_jax.pretrained import vae as vae_lib
+from ism_jax.pretrained import weights
 
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the shards of other processes
@@ -38,7 +39,7 @@ _BATCHES_AHEAD = 4  # decoded while the devices encode
 
 def encode(
   source: images.Source,
-  vae: vae_lib.Vae,
+  vae: weights.Pretrained,
   out: str,
   *,
   size: int,

@@ -11,7 +11,7 @@ import pytest
 
 from ism_jax import data
 from ism_jax.data import latents
-from ism_jax.pretrained import vae
+from ism_jax.pretrained import weights
 
 SETTINGS = latents.Settings(
   vae="some/vae",
@@ -192,10 +192,10 @@ def test_latents_have_a_vae_and_images_have_none(name, vae):
 
 
 def test_weights_that_did_not_encode_the_data_are_refused(folder):
-  weights = lambda sha256: vae.Vae(vae.SD_VAE, {}, sha256, "some/vae")
-  latents.check_vae(folder, weights(SETTINGS.vae_sha256))
+  vae = lambda sha256: weights.Pretrained({}, sha256, "some/vae")
+  latents.check_vae(folder, vae(SETTINGS.vae_sha256))
   with pytest.raises(ValueError, match=r"sha256 0123456789ab.*name the weights that encoded it"):
-    latents.check_vae(folder, weights("0123456789abcdef"))
+    latents.check_vae(folder, vae("0123456789abcdef"))
 
 
 def test_an_unfinished_folder_is_refused_with_the_command(copy):

@@ -12,7 +12,6 @@ pixels times channels.
 
 import dataclasses
 import functools
-from typing import Any
 
 from flax import traverse_util
 import flax.linen as nn
@@ -20,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import files
-from ism_jax.pretrained import torch_files, weights
+from ism_jax.pretrained import weights
 
 WHAT = "1024 features of DINOv2 ViT-L/14, the normed class token (images resized as PIL does)"
 PUBLISHED = weights.Published(
@@ -93,23 +91,8 @@ class Dinov2Config:
 VIT_L14 = Dinov2Config()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dinov2:
-  """Weights of the published architecture, `VIT_L14`.
-
-  Attributes:
-    params: nested dict of float32 NumPy arrays, those of the blocks stacked.
-    sha256: of the file of weights; of random weights, of the parameters.
-    name: as it was asked for.
-  """
-
-  params: Any = dataclasses.field(repr=False)
-  sha256: str
-  name: str
-
-
-def load(name: str) -> Dinov2:
-  """Loads weights by name.
+def load(name: str) -> weights.Pretrained:
+  """Loads weights of the published architecture by name.
 
   Args:
     name: "" for the published ones (cached, else downloaded); a file of them, the hub's .pth or
@@ -120,18 +103,17 @@ def load(name: str) -> Dinov2:
     ValueError: the file is damaged, or holds other weights than the published architecture's.
   """
   if name == "random":
-    params = _random_params(VIT_L14)
-    return Dinov2(params, weights.sha256_of_params(params), name)
+    return weights.random(name, _shapes(VIT_L14))
   path = weights.find(name, PUBLISHED)
-  params = params_from_state_dict(VIT_L14, torch_files.read_state_dict(path), source=str(path))
-  return Dinov2(params, files.sha256(path), name)
+  to_params = functools.partial(params_from_state_dict, VIT_L14)
+  return weights.read(name, path, to_params, PUBLISHED.page)
 
 
 def features(params, images, cfg: Dinov2Config = VIT_L14):
   """The features that FD-DINOv2 compares.
 
   Args:
-    params: as `load` gives them.
+    params: as `load` gives them; those of the blocks are stacked.
     images: uint8 [B, H, W, 3], of any height and width.
   Returns:
     {"features": float32 [B, D]}, the normed class token; D = 1024 in the published network.
@@ -192,76 +174,45 @@ def params_from_state_dict(cfg: Dinov2Config, arrays, source="the state dict"):
   Returns:
     A nested dict of float32 arrays.
   Raises:
-    ValueError: names every missing key, every unexpected one and every wrong shape.
+    ValueError: names the missing and the unexpected keys and the wrong shapes.
   """
-  given = {key: array for key, array in arrays.items() if key not in _UNUSED}
-  is_hub = not any(str(key).startswith(("embeddings.", "encoder.")) for key in given)
-  params, missing, misshapen = {}, [], []
-
-  def take(key, shape):
-    array = given.pop(key, None)
-    if array is None:
-      missing.append(key)
-    elif np.shape(array) != shape:
-      misshapen.append(f"{key} is {np.shape(array)}, not {shape}")
-    return array
-
-  for path, leaf in _shapes(cfg).items():
-    *_, kind = path
-    hub, transformers = _KEYS["/".join(path[:-1] if kind in _KINDS else path)]
-    names = (hub,) if is_hub else transformers
-    is_stacked = path[0] == "blocks"
-    shape = leaf.shape[1:] if is_stacked else leaf.shape
-    stored = shape
-    if kind == "kernel":  # PyTorch's are [out, in], and that of the patches is [D, C, H, W]
-      stored = (shape[1], shape[0])
-      if path[0] == "patch_embed":
-        stored = (shape[1], 3, cfg.patch, cfg.patch)
-    layers = [
-      [
-        take(name.format(i) + _KINDS.get(kind, ""), (stored[0] // len(names), *stored[1:]))
-        for name in names
-      ]
-      for i in range(cfg.depth if is_stacked else 1)
-    ]
-    if missing or misshapen:
-      continue
-    tensors = [np.concatenate(parts) for parts in layers]
-    if kind == "kernel":
-      tensors = [np.moveaxis(tensor, (0, 1), (-1, -2)).reshape(shape) for tensor in tensors]
-    array = np.stack(tensors) if is_stacked else tensors[0]
-    params[path] = np.ascontiguousarray(array, np.float32)
-  problems = [
-    f"{what}: {', '.join(found)}"
-    for what, found in (
-      ("missing", missing),
-      ("unexpected", sorted(map(str, given))),
-      ("of another shape", misshapen),
-    )
-    if found
-  ]
-  if problems:
-    raise ValueError(
-      f"{source} does not hold the weights of DINOv2 ViT-L/14 without registers; "
-      f"{'; '.join(problems)}. Needed are the tensors of {PUBLISHED.url} or of "
-      "https://huggingface.co/facebook/dinov2-large."
-    )
-  return traverse_util.unflatten_dict(params)
-
-
-def _random_params(cfg: Dinov2Config):
-  """Parameters from a fixed seed, for checks that need no meaning."""
-  # NumPy's float32 uniforms are exact, whatever machine and accelerator: so is the checksum.
-  rng = np.random.default_rng(0)
+  arrays = {key: array for key, array in arrays.items() if key not in _UNUSED}
+  is_hub = not any(str(key).startswith(("embeddings.", "encoder.")) for key in arrays)
+  tensors = {path: _tensors(cfg, path, is_hub) for path in _shapes(cfg)}
+  weights.check_tensors(
+    arrays,
+    {key: shape for layers in tensors.values() for layer in layers for key, shape in layer.items()},
+    source=source,
+    what="the weights of DINOv2 ViT-L/14 without registers",
+    needed=f"the tensors of {PUBLISHED.url} or of https://huggingface.co/facebook/dinov2-large",
+  )
   params = {}
   for path, leaf in _shapes(cfg).items():
-    noise = 2 * rng.random(leaf.shape, np.float32) - 1  # of variance 1/3
+    layers = [np.concatenate([arrays[key] for key in layer]) for layer in tensors[path]]
     if path[-1] == "kernel":
-      params[path] = noise * np.sqrt(3 / leaf.shape[-2], dtype=np.float32)
-    else:
-      is_factor = path[-1] in ("scale", "ls1", "ls2")
-      params[path] = np.float32(0.1) * noise + np.float32(is_factor)
+      layers = [np.moveaxis(array, (0, 1), (-1, -2)) for array in layers]
+    params[path] = np.ascontiguousarray(np.stack(layers).reshape(leaf.shape), np.float32)
   return traverse_util.unflatten_dict(params)
+
+
+def _tensors(cfg: Dinov2Config, path, is_hub) -> list[dict[str, tuple[int, ...]]]:
+  """PyTorch's tensors for a parameter: of each layer, {key: shape} of what is concatenated."""
+  *_, kind = path
+  shape = _shapes(cfg)[path].shape
+  is_stacked = path[0] == "blocks"
+  if is_stacked:
+    shape = shape[1:]
+  if kind == "kernel":  # PyTorch's are [out, in], and that of the patches is [D, C, H, W]
+    shape = (shape[1], shape[0])
+    if path[0] == "patch_embed":
+      shape = (shape[0], 3, cfg.patch, cfg.patch)
+  hub, transformers = _KEYS["/".join(path[:-1] if kind in _KINDS else path)]
+  names = (hub,) if is_hub else transformers
+  part = (shape[0] // len(names), *shape[1:])
+  return [
+    {name.format(i) + _KINDS.get(kind, ""): part for name in names}
+    for i in range(cfg.depth if is_stacked else 1)
+  ]
 
 
 def _resize_axis(images, axis, size):
@@ -299,13 +250,8 @@ def _cubic(x, a):
   return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-@functools.lru_cache
 def _shapes(cfg):
-  """{path in the nested dict: array of that shape}, in one order for ever."""
-  network = _VisionTransformer(cfg)
-  image = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), jnp.float32)
-  shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)["params"]
-  return dict(sorted(traverse_util.flatten_dict(shapes).items()))
+  return weights.shapes_of(_VisionTransformer(cfg), cfg.image_size)
 
 
 _dense = functools.partial(nn.Dense, precision=_PRECISION)

@@ -9,17 +9,15 @@ torch-fidelity publish; modules are named by that file's keys.
 Axes: B batch, H/W image size, C channels; h/w, i/j positions before and after resizing.
 """
 
-import dataclasses
 import functools
-from typing import Any
 
+from flax import traverse_util
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import files
-from ism_jax.pretrained import torch_files, weights
+from ism_jax.pretrained import weights
 
 PUBLISHED = weights.Published(
   what="FID Inception",
@@ -39,23 +37,7 @@ _SPATIAL_CHANNELS = 7
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Inception:
-  """The network with weights.
-
-  Attributes:
-    params: {layer: {"kernel", "bias"}} of float32 NumPy arrays; the batch normalisations are folded
-      into the convolutions before them.
-    sha256: of the file of weights; of random weights, of the parameters.
-    name: as it was asked for.
-  """
-
-  params: Any = dataclasses.field(repr=False)
-  sha256: str
-  name: str
-
-
-def load(name: str = "") -> Inception:
+def load(name: str = "") -> weights.Pretrained:
   """Loads the network by the name of its weights.
 
   Args:
@@ -67,18 +49,17 @@ def load(name: str = "") -> Inception:
     ValueError: the file is damaged, or holds the weights of another network.
   """
   if name == "random":
-    params = _random_params()
-    return Inception(params, weights.sha256_of_params(params), name)
+    return weights.random(name, _shapes(), gain=2)
   path = weights.find(name, PUBLISHED)
-  params = params_from_state_dict(torch_files.read_state_dict(path), source=str(path))
-  return Inception(params, files.sha256(path), name)
+  return weights.read(name, path, params_from_state_dict, PUBLISHED.page)
 
 
 def features(params, images):
   """What the metrics see of each image.
 
   Args:
-    params: as in `Inception`.
+    params: {layer: {"kernel", "bias"}}; the batch normalisations are folded into the convolutions
+      before them.
     images: uint8 [B, H, W, 3], RGB, of any size.
   Returns:
     {output: float32 array}:
@@ -123,38 +104,26 @@ def params_from_state_dict(arrays, source="the state dict"):
     arrays: NumPy arrays by key; batch normalisation's counts of batches may be there or not.
     source: where the arrays are from, for the error.
   Returns:
-    As in `Inception`.
+    As in `features`.
   Raises:
     ValueError: names the missing and the unexpected keys and the wrong shapes.
   """
-  given = {key: a for key, a in arrays.items() if not key.endswith(".num_batches_tracked")}
-  needed = _state_dict_shapes()
-  found = {key: np.shape(given[key]) for key in needed if key in given}
-  problems = [
-    f"{what}: {', '.join(keys[:6])}" + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
-    for what, keys in (
-      ("missing", [key for key in needed if key not in given]),
-      ("unexpected", [str(key) for key in given if key not in needed]),
-      (
-        "of another shape",
-        [f"{key} is {a}, not {needed[key]}" for key, a in found.items() if a != needed[key]],
-      ),
-    )
-    if keys
-  ]
-  if problems:
-    raise ValueError(
-      f"{source} does not hold the FID Inception's weights; {'; '.join(problems)}. Needed are the "
-      f"tensors of {PUBLISHED.page}; torchvision's Inception is another network."
-    )
+  arrays = {key: a for key, a in arrays.items() if not str(key).endswith(".num_batches_tracked")}
+  weights.check_tensors(
+    arrays,
+    _state_dict_shapes(),
+    source=source,
+    what="the FID Inception's weights",
+    needed=f"the tensors of {PUBLISHED.page}; torchvision's Inception is another network",
+  )
   params = {}
-  for layer in _shapes():
+  for layer in traverse_util.unflatten_dict(_shapes()):
     if layer == "fc":
-      kernel, bias = given["fc.weight"].T, given["fc.bias"]
+      kernel, bias = arrays["fc.weight"].T, arrays["fc.bias"]
     else:
-      norm = {kind: np.asarray(given[f"{layer}.bn.{kind}"], np.float64) for kind in _NORM}
+      norm = {kind: np.asarray(arrays[f"{layer}.bn.{kind}"], np.float64) for kind in _NORM}
       scale = norm["weight"] / np.sqrt(norm["running_var"] + _NORM_EPSILON)
-      kernel = given[f"{layer}.conv.weight"].transpose(2, 3, 1, 0) * scale
+      kernel = arrays[f"{layer}.conv.weight"].transpose(2, 3, 1, 0) * scale
       bias = norm["bias"] - norm["running_mean"] * scale
     params[layer] = {
       "kernel": np.ascontiguousarray(kernel, np.float32),
@@ -166,7 +135,7 @@ def params_from_state_dict(arrays, source="the state dict"):
 def _state_dict_shapes():
   """{key: shape} of PyTorch's tensors, whose kernels are [out, in] and [out, in, H, W]."""
   shapes = {}
-  for layer, leaves in _shapes().items():
+  for layer, leaves in traverse_util.unflatten_dict(_shapes()).items():
     kernel, width = leaves["kernel"].shape, leaves["bias"].shape
     if layer == "fc":
       shapes |= {"fc.weight": kernel[::-1], "fc.bias": width}
@@ -189,27 +158,8 @@ def _interpolation(size):
   return matrix
 
 
-@functools.lru_cache
 def _shapes():
-  """{layer: {"kernel", "bias"}}, in one order for ever."""
-  image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-  shapes = jax.eval_shape(_Network().init, jax.eval_shape(lambda: jax.random.key(0)), image)
-  return dict(sorted(shapes["params"].items()))
-
-
-def _random_params():
-  # NumPy's float32 uniforms are exact, whatever machine and accelerator: so is the checksum.
-  rng = np.random.default_rng(0)
-  params = {}
-  for layer, shapes in _shapes().items():
-    noise = {name: 2 * rng.random(leaf.shape, np.float32) - 1 for name, leaf in shapes.items()}
-    # Of variance 2 / inputs (He et al. 2015), which keeps activations of one size through ReLUs.
-    inputs = np.prod(shapes["kernel"].shape[:-1])
-    params[layer] = {
-      "kernel": noise["kernel"] * np.sqrt(6 / inputs, dtype=np.float32),
-      "bias": np.float32(0.1) * noise["bias"],
-    }
-  return params
+  return weights.shapes_of(_Network(), SIZE)
 
 
 class _Network(nn.Module):

@@ -10,10 +10,8 @@ Axes: B batch, H/W image size, h/w latent size (an eighth), C channels, T = h w 
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 import re
-from typing import Any
 
 from flax import traverse_util
 import flax.linen as nn
@@ -21,8 +19,6 @@ from huggingface_hub import constants, errors, hf_hub_download
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from ism_jax.pretrained import weights
 
@@ -79,41 +75,24 @@ _SMALL = VaeConfig(channels=(16, 16, 32, 32), groups=8)
 _RANDOM = {"random": SD_VAE, "random-small": _SMALL}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Vae:
-  """An autoencoder with weights.
-
-  Attributes:
-    cfg: its architecture.
-    params: nested dict of float32 NumPy arrays.
-    sha256: of the file of weights; of random weights, of the parameters.
-    name: as it was asked for.
-  """
-
-  cfg: VaeConfig
-  params: Any = dataclasses.field(repr=False)
-  sha256: str
-  name: str
-
-
-def load(name: str) -> Vae:
+def load(name: str) -> weights.Pretrained:
   """Loads an autoencoder by name.
 
   Args:
-    name: a safetensors file; a folder with `diffusion_pytorch_model.safetensors`; a name on the
-      Hugging Face hub such as "stabilityai/sd-vae-ft-mse" (downloaded once, then read from the
-      hub's cache, also offline); or, for checks of a set-up without any weights, "random" (the
-      published architecture) and "random-small" (a tiny one of the same down-sampling). Random
-      weights are the same for everyone, and their latents mean nothing.
+    name: a file that safetensors or `torch.save` wrote; a folder with
+      `diffusion_pytorch_model.safetensors`; a name on the Hugging Face hub such as
+      "stabilityai/sd-vae-ft-mse" (downloaded once, then read from the hub's cache, also offline);
+      or, for checks of a set-up without any weights, "random" (the published architecture) and
+      "random-small" (a tiny one of the same down-sampling). Random weights are the same for
+      everyone, and their latents mean nothing.
   Raises:
     FileNotFoundError: no weights are there or to be had; says what to download and what to pass.
     ValueError: the file is damaged, or holds other weights than the published architecture's.
   """
   if name in _RANDOM:
-    params = _random_params(_RANDOM[name])
-    return Vae(_RANDOM[name], params, weights.sha256_of_params(params), name)
-  params, sha256 = params_from_safetensors(SD_VAE, _find(name))
-  return Vae(SD_VAE, params, sha256, name)
+    return weights.random(name, _shapes(_RANDOM[name]), cfg=_RANDOM[name])
+  to_params = functools.partial(params_from_state_dict, SD_VAE)
+  return weights.read(name, _find(name), to_params, _page(PUBLISHED), SD_VAE)
 
 
 def encode(cfg: VaeConfig, params, images):
@@ -170,27 +149,6 @@ def decode(cfg: VaeConfig, params, latents):
   return _Autoencoder(cfg).apply({"params": params}, z, method="decode")
 
 
-def params_from_safetensors(cfg: VaeConfig, path):
-  """Parameters from a safetensors file, and the sha256 of that file.
-
-  Raises:
-    ValueError: the file is damaged, or its tensors are not those of `cfg`.
-  """
-  # One read serves both, so the checksum is of what was loaded.
-  data = pathlib.Path(path).read_bytes()
-  try:
-    arrays = safetensors.numpy.load(data)
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f"{path} ({len(data)} bytes) is damaged or no safetensors file ({error}). "
-      f"Download {WEIGHTS} again from {_page(PUBLISHED)}."
-    ) from error
-  except KeyError as error:  # NumPy has no bfloat16 and no float8
-    raise ValueError(f"{path} holds {error} tensors; save it as float32 or float16.") from error
-  params = params_from_state_dict(cfg, arrays, source=str(path))
-  return params, hashlib.sha256(data).hexdigest()
-
-
 def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
   """Parameters from PyTorch's tensors.
 
@@ -201,46 +159,35 @@ def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
   Returns:
     A nested dict of float32 arrays.
   Raises:
-    ValueError: names every missing key, every unexpected one and every wrong shape.
+    ValueError: names the missing and the unexpected keys and the wrong shapes.
   """
-  given = {}
+  renamed = {}
   for key, array in arrays.items():
-    new = _OLD_KEY.sub(lambda found: f"{found[1]}.{_OLD_SPELLING[found[2]]}.{found[3]}", key)
-    # Where one tensor comes in both spellings, the old one keeps its own, unexpected key.
-    given[key if new in arrays else new] = array
-
-  params, missing, misshapen = {}, [], []
+    new = _OLD_KEY.sub(lambda m: f"{m[1]}.{_OLD_SPELLING[m[2]]}.{m[3]}", str(key))
+    # Where one tensor comes in both spellings, the old one keeps its key, which is unexpected.
+    renamed[key if new in arrays else new] = array
+  keys = {path: _state_dict_key(path) for path in _shapes(cfg)}
+  shapes = {}
   for path, leaf in _shapes(cfg).items():
-    key, shape = _state_dict_key(path), leaf.shape
-    is_kernel = path[-1] == "kernel"
-    if is_kernel:  # PyTorch's are [out, in] and [out, in, H, W]
+    key, shape = keys[path], leaf.shape
+    if path[-1] == "kernel":  # PyTorch's are [out, in] and [out, in, H, W]
       shape = (shape[-1], shape[-2], *shape[:-2])
-    if key not in given:
-      missing.append(key)
-      continue
-    array = given.pop(key)
-    if len(shape) == 2 and array.shape == (*shape, 1, 1):
-      array = array.reshape(shape)
-    if array.shape != shape:
-      misshapen.append(f"{key} is {array.shape}, not {shape}")
-      continue
-    if is_kernel:
-      array = array.transpose(*range(2, array.ndim), 1, 0)
+    if len(shape) == 2 and np.shape(renamed.get(key)) == (*shape, 1, 1):
+      renamed[key] = renamed[key].reshape(shape)
+    shapes[key] = shape
+  weights.check_tensors(
+    renamed,
+    shapes,
+    source=source,
+    what="this autoencoder's weights",
+    needed=f"the tensors of {WEIGHTS} at {_page(PUBLISHED)}, the layout of diffusers",
+  )
+  params = {}
+  for path, key in keys.items():
+    array = renamed[key]
+    if path[-1] == "kernel":
+      array = np.moveaxis(array, (0, 1), (-1, -2))
     params[path] = np.ascontiguousarray(array, np.float32)
-  problems = [
-    f"{what}: {', '.join(found)}"
-    for what, found in (
-      ("missing", missing),
-      ("unexpected", sorted(given)),
-      ("of another shape", misshapen),
-    )
-    if found
-  ]
-  if problems:
-    raise ValueError(
-      f"{source} does not hold this autoencoder's weights; {'; '.join(problems)}. Needed are the "
-      f"tensors of {WEIGHTS} at {_page(PUBLISHED)}, the layout of diffusers."
-    )
   return traverse_util.unflatten_dict(params)
 
 
@@ -265,14 +212,10 @@ def _find(name):
   # No network, a full disk, a download that breaks off: the hub's errors have no base in common,
   # and the remedy is the same for all.
   except Exception as error:
-    cause = error
-    if isinstance(error, errors.LocalEntryNotFoundError):  # says only that something went wrong
-      cause = error.__cause__ or error
-    line = str(cause).strip().partition("\n")[0]
     raise _absent(
       name,
       "there is no such folder, and the Hugging Face hub did not give it "
-      f"({type(cause).__name__}: {line})",
+      f"({weights.cause_of(error)})",
       name,
     ) from error
 
@@ -300,13 +243,8 @@ def _check(what, array, channels):
     )
 
 
-@functools.lru_cache
 def _shapes(cfg):
-  """{path in the nested dict: array of that shape}, in one order for ever."""
-  network = _Autoencoder(cfg)
-  image = jax.ShapeDtypeStruct((1, cfg.factor, cfg.factor, 3), jnp.float32)
-  shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)["params"]
-  return dict(sorted(traverse_util.flatten_dict(shapes).items()))
+  return weights.shapes_of(_Autoencoder(cfg), cfg.factor)
 
 
 def _state_dict_key(path):
@@ -314,19 +252,6 @@ def _state_dict_key(path):
   *modules, kind = path
   modules = [re.sub(r"_(\d+)_?", r".\1.", name).strip(".") for name in modules]
   return ".".join([*modules, "bias" if kind == "bias" else "weight"])
-
-
-def _random_params(cfg):
-  # NumPy's float32 uniforms are exact, whatever machine and accelerator: so is the checksum.
-  rng = np.random.default_rng(0)
-  params = {}
-  for path, leaf in _shapes(cfg).items():
-    noise = 2 * rng.random(leaf.shape, np.float32) - 1  # of variance 1/3
-    if path[-1] == "kernel":
-      params[path] = noise * np.sqrt(3 / np.prod(leaf.shape[:-1]), dtype=np.float32)
-    else:
-      params[path] = np.float32(0.1) * noise + np.float32(path[-1] == "scale")
-  return traverse_util.unflatten_dict(params)
 
 
 def _conv(channels, size=3, **options):

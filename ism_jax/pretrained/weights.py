@@ -1,26 +1,51 @@
-"""Where the weights of a published network come from: a named file, a cache, or a download.
+"""Weights of published networks: from a named file, a cache or a download, or random.
 
 The cache is the folder $ISM_JAX_CACHE, or ~/.cache/ism_jax. A file that was put there by hand, for
 machines without network, is used as if it had been downloaded. Files of the Hugging Face hub may
 lie there too, or in the hub's own cache, where downloading puts them.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
 import re
+from typing import Any
 import urllib.request
 
 from absl import logging
+from flax import traverse_util
 from huggingface_hub import hf_hub_download
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ism_jax import files
+from ism_jax.pretrained import torch_files
 
 CACHE = "ISM_JAX_CACHE"
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 1 << 20
+_LISTED = 6  # keys of each kind in an error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+  """A published network with weights.
+
+  Attributes:
+    params: nested dict of float32 NumPy arrays.
+    sha256: of the file of weights; of random weights, of the parameters.
+    name: as it was asked for.
+    cfg: its architecture, where there are several.
+  """
+
+  params: Any = dataclasses.field(repr=False)
+  sha256: str
+  name: str
+  cfg: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +56,9 @@ class Published:
     what: what it holds, for messages: "FID Inception".
     file: its name in the cache.
     sha256: its checksum in hex, or as many first digits as are known, at least 8.
-    url: where it is; or
-    repository, member: the name on the Hugging Face hub, and the file there.
+    url: where it is; "" for a file on the Hugging Face hub.
+    repository: its name on the hub.
+    member: the file there.
   """
 
   what: str
@@ -62,12 +88,89 @@ def cache() -> pathlib.Path:
   return pathlib.Path(os.environ.get(CACHE) or "~/.cache/ism_jax").expanduser()
 
 
-def sha256_of_params(params) -> str:
-  """The checksum of weights that come from no file, a pytree of NumPy arrays, in hex."""
+def read(name: str, path, params_from_state_dict: Callable, page: str, cfg=None) -> Pretrained:
+  """Reads a network from a file that `torch.save` or safetensors wrote.
+
+  Args:
+    name: what the file was asked for by.
+    path: of the file.
+    params_from_state_dict: (arrays by key, source=file) -> parameters.
+    page: where the published file is, for the error.
+    cfg: of the network.
+  Raises:
+    ValueError: the file is damaged, or holds the weights of another network.
+  """
+  try:
+    arrays = torch_files.read_state_dict(path)
+  except ValueError as error:
+    raise ValueError(f"{error} The published file is at {page}.") from error
+  params = params_from_state_dict(arrays, source=str(path))
+  return Pretrained(params, files.sha256(path), name, cfg)
+
+
+def random(name: str, shapes: dict, gain: int = 1, cfg=None) -> Pretrained:
+  """A network with weights that mean nothing and are the same for everyone.
+
+  Args:
+    name: what it was asked for by.
+    shapes: see `shapes_of`. Of the kernels, those with three axes are matrices, stacked.
+    gain: variance of an output for inputs of variance 1; 2 keeps activations of one size through
+      ReLUs (He et al. 2015).
+    cfg: of the network.
+  """
+  # NumPy's float32 uniforms are exact, whatever machine and accelerator: so is the checksum.
+  rng = np.random.default_rng(0)
+  flat = {}
+  for path, leaf in shapes.items():
+    noise = 2 * rng.random(leaf.shape, np.float32) - 1  # of variance 1/3
+    if path[-1] == "kernel":
+      inputs = leaf.shape[1] if len(leaf.shape) == 3 else np.prod(leaf.shape[:-1])
+      flat[path] = noise * np.sqrt(3 * gain / inputs, dtype=np.float32)
+    else:
+      is_factor = path[-1] in ("scale", "ls1", "ls2")
+      flat[path] = np.float32(0.1) * noise + np.float32(is_factor)
+  params = traverse_util.unflatten_dict(flat)
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(params):
     digest.update(leaf.tobytes())
-  return digest.hexdigest()
+  return Pretrained(params, digest.hexdigest(), name, cfg)
+
+
+@functools.lru_cache
+def shapes_of(network, size: int) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+  """{path: shape} of the parameters of a network of [B, size, size, 3], always in one order."""
+  image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)["params"]
+  return dict(sorted(traverse_util.flatten_dict(params).items()))
+
+
+def check_tensors(arrays, shapes, *, source: str, what: str, needed: str) -> None:
+  """Raises ValueError unless a state dict has exactly the tensors of a network.
+
+  Args:
+    arrays: by key.
+    shapes: {key: shape} of the network's.
+    source: where the arrays are from.
+    what: what they should be: "the weights of ...".
+    needed: which tensors those are, and where.
+  """
+  problems = {
+    "missing": [key for key in shapes if key not in arrays],
+    "unexpected": sorted(str(key) for key in arrays if key not in shapes),
+    "of another shape": [
+      f"{key} is {np.shape(arrays[key])}, not {shape}"
+      for key, shape in shapes.items()
+      if key in arrays and np.shape(arrays[key]) != shape
+    ],
+  }
+  lines = [
+    f"{problem}: {', '.join(keys[:_LISTED])}"
+    + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
+    for problem, keys in problems.items()
+    if keys
+  ]
+  if lines:
+    raise ValueError(f"{source} does not hold {what}; {'; '.join(lines)}. Needed are {needed}.")
 
 
 def find(name: str, published: Published) -> pathlib.Path:
@@ -88,11 +191,11 @@ def find(name: str, published: Published) -> pathlib.Path:
   path = cache() / published.file
   if not path.is_file():
     path = _download(published, path)
-  found = files.sha256(path)
-  if not found.startswith(published.sha256):
+  sha256 = files.sha256(path)
+  if not sha256.startswith(published.sha256):
     raise ValueError(
       f"{path} ({path.stat().st_size} bytes) is not the published file of {published.what} "
-      f"weights: its sha256 is {found}, not {published.sha256}. Delete it and download "
+      f"weights: its sha256 is {sha256}, not {published.sha256}. Delete it and download "
       f"{published.page} to {cache() / published.file}, or pass its name if it is what you want."
     )
   return path
@@ -106,27 +209,32 @@ def _download(published, path):
       logging.info("Downloading %s to %s.", published.page, path)
       whole = pathlib.Path(temporary)
       _fetch(published.url, whole)
-      if not (found := files.sha256(whole)).startswith(published.sha256):
-        raise OSError(f"it gave {whole.stat().st_size} bytes of sha256 {found}")
+      if not (sha256 := files.sha256(whole)).startswith(published.sha256):
+        raise OSError(f"it gave {whole.stat().st_size} bytes of sha256 {sha256}")
     return path
   # No network, a full disk, a page that is gone: the libraries' errors have no base in common, and
   # the remedy is the same for all.
   except Exception as error:
-    cause = error.__cause__ or error  # the hub's own says only that something went wrong
-    line = str(cause).strip().partition("\n")[0]
-    raise _absent(published, f"the download failed ({type(cause).__name__}: {line})") from error
+    raise _absent(published, f"the download failed ({cause_of(error)})") from error
+
+
+def cause_of(error: Exception) -> str:
+  """What made a download fail, in one line."""
+  cause = error.__cause__ or error  # the hub's own says only that something went wrong
+  line = str(cause).strip().partition("\n")[0]
+  return f"{type(cause).__name__}: {line}"
 
 
 def _fetch(url, path):
   with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, path.open("wb") as file:
     size = int(response.headers.get("Content-Length") or 0)
-    done, told = 0, 0
+    done, tenths = 0, 0
     while chunk := response.read(_CHUNK):
       file.write(chunk)
       done += len(chunk)
-      if size and done * 10 // size > told:
-        told = done * 10 // size
-        logging.info("%d%% of %.0f MB.", 10 * told, size / 1e6)
+      if size and done * 10 // size > tenths:
+        tenths = done * 10 // size
+        logging.info("%d%% of %.0f MB.", 10 * tenths, size / 1e6)
     if done < size:
       raise OSError(f"it broke off after {done} of {size} bytes")
 
