@@ -9,7 +9,7 @@ image become float16 moments in ArrayRecord shards, see `data/latents.py`, and `
 what is there. Training reads DIR by data.name=latents, data.dir=DIR, data.vae and the sizes.
 
 The same command goes on where one that was stopped or killed was: whole shards are kept, and the
-files end up the same byte for byte, as far as the devices compute the same numbers twice. Of
+files end up the same byte for byte, as far as the devices compute the same numbers twice. With
 several processes, each makes its share of the shards with its own devices. DIR must be one folder
 for all of them, on a file system or a mounted bucket. Images that cannot be read are left out, and
 listed in the manifest by name and reason.
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import commands, files, logs, multihost, sharding
+from ism_jax import commands, data, files, logs, multihost, sharding
 from ism_jax.data import images, latents
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.pretrained import weights
@@ -53,9 +53,16 @@ def encode(
   """Makes the shards of a process that are not there yet: p, p + P, p + 2 P, ...
 
   Args:
-    vae: see `pretrained.vae.load`. size: of the crops.
-    batch_size: images at a time on each device; shards are filled from batches of their own, padded
-      to this size, so that their bytes do not depend on where a run was stopped.
+    source: the images.
+    vae: see `pretrained.vae.load`.
+    out: folder of the shards.
+    size: height and width of the crops.
+    batch_size: images at a time on each device; each shard has batches of its own, padded to this
+      size, so that its bytes do not depend on where a run was stopped.
+    images_per_shard: listed ones, readable or not.
+    num_threads: that read and decode images.
+    process_index: p.
+    process_count: P.
     devices: of this process; default all that are local.
   Returns:
     What the shards in `out` share.
@@ -75,15 +82,15 @@ def encode(
     listed=source.size,
     images_per_shard=images_per_shard,
   )
-  check_writable(out)
+  make_folder(out)
   finished = latents.finished_shards(out, settings)
-  mine = range(process_index, settings.shards, process_count)
-  todo = [shard for shard in mine if shard not in finished]
+  shards = range(process_index, settings.shards, process_count)
+  todo = [shard for shard in shards if shard not in finished]
   count = sum(len(settings.images_of(shard)) for shard in todo)
   logging.info(
-      "%d images of %d classes in %d shards; this process makes %d and has %d images to do.",
-      source.size, len(source.classes), settings.shards, len(mine), count,
-  )  # fmt: skip
+    f"{source.size} images of {len(source.classes)} classes in {settings.shards} shards; this "
+    f"process makes {len(shards)} and has {count} images to do."
+  )
   mesh = sharding.data_mesh(jax.local_devices() if devices is None else devices)
   rows = batch_size * mesh.size
   batches = [
@@ -122,17 +129,17 @@ def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:
     for batch in [*batches, None]:
       started = None
       if batch is not None:
-        ready = [next(crops) for _ in batch]
+        read = [next(crops) for _ in batch]
         pixels = np.zeros((rows, size, size, 3), np.uint8)
-        for row, found in enumerate(ready):
-          if found.pixels is not None:
-            pixels[row] = found.pixels
-        ready = [found._replace(pixels=None) for found in ready]  # frees them
+        for row, image in enumerate(read):
+          if image.pixels is not None:
+            pixels[row] = image.pixels
+        read = [image._replace(pixels=None) for image in read]  # frees them
         pixels = jax.device_put(pixels, sharding.rows(mesh))
-        started = ready, both_moments(vae.cfg, mesh, params, pixels)
+        started = read, both_moments(vae.cfg, mesh, params, pixels)
       if pending is not None:
-        ready, moments = pending
-        yield from _checked(source, ready, np.asarray(moments))
+        read, moments = pending
+        yield from _checked(source, read, np.asarray(moments))
       pending = started
 
 
@@ -156,7 +163,7 @@ def both_moments(cfg: vae_lib.VaeConfig, mesh, params, pixels):
 
   Rows [N] are split over the mesh.
   """
-  x = pixels.astype(jnp.float32) / 127.5 - 1
+  x = data.to_unit_range(pixels)
   # One after the other: half of the memory.
   both = jax.lax.map(
     lambda view: vae_lib.encode(cfg, params, view), jnp.stack([x, jnp.flip(x, axis=2)])
@@ -164,24 +171,22 @@ def both_moments(cfg: vae_lib.VaeConfig, mesh, params, pixels):
   return jax.lax.with_sharding_constraint(both.astype(jnp.float16), sharding.rows(mesh, axis=1))
 
 
-def check_writable(folder: str) -> None:
-  """Makes a folder; raises OSError where it cannot be written."""
-  if "://" in folder:
-    raise OSError(f"--out={folder} is no folder: mount the bucket, and name a folder in it.")
-  files.check_writable(folder)
-  os.makedirs(folder, exist_ok=True)
+def make_folder(path: str) -> None:
+  """Makes a folder to write to; raises OSError where that cannot be."""
+  if "://" in path:
+    raise OSError(f"--out={path} is no folder: mount the bucket, and name a folder in it.")
+  files.check_writable(path)
+  os.makedirs(path, exist_ok=True)
 
 
 def wait_for_shards(out: str, settings: latents.Settings) -> None:
   """Returns when the shards of all processes are in the folder `out`."""
-  told = time.monotonic()
+  last_line = time.monotonic()
   paths = {settings.path(out, shard) for shard in range(settings.shards)}
   while missing := paths - {os.path.join(out, name) for name in os.listdir(out)}:
-    if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-      told = time.monotonic()
-      logging.info(
-        "Waiting for %d shards of other processes, such as %s.", len(missing), min(missing)
-      )
+    if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+      last_line = time.monotonic()
+      logging.info(f"Waiting for {len(missing)} shards of other processes, such as {min(missing)}.")
     time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -199,17 +204,16 @@ def write_manifest(source: images.Source, out: str, settings: latents.Settings) 
     )
   path = os.path.join(out, latents.MANIFEST)
   files.write_whole(path, latents.manifest(settings, source.classes, trailers))
-  found = latents.read_manifest(out)
-  if unreadable := found["unreadable"]:
+  manifest = latents.read_manifest(out)
+  if unreadable := manifest["unreadable"]:
     logging.warning(
-        "%d of %d images could not be read and are left out, such as %s; %s lists them.",
-        len(unreadable), settings.listed, next(iter(unreadable)), path,
-    )  # fmt: skip
-  if empty := [
-    name for name, count in zip(source.classes, found["counts"], strict=True) if not count
-  ]:
-    logging.warning("%d classes have no image: %s.", len(empty), ", ".join(empty))
-  logging.info("%d images of %d classes are in %s.", found["images"], len(source.classes), out)
+      f"{len(unreadable)} of {settings.listed} images could not be read and are left out, such as "
+      f"{next(iter(unreadable))}; {path} lists them."
+    )
+  counts = zip(source.classes, manifest["counts"], strict=True)
+  if empty := [name for name, count in counts if not count]:
+    logging.warning(f"{len(empty)} classes have no image: {', '.join(empty)}.")
+  logging.info(f"{manifest['images']} images of {len(source.classes)} classes are in {out}.")
 
 
 def define_flags() -> None:
@@ -217,7 +221,7 @@ def define_flags() -> None:
   flags.DEFINE_string("images", None, "Where the images are, see above.")
   flags.DEFINE_string("out", None, "Folder of the latents.")
   flags.DEFINE_integer("size", 256, "Height and width of the crops, in pixels.")
-  flags.DEFINE_string("vae", vae_lib.PUBLISHED, "A hub name, or a safetensors file.")
+  flags.DEFINE_string("vae", vae_lib.PUBLISHED, "A hub name, or a file of weights.")
   flags.DEFINE_string("tfds_dir", "", "With tfds:NAME: its folder; TFDS's default.")
   positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
   positive("batch_size", 16, "Images at a time, on each device.")
@@ -232,28 +236,28 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   commands.quiet_libraries()
-  given = flags.FLAGS
+  values = flags.FLAGS
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*multihost.define_flags()())
-    latents.check_size(given.size)
-    check_writable(given.out)
-    source = images.open_source(given.images, given.tfds_dir)
+    latents.check_size(values.size)
+    make_folder(values.out)
+    source = images.open_source(values.images, values.tfds_dir)
     settings = encode(
       source,
-      vae_lib.load(given.vae),
-      given.out,
-      size=given.size,
-      batch_size=given.batch_size,
-      images_per_shard=given.images_per_shard,
-      num_threads=given.num_threads,
+      vae_lib.load(values.vae),
+      values.out,
+      size=values.size,
+      batch_size=values.batch_size,
+      images_per_shard=values.images_per_shard,
+      num_threads=values.num_threads,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
     if jax.process_index() == 0:
-      wait_for_shards(given.out, settings)
-      write_manifest(source, given.out, settings)
+      wait_for_shards(values.out, settings)
+      write_manifest(source, values.out, settings)
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=commands.parse_flags)

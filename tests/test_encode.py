@@ -391,13 +391,13 @@ def test_records_are_the_vaes_moments_of_the_crop_and_of_its_mirror_image(photos
   source = images.open_source(photos, "")
   kind = latents.record_type(settings.moments_shape)
   assert settings.shards == 5 and settings.moments_shape == (2, 2, 8)
-  found = []
+  records = []
   for shard in range(5):
-    *records, trailer = ArrayRecordReader(settings.path(str(out), shard)).read_all()
-    found += records
+    *in_shard, trailer = ArrayRecordReader(settings.path(str(out), shard)).read_all()
+    records += in_shard
     assert json.loads(trailer)["shard"] == shard
   readable = [i for i in range(22) if source.name(i) not in ("china/broken.jpg", "flower/text.png")]
-  assert len(found) == 2 * len(readable)
+  assert len(records) == 2 * len(readable)
   pixels = np.stack([
     images.centre_crop(images.decode(source.read(i)[0]), SIZE) for i in readable
   ])  # fmt: skip
@@ -405,7 +405,7 @@ def test_records_are_the_vaes_moments_of_the_crop_and_of_its_mirror_image(photos
   expected = jax.jit(vae_lib.encode, static_argnums=0)(
     vae.cfg, vae.params, np.float32(views / 127.5 - 1)
   )
-  records = np.frombuffer(b"".join(found), kind)
+  records = np.frombuffer(b"".join(records), kind)
   np.testing.assert_allclose(records["moments"], expected, rtol=2e-3, atol=2e-3)
   assert np.std(np.diff(expected.reshape(-1, 2, 32), axis=1)) > 0.02, "views are told apart"
   labels = np.repeat([source.read(i)[1] for i in readable], 2)
@@ -413,14 +413,14 @@ def test_records_are_the_vaes_moments_of_the_crop_and_of_its_mirror_image(photos
 
 
 def test_unreadable_images_are_counted_and_named_with_the_reason(encoded, vae):
-  found = json.loads((encoded[0] / "manifest.json").read_text())
-  assert found["classes"] == ["china", "flower"] and found["counts"] == [10, 10]
-  assert found["listed"] == 22 and found["images"] == 20 and found["unreadable_count"] == 2
-  assert set(found["unreadable"]) == {"china/broken.jpg", "flower/text.png"}
-  assert "truncated" in found["unreadable"]["china/broken.jpg"]
-  assert found["unreadable"]["flower/text.png"].endswith("cannot identify image file")
-  assert sum(found["shards"]) == 20
-  assert (found["vae"], found["vae_sha256"]) == ("random-small", vae.sha256)
+  manifest = json.loads((encoded[0] / "manifest.json").read_text())
+  assert manifest["classes"] == ["china", "flower"] and manifest["counts"] == [10, 10]
+  assert manifest["listed"] == 22 and manifest["images"] == 20 and manifest["unreadable_count"] == 2
+  assert set(manifest["unreadable"]) == {"china/broken.jpg", "flower/text.png"}
+  assert "truncated" in manifest["unreadable"]["china/broken.jpg"]
+  assert manifest["unreadable"]["flower/text.png"].endswith("cannot identify image file")
+  assert sum(manifest["shards"]) == 20
+  assert (manifest["vae"], manifest["vae_sha256"]) == ("random-small", vae.sha256)
 
 
 def test_training_reads_what_was_encoded(encoded, photos):
@@ -519,8 +519,8 @@ def test_a_missing_file_is_one_image_and_a_missing_folder_stops_the_run(tmp_path
   (folder / "china" / "link.jpg").symlink_to(folder / "nowhere.jpg")
   source = images.open_source(str(folder), "")
   run(source, vae, tmp_path / "one")
-  found = latents.read_manifest(str(tmp_path / "one"))
-  assert found["images"] == 4 and "No such file" in found["unreadable"]["china/link.jpg"]
+  manifest = latents.read_manifest(str(tmp_path / "one"))
+  assert manifest["images"] == 4 and "No such file" in manifest["unreadable"]["china/link.jpg"]
   (folder / "flower").rename(tmp_path / "elsewhere")
   with pytest.raises(OSError, match=r"flower/\S+ cannot be read from its storage"):
     run(source, vae, tmp_path / "two")
@@ -561,7 +561,7 @@ def test_a_manifest_waits_for_all_shards(tmp_path, photos, vae, monkeypatch):
 def test_a_bucket_is_no_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(OSError, match="--out=gs://bucket/latents is no folder: mount the bucket"):
-    encode.check_writable("gs://bucket/latents")
+    encode.make_folder("gs://bucket/latents")
   assert not list(tmp_path.iterdir())
 
 
@@ -591,8 +591,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
     )  # fmt: skip
 
   undisturbed = start("whole")
-  _, told = undisturbed.communicate(timeout=100)
-  assert undisturbed.returncode == 0, told
+  _, stderr = undisturbed.communicate(timeout=100)
+  assert undisturbed.returncode == 0, stderr
   expected = files(tmp_path / "whole")
   assert len(expected) == 16
 
@@ -606,8 +606,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
     process.communicate()
     assert not (out / "manifest.json").exists()
   last = start("killed")
-  _, told = last.communicate(timeout=100)
-  assert last.returncode == 0, told
+  _, stderr = last.communicate(timeout=100)
+  assert last.returncode == 0, stderr
   assert files(out) == expected
 
 
@@ -618,9 +618,11 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     ((f"--images={tmp_path / 'nosuch'}", "--vae=random-small"), "there is no such file or folder"),
     ((f"--images={photos}", f"--vae={tmp_path / 'nosuch'}"), "diffusion_pytorch_model.safetensors"),
     ((f"--images={photos}", "--size=250", "--vae=random-small"), "the nearest is 248"),
+    ((f"--images={photos}", "--sise=256"), "Unknown command line flag 'sise'"),
+    ((f"--images={photos}", "--size=large"), "flag --size=large"),
   ):
     process = command(*arguments, f"--out={tmp_path / 'out'}")
-    _, told = process.communicate(timeout=100)
-    (line,) = [line for line in told.splitlines() if line.startswith("Error: ")]
-    assert process.returncode == 1 and message in line, told
-    assert "Traceback" not in told
+    _, stderr = process.communicate(timeout=100)
+    (line,) = [line for line in stderr.splitlines() if line.startswith("Error: ")]
+    assert process.returncode == 1 and message in line, stderr
+    assert "Traceback" not in stderr
