@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import model as model_lib
+from ism_jax.model import SiT, init_params, position_embedding
 from ism_jax.pretrained import torch_files
 
 WEIGHTS = "model.safetensors"  # of a folder that `export` writes
@@ -42,13 +42,13 @@ _LEAVES = {"kernel": "weight", "bias": "bias", "embedding": "weight"}
 _LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
-def from_params(params, model: model_lib.SiT, shape: tuple[int, int, int]) -> dict[str, Any]:
+def from_params(params, model: SiT, shape: tuple[int, int, int]) -> dict[str, Any]:
   """The state dict of parameters of a network of [H, W, C] images, in their dtype.
 
   Fixed in SiT too, but part of its state dict, is `pos_embed` [1, T, D].
   """
   grid = tuple(n // model.cfg.patch for n in shape[:2])
-  state = {_POSITIONS: model_lib.position_embedding(model.cfg.dimensions[1], grid)[None]}
+  state = {_POSITIONS: position_embedding(model.cfg.dimensions[1], grid)[None]}
   for path, array in traverse_util.flatten_dict(params, sep="/").items():
     if "{}" in (key := _key(path)):
       state |= {key.format(i): _to_torch(path, layer, model) for i, layer in enumerate(array)}
@@ -57,27 +57,27 @@ def from_params(params, model: model_lib.SiT, shape: tuple[int, int, int]) -> di
   return state
 
 
-def to_params(
-  state: dict[str, Any], model: model_lib.SiT, shape: tuple[int, int, int], source: str
-):
-  """The parameters of a network of [H, W, C] images that a state dict holds.
+def to_params(state: dict[str, Any], model: SiT, shape: tuple[int, int, int], source: str):
+  """The parameters of a network that a state dict holds.
 
-  Of a network that predicts variances as well (SiT's learn_sigma) the velocity is kept.
+  Where it predicts variances as well (SiT's learn_sigma), only the velocity is taken.
 
   Args:
     state: arrays by key. The keys of an embedder of d or w may all be absent.
-    source: where they are from, for the error.
+    model: the network.
+    shape: [H, W, C] of its images.
+    source: where the arrays are from, for the error.
   Returns:
     A nested dict of float32 NumPy arrays, without the embedders that are absent: see `complete`.
   Raises:
     ValueError: keys are missing, unexpected, of another shape or not finite: all are listed.
   """
   state = _without_variances(state, model, shape[-1])
-  abstract = jax.eval_shape(lambda: model_lib.init_params(jax.random.key(0), model, shape))
-  given = {str(key).partition(".")[0] for key in state}
-  abstract = {k: v for k, v in abstract.items() if k in given or k not in EMBEDDERS}
-  wanted = jax.eval_shape(lambda params: from_params(params, model, shape), abstract)
-  if wrong := _differences(state, {key: tuple(a.shape) for key, a in wanted.items()}):
+  abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), model, shape))
+  modules = {str(key).partition(".")[0] for key in state}
+  abstract = {k: v for k, v in abstract.items() if k in modules or k not in EMBEDDERS}
+  needed = jax.eval_shape(lambda params: from_params(params, model, shape), abstract)
+  if wrong := _differences(state, {key: tuple(a.shape) for key, a in needed.items()}):
     raise ValueError(
       f"{source} does not hold the network of model.size={model.cfg.size!r} for {shape[0]}x"
       f"{shape[1]}x{shape[2]} images of {model.num_classes} classes"
@@ -135,16 +135,14 @@ def read(path) -> tuple[dict[str, Any], str]:
   return saved, str(path)
 
 
-def load(path, model: model_lib.SiT, shape: tuple[int, int, int]):
+def load(path, model: SiT, shape: tuple[int, int, int]):
   """`to_params` of what `read` finds."""
   state, source = read(path)
   params = to_params(state, model, shape, source)
   embedders = EMBEDDERS if model.guided else EMBEDDERS[:1]
   absent = [name for name in embedders if name not in params]
-  logging.info(
-      "Parameters are %s%s.", source,
-      f", which has no {' and no '.join(absent)}: new ones add nothing at first" if absent else "",
-  )  # fmt: skip
+  remark = f", which has no {' and no '.join(absent)}: new ones add nothing at first"
+  logging.info(f"Parameters are {source}{remark if absent else ''}.")
   return params
 
 
@@ -171,27 +169,27 @@ def _to_flax(path, array):
 
 def _without_variances(state, model, channels):
   """`state`, with the first half of the channels of each pixel where there are twice as many."""
-  pixels, kept = model.cfg.patch**2, dict(state)
+  pixels, velocity = model.cfg.patch**2, {}
   for key in _LAST:
     array = state.get(key)
     if isinstance(array, np.ndarray) and array.shape[:1] == (2 * pixels * channels,):
       halves = array.reshape(pixels, 2, channels, *array.shape[1:])
-      kept[key] = halves[:, 0].reshape(-1, *array.shape[1:])
-  return kept
+      velocity[key] = halves[:, 0].reshape(-1, *array.shape[1:])
+  return state | velocity
 
 
-def _differences(state, wanted):
-  """What is wrong with a state dict of these shapes, one line for each key."""
+def _differences(state, shapes):
+  """What is wrong with a state dict of which these shapes are needed, one line for each key."""
   lines = []
-  for key in sorted(state.keys() | wanted.keys(), key=str):
+  for key in sorted(state.keys() | shapes.keys(), key=str):
     array = state.get(key)
+    shape = getattr(array, "shape", type(array).__name__)
     if key not in state:
-      lines.append(f"missing: {key} {wanted[key]}")
-    elif key not in wanted:
-      lines.append(f"unexpected: {key} {getattr(array, 'shape', type(array).__name__)}")
-    elif not isinstance(array, np.ndarray) or array.shape != wanted[key]:
-      found = getattr(array, "shape", type(array).__name__)
-      lines.append(f"of another shape: {key} {found}, needed {wanted[key]}")
+      lines.append(f"missing: {key} {shapes[key]}")
+    elif key not in shapes:
+      lines.append(f"unexpected: {key} {shape}")
+    elif shape != shapes[key]:
+      lines.append(f"of another shape: {key} {shape}, needed {shapes[key]}")
     elif not jnp.issubdtype(array.dtype, jnp.floating):
       lines.append(f"no floating-point numbers: {key} {array.dtype}")
     elif not np.isfinite(np.asarray(array, np.float32)).all():
@@ -211,10 +209,10 @@ def _remedy(state):
   )
 
 
-def _check_positions(found, ours, source):
-  # Ours are computed, not read. Files of lower precision round them.
-  error = np.abs(np.asarray(found, np.float32) - ours).max()
-  if error > 4 * float(jnp.finfo(found.dtype).eps):
+def _check_positions(positions, computed, source):
+  # Files of lower precision round them.
+  error = np.abs(np.asarray(positions, np.float32) - computed).max()
+  if error > 4 * float(jnp.finfo(positions.dtype).eps):
     raise ValueError(
       f"{source} has another {_POSITIONS} than SiT's sinusoids, which are fixed here (they differ "
       f"by up to {error:.2g}): its other weights would mean nothing. Name another file."

@@ -398,16 +398,14 @@ def test_records_are_the_vaes_moments_of_the_crop_and_of_its_mirror_image(photos
     assert json.loads(trailer)["shard"] == shard
   readable = [i for i in range(22) if source.name(i) not in ("china/broken.jpg", "flower/text.png")]
   assert len(records) == 2 * len(readable)
-  pixels = np.stack([
-    images.centre_crop(images.decode(source.read(i)[0]), SIZE) for i in readable
-  ])  # fmt: skip
+  pixels = np.stack([images.centre_crop(images.decode(source.read(i)[0]), SIZE) for i in readable])
   views = np.stack([pixels, pixels[:, :, ::-1]], axis=1).reshape(-1, SIZE, SIZE, 3)
   expected = jax.jit(vae_lib.encode, static_argnums=0)(
     vae.cfg, vae.params, np.float32(views / 127.5 - 1)
   )
   records = np.frombuffer(b"".join(records), kind)
   np.testing.assert_allclose(records["moments"], expected, rtol=2e-3, atol=2e-3)
-  assert np.std(np.diff(expected.reshape(-1, 2, 32), axis=1)) > 0.02, "views are told apart"
+  assert np.std(np.diff(expected.reshape(-1, 2, 32), axis=1)) > 0.02, "views differ"
   labels = np.repeat([source.read(i)[1] for i in readable], 2)
   np.testing.assert_array_equal(records["label"], labels)
 
@@ -544,9 +542,17 @@ def test_a_manifest_waits_for_all_shards(tmp_path, photos, vae, monkeypatch):
   monkeypatch.setattr(encode, "_SECONDS_BETWEEN_LOOKS", 0.05)
   source = images.open_source(photos, "")
   settings = encode.encode(
-      source, vae, str(tmp_path), size=SIZE, batch_size=2, images_per_shard=5, num_threads=1,
-      process_index=1, process_count=2, devices=jax.devices()[:2],
-  )  # fmt: skip
+    source,
+    vae,
+    str(tmp_path),
+    size=SIZE,
+    batch_size=2,
+    images_per_shard=5,
+    num_threads=1,
+    process_index=1,
+    process_count=2,
+    devices=jax.devices()[:2],
+  )
   with pytest.raises(ValueError, match=r"3 of 5 shards are missing .*00000-of-00005"):
     encode.write_manifest(source, str(tmp_path), settings)
   waiting = threading.Thread(target=encode.wait_for_shards, args=(str(tmp_path), settings))
@@ -586,9 +592,14 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
 
   def start(out):
     return command(
-      f"--images={photos}", f"--out={tmp_path / out}", f"--size={SIZE}", "--vae=random-small",
-      "--batch_size=4", "--images_per_shard=20", "--num_threads=1",
-    )  # fmt: skip
+      f"--images={photos}",
+      f"--out={tmp_path / out}",
+      f"--size={SIZE}",
+      "--vae=random-small",
+      "--batch_size=4",
+      "--images_per_shard=20",
+      "--num_threads=1",
+    )
 
   undisturbed = start("whole")
   _, stderr = undisturbed.communicate(timeout=100)

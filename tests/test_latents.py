@@ -54,9 +54,16 @@ def write(directory, settings=SETTINGS):
 
 def config(directory, **changes):
   values = dict(
-    name="latents", dir=str(directory), image_size=2, channels=4, num_classes=3, flip=True, seed=0,
-    num_threads=0, vae="some/vae",
-  )  # fmt: skip
+    name="latents",
+    dir=str(directory),
+    image_size=2,
+    channels=4,
+    num_classes=3,
+    flip=True,
+    seed=0,
+    num_threads=0,
+    vae="some/vae",
+  )
   return data.DataConfig(**{**values, **changes})
 
 
@@ -115,13 +122,13 @@ def test_records_are_label_and_moments_in_little_endian_and_a_trailer_in_json(fo
 
 
 def test_the_manifest_counts_what_is_there_and_names_what_is_not(folder):
-  found = json.loads((folder / "manifest.json").read_text())
-  assert found["classes"] == list(CLASSES)
-  assert found["counts"] == np.bincount([label_of(i) for i in READABLE]).tolist()
-  assert found["images"] == 47 and found["unreadable_count"] == 3
-  assert found["unreadable"] == {f"image{i}": reason for i, reason in UNREADABLE.items()}
-  assert found["shards"] == [11, 12, 11, 12, 1]
-  assert (found["vae"], found["size"], found["crop"]) == ("some/vae", 16, "some crop")
+  manifest = json.loads((folder / "manifest.json").read_text())
+  assert manifest["classes"] == list(CLASSES)
+  assert manifest["counts"] == np.bincount([label_of(i) for i in READABLE]).tolist()
+  assert manifest["images"] == 47 and manifest["unreadable_count"] == 3
+  assert manifest["unreadable"] == {f"image{i}": reason for i, reason in UNREADABLE.items()}
+  assert manifest["shards"] == [11, 12, 11, 12, 1]
+  assert (manifest["vae"], manifest["size"], manifest["crop"]) == ("some/vae", 16, "some crop")
 
 
 def test_an_epoch_holds_every_image_once_with_its_label_and_half_of_them_mirrored(source):
@@ -273,8 +280,8 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path):
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
   try:
-    told = pytest.raises(OSError, match=r"could not be written.*Make room")
-    with told, latents.ShardWriter(tmp_path, SETTINGS, 0) as writer:
+    error = pytest.raises(OSError, match=r"could not be written.*Make room")
+    with error, latents.ShardWriter(tmp_path, SETTINGS, 0) as writer:
       for _ in range(3_000):
         writer.add(0, np.zeros((2, 2, 2, 8), np.float16))
   finally:

@@ -24,9 +24,7 @@ from ism_jax.data import pipeline
 
 CROP = "ADM centre crop"
 TFDS = "tfds:"
-SUFFIXES = (
-  ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-)  # fmt: skip
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _LEVELS_PER_LEVEL = 257  # 65535 / 255: 16-bit levels in one of 8 bits
 
 
@@ -117,13 +115,13 @@ def open_source(images: str, tfds_dir: str) -> Source:
 def only_images(names, where):
   """The names that have the suffix of an image; logs how many others there are."""
   visible = [name for name in names if not os.path.basename(name).startswith(".")]
-  found = [name for name in visible if name.lower().endswith(SUFFIXES)]
-  if others := sorted(set(visible) - set(found)):
+  images = [name for name in visible if name.lower().endswith(SUFFIXES)]
+  if others := sorted(set(visible) - set(images)):
     logging.warning(
-        "%s: %d files that are no images by their suffix are left out, such as %s.",
-        where, len(others), others[0],
-    )  # fmt: skip
-  return found
+      f"{where}: {len(others)} files that are no images by their suffix are left out, such as "
+      f"{others[0]}."
+    )
+  return images
 
 
 def _files_of_folder(folder) -> dict[str, list[_File]]:
@@ -149,18 +147,16 @@ def _files_of_folder(folder) -> dict[str, list[_File]]:
 
 
 def _files_of_class_folder(folder, name):
-  with os.scandir(os.path.join(folder, name)) as entries:
-    inside = {entry.name: entry.is_dir() for entry in entries}
-  files = [entry for entry, is_folder in inside.items() if not is_folder]  # broken links, too
-  if len(files) < len(inside):
+  path = os.path.join(folder, name)
+  with os.scandir(path) as entries:
+    is_folder = {entry.name: entry.is_dir() for entry in entries}
+  if folders := [entry for entry in is_folder if is_folder[entry]]:
     logging.warning(
-        "Folders inside class folder %s are left out, such as %s; images must lie in %s itself.",
-        name, next(entry for entry, is_folder in inside.items() if is_folder), name,
-    )  # fmt: skip
-  return [
-    _File(f"{name}/{file}", os.path.join(folder, name, file))
-    for file in only_images(files, os.path.join(folder, name))
-  ]
+      f"Folders inside class folder {name} are left out, such as {folders[0]}; images must lie in "
+      f"{name} itself."
+    )
+  files = [entry for entry in is_folder if not is_folder[entry]]  # broken links, too
+  return [_File(f"{name}/{file}", os.path.join(path, file)) for file in only_images(files, path)]
 
 
 def _files_of_tar_of_tars(path) -> dict[str, list[_File]]:
@@ -234,11 +230,11 @@ def _from_tfds(name, tfds_dir) -> Source:
     return record["image"], int(record["label"])
 
   classes = tuple(label.names)
-  told = f"{builder.info.full_name}\n{len(records)}\n" + "\n".join(classes)
+  names = "\n".join((builder.info.full_name, str(len(records)), *classes))
   return Source(
     classes=classes,
     size=len(records),
-    listing=hashlib.sha256(told.encode()).hexdigest(),
+    listing=hashlib.sha256(names.encode()).hexdigest(),
     name=lambda i: f"{builder.info.full_name}/train/{i}",
     read=read,
   )

@@ -37,7 +37,8 @@ class Settings:
   """What all shards of a folder share.
 
   Attributes:
-    vae, vae_sha256: name and checksum of the weights of the VAE.
+    vae: name of the VAE's weights.
+    vae_sha256: checksum of the file of them.
     size: height and width in pixels of the images that were encoded.
     latent_channels: C; moments have twice as many.
     crop: how images were made square.
@@ -111,7 +112,7 @@ class ShardWriter:
     self._unreadable: dict[str, str] = {}
     for path in glob.glob(f"{glob.escape(self._path)}.*.tmp"):
       os.remove(path)
-    # A name of its own: should another process still be at it, neither renames the other's half.
+    # No other process has this name: should one still be at it, neither renames the other's half.
     self._temporary = f"{self._path}.{socket.gethostname()}-{os.getpid()}.tmp"
     self._writer = array_record_module.ArrayRecordWriter(self._temporary, _OPTIONS)
 
@@ -210,12 +211,12 @@ def finished_shards(directory: str, settings: Settings) -> dict[int, dict]:
   return finished
 
 
-def _differences(found: dict, wanted: dict) -> str:
-  """The values of `found` that are not as in `wanted`: "size=512, not 256"."""
+def _differences(trailer: dict, wanted: dict) -> str:
+  """The values of a trailer that are not as in `wanted`: "size=512, not 256"."""
   return ", ".join(
-    f"{name}={found.get(name)!r}, not {value!r}"
+    f"{name}={trailer.get(name)!r}, not {value!r}"
     for name, value in wanted.items()
-    if found.get(name) != value
+    if trailer.get(name) != value
   )
 
 
@@ -264,7 +265,7 @@ def read_manifest(directory: str) -> dict:
   path = os.path.join(directory, MANIFEST)
   try:
     with open(path) as f:
-      found = json.load(f)
+      content = json.load(f)
   except FileNotFoundError:
     reason = "is unfinished" if os.path.isdir(directory) else "does not exist"
     raise ValueError(
@@ -274,11 +275,11 @@ def read_manifest(directory: str) -> dict:
     raise ValueError(
       f"{path} is damaged: {error}. Delete it; the command that made it writes it anew."
     ) from None
-  if found.get("format") != FORMAT:
+  if content.get("format") != FORMAT:
     raise ValueError(
-      f"{path} is of format {found.get('format')}, and this version reads {FORMAT}: encode anew."
+      f"{path} is of format {content.get('format')}, and this version reads {FORMAT}: encode anew."
     )
-  return found
+  return content
 
 
 def check_vae(directory: str, vae) -> None:
@@ -301,21 +302,19 @@ class Latents:
       ValueError: the folder, the manifest or a shard is absent, damaged, or of other data than the
         config's.
     """
-    found = read_manifest(cfg.dir)
-    side, _, channels = found["moments"]
-    _check(cfg, found, (side, side, channels // 2, len(found["classes"]), found["vae"]))
-    settings = Settings(**{f.name: found[f.name] for f in dataclasses.fields(Settings)})
+    content = read_manifest(cfg.dir)
+    _check(cfg, content)
+    settings = Settings(**{f.name: content[f.name] for f in dataclasses.fields(Settings)})
     paths = [settings.path(cfg.dir, shard) for shard in range(settings.shards)]
-    _check_shards(settings, found["shards"], paths)
+    _check_shards(settings, content["shards"], paths)
     _allow_open_files(len(paths) + _SPARE_FILES)
-    self._size = found["images"]
-    self._type = record_type(found["moments"])
+    self._size = content["images"]
+    self._type = record_type(content["moments"])
     # Without the trailers, image i of the dataset has the records 2 i and 2 i + 1.
-    self._records = grain.sources.ArrayRecordDataSource([
-      f"{path}[0:{VIEWS * count}]"
-      for path, count in zip(paths, found["shards"], strict=True)
-      if count
-    ])  # fmt: skip
+    counts = zip(paths, content["shards"], strict=True)
+    self._records = grain.sources.ArrayRecordDataSource(
+      [f"{path}[0:{VIEWS * count}]" for path, count in counts if count]
+    )
 
   def __len__(self):
     return self._size
@@ -324,20 +323,25 @@ class Latents:
     """{"moments": float16 [N, h, w, 2 C]} and labels int32 [N] of images, mirrored or not.
 
     Args:
-      keys: int [N]. mirror: bool [N].
+      keys: int [N].
+      mirror: bool [N].
     """
-    chosen = VIEWS * np.asarray(keys) + np.asarray(mirror)
-    records = np.frombuffer(b"".join(self._records.__getitems__(chosen.tolist())), self._type)
+    places = VIEWS * np.asarray(keys) + np.asarray(mirror)
+    records = np.frombuffer(b"".join(self._records.__getitems__(places.tolist())), self._type)
     return {"moments": records["moments"].copy()}, records["label"].astype(np.int32)
 
 
-def _check(cfg, found, has) -> None:
+def _check(cfg, content) -> None:
+  """Raises ValueError for a manifest of other data than the config's."""
+  side, _, channels = content["moments"]
+  encoded = (side, side, channels // 2, len(content["classes"]), content["vae"])
   wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes, cfg.vae)
-  if has != wanted:
+  if encoded != wanted:
     describe = "{}x{} latents of {} channels in {} classes, of the VAE {!r}".format
+    size = content["size"]
     raise ValueError(
-      f"data.dir={cfg.dir} holds {describe(*has)} ({found['size']}x{found['size']} images), but "
-      f"the config is for {describe(*wanted)}. Set data.image_size, data.channels, "
+      f"data.dir={cfg.dir} holds {describe(*encoded)} ({size}x{size} images), but the config is "
+      f"for {describe(*wanted)}. Set data.image_size, data.channels, "
       "data.num_classes and data.vae to the dataset's, or data.dir to another."
     )
 
