@@ -168,9 +168,9 @@ def numpy_features(cfg, state, images):
   return np.stack(features)
 
 
-def assert_close(found, wanted):
+def assert_close(values, wanted):
   """Within 1e-5 of the largest value; the approximate GELU would be 1e-4 off."""
-  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+  np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def assert_close(found, wanted):
 )
 def test_resizing_equals_pils_bit_for_bit(height, width):
   images = images_of((2, height, width, 3))
-  found = jax.jit(dinov2.resize_bicubic, static_argnums=1)(images, 224)
-  assert found.dtype == jnp.uint8
-  for image, resized in zip(images, found, strict=True):
+  resized_images = jax.jit(dinov2.resize_bicubic, static_argnums=1)(images, 224)
+  assert resized_images.dtype == jnp.uint8
+  for image, resized in zip(images, resized_images, strict=True):
     np.testing.assert_array_equal(resized, pil_resize(image, 224))
     if height <= max(width, 224):  # there all versions of PIL agree
       at_once = Image.fromarray(image).resize((224, 224), Image.BICUBIC)
@@ -196,9 +196,9 @@ def test_the_network_equals_one_written_out_in_numpy(offset):
   assert np.std(wanted, axis=0).min() > 0.01  # images differ
   for spelled in (state, transformers_spelling(state)):
     params = dinov2.params_from_state_dict(cfg, spelled)
-    found = features(params, images, cfg=cfg)["features"]
-    assert found.dtype == jnp.float32
-    assert_close(found, wanted)
+    tokens = features(params, images, cfg=cfg)["features"]
+    assert tokens.dtype == jnp.float32
+    assert_close(tokens, wanted)
 
 
 def test_an_embedding_of_the_trained_size_is_taken_as_it_is():
@@ -289,9 +289,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named_at_once(spelling
   assert start == "some.pth does not hold the weights of DINOv2 ViT-L/14 without registers"
   lists = dict(part.split(": ", 1) for part in parts)
   misshapen = lists.pop("of another shape")
-  assert all(told in misshapen for told in wanted["of another shape"])
+  assert all(part in misshapen for part in wanted["of another shape"])
   assert misshapen.count(" is (") == len(wanted["of another shape"])
-  assert {what: sorted(found.split(", ")) for what, found in lists.items()} == {
+  assert {what: sorted(keys.split(", ")) for what, keys in lists.items()} == {
     what: wanted[what] for what in ("missing", "unexpected")
   }
   assert dinov2.PUBLISHED.url in remedy
@@ -327,10 +327,10 @@ def test_random_weights_are_the_same_everywhere_and_tell_images_apart():
   assert random.sha256.startswith("30e2eecd1d52")
   smooth = np.linspace(0, 255, 3 * 48 * 48).reshape(1, 48, 48, 3).astype(np.uint8)
   images = np.concatenate([images_of((2, 48, 48, 3)), smooth])
-  found = np.asarray(features(random.params, images, cfg=dinov2.VIT_L14)["features"])
-  assert found.shape == (3, 1024)
-  assert 0.3 < np.std(found) < 3 and np.abs(found).max() < 10
-  assert np.std(found, axis=0).mean() > 0.1
+  tokens = np.asarray(features(random.params, images, cfg=dinov2.VIT_L14)["features"])
+  assert tokens.shape == (3, 1024)
+  assert 0.3 < np.std(tokens) < 3 and np.abs(tokens).max() < 10
+  assert np.std(tokens, axis=0).mean() > 0.1
 
 
 @pytest.mark.slow
@@ -345,8 +345,8 @@ def test_the_position_embedding_is_interpolated_as_pytorch_does(offset):
     torch.from_numpy(grid).permute(2, 0, 1)[None], mode="bicubic", antialias=False, **target
   )
   rows = dinov2.position_weights(dataclasses.replace(dinov2.VIT_L14, interpolate_offset=offset))
-  found = np.einsum("ir,jc,rcd->dij", rows, rows, grid)
-  np.testing.assert_allclose(found, wanted[0].numpy(), atol=1e-5)
+  interpolated_grid = np.einsum("ir,jc,rcd->dij", rows, rows, grid)
+  np.testing.assert_allclose(interpolated_grid, wanted[0].numpy(), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -357,8 +357,8 @@ def test_weights_load_from_a_file_that_pytorch_saved(tmp_path, monkeypatch):
   state, path = random_state_dict(TINY), tmp_path / "dinov2_vitl14_pretrain.pth"
   torch.save({key: torch.from_numpy(value) for key, value in state.items()}, path)
   images = images_of((2, 20, 15, 3))
-  found = features(dinov2.load(str(path)).params, images, cfg=TINY)["features"]
-  assert_close(found, numpy_features(TINY, state, images))
+  tokens = features(dinov2.load(str(path)).params, images, cfg=TINY)["features"]
+  assert_close(tokens, numpy_features(TINY, state, images))
 
 
 @pytest.mark.slow

@@ -361,12 +361,12 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named_at_once(tiny_fil
     "encoder.surplus.weight",
     "surplus",
   ]
-  for told in (
+  for part in (
     "decoder.conv_out.weight is (3, 4, 1, 1), not (3, 4, 3, 3)",
     "quant_conv.weight is (8, 8), not (8, 8, 1, 1)",
     "quant_conv.bias is (7,), not (8,)",
   ):
-    assert told in lists["of another shape"]
+    assert part in lists["of another shape"]
   assert lists["of another shape"].count(" is ") == 3
 
 
