@@ -106,7 +106,7 @@ def load(name: str) -> weights.Pretrained:
     return weights.random(name, _shapes(VIT_L14))
   path = weights.find(name, PUBLISHED)
   to_params = functools.partial(params_from_state_dict, VIT_L14)
-  return weights.read(name, path, to_params, PUBLISHED.page)
+  return weights.read(name, path, to_params, PUBLISHED.url)
 
 
 def features(params, images, cfg: Dinov2Config = VIT_L14):

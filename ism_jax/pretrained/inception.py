@@ -51,7 +51,7 @@ def load(name: str = "") -> weights.Pretrained:
   if name == "random":
     return weights.random(name, _shapes(), gain=2)
   path = weights.find(name, PUBLISHED)
-  return weights.read(name, path, params_from_state_dict, PUBLISHED.page)
+  return weights.read(name, path, params_from_state_dict, PUBLISHED.url)
 
 
 def features(params, images):
@@ -114,7 +114,7 @@ def params_from_state_dict(arrays, source="the state dict"):
     _state_dict_shapes(),
     source=source,
     what="the FID Inception's weights",
-    needed=f"the tensors of {PUBLISHED.page}; torchvision's Inception is another network",
+    needed=f"the tensors of {PUBLISHED.url}; torchvision's Inception is another network",
   )
   params = {}
   for layer in traverse_util.unflatten_dict(_shapes()):

@@ -1,8 +1,7 @@
 """Weights of published networks: from a named file, a cache or a download, or random.
 
 The cache is the folder $ISM_JAX_CACHE, or ~/.cache/ism_jax. A file that was put there by hand, for
-machines without network, is used as if it had been downloaded. Files of the Hugging Face hub may
-lie there too, or in the hub's own cache, where downloading puts them.
+machines without network, is used as if it had been downloaded.
 """
 
 from collections.abc import Callable
@@ -11,13 +10,11 @@ import functools
 import hashlib
 import os
 import pathlib
-import re
 from typing import Any
 import urllib.request
 
 from absl import logging
 from flax import traverse_util
-from huggingface_hub import hf_hub_download
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,32 +52,14 @@ class Published:
   Attributes:
     what: what it holds, for messages: "FID Inception".
     file: its name in the cache.
-    sha256: its checksum in hex, or as many first digits as are known, at least 8.
-    url: where it is; "" for a file on the Hugging Face hub.
-    repository: its name on the hub.
-    member: the file there.
+    sha256: its checksum in hex.
+    url: where it is.
   """
 
   what: str
   file: str
   sha256: str
-  url: str = ""
-  repository: str = ""
-  member: str = ""
-
-  def __post_init__(self):
-    if not re.fullmatch(r"[0-9a-f]{8,64}", self.sha256):
-      raise ValueError(f"sha256={self.sha256!r} must be 8 to 64 hex digits, lower case.")
-    if bool(self.url) == bool(self.repository) or bool(self.repository) != bool(self.member):
-      raise ValueError(
-        f"{self.file} needs a url or else a repository and its member; got url={self.url!r}, "
-        f"repository={self.repository!r}, member={self.member!r}."
-      )
-
-  @property
-  def page(self) -> str:
-    """Where a reader can download it by hand."""
-    return self.url or f"https://huggingface.co/{self.repository}/resolve/main/{self.member}"
+  url: str
 
 
 def cache() -> pathlib.Path:
@@ -190,28 +169,25 @@ def find(name: str, published: Published) -> pathlib.Path:
     return path
   path = cache() / published.file
   if not path.is_file():
-    path = _download(published, path)
+    _download(published, path)
   sha256 = files.sha256(path)
-  if not sha256.startswith(published.sha256):
+  if sha256 != published.sha256:
     raise ValueError(
       f"{path} ({path.stat().st_size} bytes) is not the published file of {published.what} "
       f"weights: its sha256 is {sha256}, not {published.sha256}. Delete it and download "
-      f"{published.page} to {cache() / published.file}, or pass its name if it is what you want."
+      f"{published.url} to {cache() / published.file}, or pass its name if it is what you want."
     )
   return path
 
 
 def _download(published, path):
   try:
-    if published.repository:  # the hub's cache, which works offline, or else the hub
-      return pathlib.Path(hf_hub_download(published.repository, published.member))
     with files.whole_file(path) as temporary:
-      logging.info("Downloading %s to %s.", published.page, path)
+      logging.info("Downloading %s to %s.", published.url, path)
       whole = pathlib.Path(temporary)
       _fetch(published.url, whole)
-      if not (sha256 := files.sha256(whole)).startswith(published.sha256):
+      if (sha256 := files.sha256(whole)) != published.sha256:
         raise OSError(f"it gave {whole.stat().st_size} bytes of sha256 {sha256}")
-    return path
   # No network, a full disk, a page that is gone: the libraries' errors have no base in common, and
   # the remedy is the same for all.
   except Exception as error:
@@ -220,7 +196,7 @@ def _download(published, path):
 
 def cause_of(error: Exception) -> str:
   """What made a download fail, in one line."""
-  cause = error.__cause__ or error  # the hub's own says only that something went wrong
+  cause = error.__cause__ or error  # the hub's error says only that something went wrong
   line = str(cause).strip().partition("\n")[0]
   return f"{type(cause).__name__}: {line}"
 
@@ -241,6 +217,6 @@ def _fetch(url, path):
 
 def _absent(published, reason):
   return FileNotFoundError(
-    f"no {published.what} weights: {reason}. Download {published.page} to "
+    f"no {published.what} weights: {reason}. Download {published.url} to "
     f"{cache() / published.file} (${CACHE} names another folder), or pass the name of the file."
   )
