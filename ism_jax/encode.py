@@ -104,16 +104,22 @@ def encode(
       with latents.ShardWriter(out, settings, shard) as writer:
         for _ in settings.images_of(shard):
           crop, moments = next(encoded)
-          if crop.reason is None:
+          name = source.name(crop.index)
+          if crop.reason is not None:
+            writer.add_unreadable(name, crop.reason)
+          elif np.isfinite(moments).all():
             writer.add(crop.label, moments)
           else:
-            writer.add_unreadable(source.name(crop.index), crop.reason)
+            raise FloatingPointError(
+              f"the moments of {name} are not finite in float16: the VAE's weights are damaged, or "
+              "not those of a VAE for images in [-1, 1]."
+            )
           progress.add(1, unreadable=crop.reason is not None)
   return settings
 
 
 def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:
-  """(crop, moments [2, h, w, 2 C] or None) of the images of all batches, in order.
+  """(crop, moments [2, h, w, 2 C]) of the images of all batches, in order.
 
   Images are decoded ahead of the devices, and results fetched one batch late.
   """
@@ -139,22 +145,8 @@ def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:
         started = read, both_moments(vae.cfg, mesh, params, pixels)
       if pending is not None:
         read, moments = pending
-        yield from _checked(source, read, np.asarray(moments))
+        yield from zip(read, np.asarray(moments).swapaxes(0, 1), strict=False)  # rows are padded
       pending = started
-
-
-def _checked(source, crops, moments):
-  """Pairs crops with their moments [2, N, ...]; raises where these are not finite."""
-  for row, crop in enumerate(crops):
-    if crop.reason is not None:
-      yield crop, None
-      continue
-    if not np.isfinite(moments[:, row]).all():
-      raise FloatingPointError(
-        f"the moments of {source.name(crop.index)} are not finite in float16: the VAE's weights "
-        "are damaged, or not those of a VAE for images in [-1, 1]."
-      )
-    yield crop, moments[:, row]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "mesh"))

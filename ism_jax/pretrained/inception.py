@@ -226,39 +226,24 @@ def _block_35_to_17(conv, x):
 
 
 def _block_17(conv, x, width):
+  name, row, column = "branch7x7", (1, 7), (7, 1)
+  single = (f"{name}_1", width), (f"{name}_2", width, row), (f"{name}_3", 192, column)
+  double = (f"{name}dbl_1", width), (f"{name}dbl_2", width, column), (f"{name}dbl_3", width, row)
+  double += (f"{name}dbl_4", width, column), (f"{name}dbl_5", 192, row)
   return _joined(
     conv(x, "branch1x1", 192),
-    _chain(
-      conv,
-      x,
-      ("branch7x7_1", width),
-      ("branch7x7_2", width, (1, 7)),
-      ("branch7x7_3", 192, (7, 1)),
-    ),
-    _chain(
-      conv,
-      x,
-      ("branch7x7dbl_1", width),
-      ("branch7x7dbl_2", width, (7, 1)),
-      ("branch7x7dbl_3", width, (1, 7)),
-      ("branch7x7dbl_4", width, (7, 1)),
-      ("branch7x7dbl_5", 192, (1, 7)),
-    ),
+    _chain(conv, x, *single),
+    _chain(conv, x, *double),
     _average_branch(conv, x, 192),
   )
 
 
 def _block_17_to_8(conv, x):
+  name = "branch7x7x3"
+  wide = (f"{name}_1", 192), (f"{name}_2", 192, (1, 7)), (f"{name}_3", 192, (7, 1))
   return _joined(
     _chain(conv, x, ("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2)),
-    _chain(
-      conv,
-      x,
-      ("branch7x7x3_1", 192),
-      ("branch7x7x3_2", 192, (1, 7)),
-      ("branch7x7x3_3", 192, (7, 1)),
-      ("branch7x7x3_4", 192, 3, 2),
-    ),
+    _chain(conv, x, *wide, (f"{name}_4", 192, 3, 2)),
     _halve(x),
   )
 

@@ -166,15 +166,14 @@ def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
     new = _OLD_KEY.sub(lambda m: f"{m[1]}.{_OLD_SPELLING[m[2]]}.{m[3]}", str(key))
     # Where one tensor comes in both spellings, the old one keeps its key, which is unexpected.
     renamed[key if new in arrays else new] = array
-  keys = {path: _state_dict_key(path) for path in _shapes(cfg)}
-  shapes = {}
+  keys, shapes = {}, {}
   for path, leaf in _shapes(cfg).items():
-    key, shape = keys[path], leaf.shape
+    key, shape = _state_dict_key(path), leaf.shape
     if path[-1] == "kernel":  # PyTorch's are [out, in] and [out, in, H, W]
       shape = (shape[-1], shape[-2], *shape[:-2])
     if len(shape) == 2 and np.shape(renamed.get(key)) == (*shape, 1, 1):
       renamed[key] = renamed[key].reshape(shape)
-    shapes[key] = shape
+    keys[path], shapes[key] = key, shape
   weights.check_tensors(
     renamed,
     shapes,
