@@ -69,6 +69,7 @@ def encode(
   Raises:
     ValueError: a value is out of range, or `out` holds shards of other settings.
     OSError: `out` cannot be written, or the images' files cannot be reached.
+    FloatingPointError: moments are not finite.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size} must be at least 1.")
