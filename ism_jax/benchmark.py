@@ -5,15 +5,16 @@
 
 Any config, and any devices that JAX finds; several processes are one run, see `multihost`. Latents
 need no data and no autoencoder: without data.dir a folder of random ones is made and removed again,
-and what decodes has random weights.
+and the decoder has random weights.
 
-Everything is timed in turn, round after round (`rounds`), so that what slows a shared machine slows
-all alike; a ratio is the median of the rounds' ratios. The rate of a large matrix product in the
-compute dtype is this machine's practical ceiling. FLOPs are those of the model, see `flops`.
+Everything is timed in turn, round after round (`timing.rounds`), so that what slows a shared
+machine slows all alike; a ratio is the median of the rounds' ratios. The rate of a large matrix
+product in the compute dtype is this machine's practical ceiling. FLOPs are those of the model, see
+`flops`.
 
 --rows trains on that many rows of the batch, where all are too much for the machine, and scales the
-step's time to all of them, but for the time of the optimizer and the EMAs; --pools measures the
-coupling at those pool sizes K too.
+step's time (less that of the optimizer and the EMAs) to all of them; --pools also measures the
+coupling at those pool sizes K.
 
 Written to DIR: benchmark.json, benchmark.md, techniques.png (what each technique adds to flow
 matching), and with --pools scaling.png.
@@ -23,8 +24,6 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
-import json
-import math
 import os
 import tempfile
 import time
@@ -32,16 +31,15 @@ from typing import Any
 
 from absl import app, flags, logging
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
 from ism_jax import (
+  benchmark_report,
   chips,
   commands,
   data,
-  figures,
   files,
   flops,
   generate,
@@ -49,6 +47,7 @@ from ism_jax import (
   objectives,
   sharding,
   steps,
+  timing,
   wavelets,
 )
 from ism_jax import experiment as experiment_lib
@@ -57,11 +56,10 @@ from ism_jax import state as state_lib
 from ism_jax.data import latents
 from ism_jax.experiment import Experiment
 from ism_jax.sharding import AXIS, P
+from ism_jax.timing import quartiles
 
 STEPS = (1, 2, 4, 8, 128)  # of sampling
-SHORTEST = 0.2  # seconds of a timing: shorter calls are made several times
-_LONG = 10.0  # seconds of a first call that cannot be a short one
-SHARES = (0.01, 0.04)  # of a pool's time: the sizes are told at which pairing reaches them
+SHARES = (0.01, 0.04)  # of a pool's time: the report has the sizes at which pairing reaches them
 SIZES = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")  # of scaling.png
 _PRODUCTS = 8  # in a timing of the ceiling
 _POOLS_READ, _SECONDS_READ = 3, 1.0  # at least, in a timing of the input pipeline
@@ -70,15 +68,13 @@ _RECORDS = 4096  # random latents
 _RANDOM_VAE = "random"
 
 
-# Timing.
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
   """A compiled function.
 
   Attributes:
-    call: takes the arguments it was compiled for. compile_seconds: tracing and XLA.
+    call: takes the arguments it was compiled for.
+    compile_seconds: tracing and XLA.
     bytes: on each device while it runs, with arguments and results; None where XLA does not say.
   """
 
@@ -102,49 +98,11 @@ def compiled(function, *arguments) -> Program:
   return Program(program, seconds, needed)
 
 
-def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-  """Seconds of each call, [repeats], all in turn.
-
-  Each returns what has to be ready when the clock stops. Of calls that are shorter than `SHORTEST`,
-  several follow each other without waiting, as in training. All processes make the same calls.
-  """
-  together = {}
-  for name, call in calls.items():
-    seconds = _longest(_seconds(call, 1))  # with what is done once
-    if seconds < _LONG:
-      seconds = _longest(_seconds(call, 1))
-    together[name] = math.ceil(SHORTEST / max(seconds, 1e-9))
-  found = [{name: _seconds(call, together[name]) for name, call in calls.items()}
-           for _ in range(repeats)]  # fmt: skip
-  return {name: np.array([one[name] for one in found]) for name in calls}
-
-
-def _seconds(call, times: int) -> float:
-  start = time.perf_counter()
-  for _ in range(times):
-    result = call()
-  jax.block_until_ready(result)
-  return (time.perf_counter() - start) / times
-
-
-def _longest(seconds: float) -> float:
-  """Of all processes."""
-  if jax.process_count() == 1:
-    return seconds
-  return float(multihost_utils.process_allgather(np.float64(seconds)).max())
-
-
-def spread(values) -> dict[str, float]:
-  """Median and quartiles."""
-  low, median, high = np.percentile(values, (25, 50, 75))
-  return {"median": float(median), "quartiles": [float(low), float(high)]}
-
-
 # What is timed.
 
 
 def product(mesh, dtype: str):
-  """(call, FLOPs): products of large square matrices, on each device its own."""
+  """(call, FLOPs): products of large square matrices, one chain of them on each device."""
   side = 2048 if mesh.devices.flat[0].platform == "cpu" else 8192
 
   def on_device(a, b):
@@ -183,7 +141,7 @@ COSTS = {
 
 
 def one_ema(state, gradient, tx, ema):
-  """`state.update` with the EMA that samples alone."""
+  """`state.update` with one EMA: the one that samples."""
   new = state_lib.update(state, gradient, tx, ema)
   return new.replace(target_ema=state.target_ema)
 
@@ -208,15 +166,15 @@ def techniques(exp: Experiment) -> dict[str, tuple[Experiment, str]]:
     return dataclasses.replace(exp, objective=objective, **changes), update
 
   l2 = {"wavelet": squares(exp)}
-  found = {FLOW_MATCHING: step((v + g + k, 0, 0), ONE_EMA, **l2)}
+  steps = {FLOW_MATCHING: step((v + g + k, 0, 0), ONE_EMA, **l2)}
   if g:
-    found[GUIDANCE] = step((v + k, g, 0), ONE_EMA, **l2)
+    steps[GUIDANCE] = step((v + k, g, 0), ONE_EMA, **l2)
   if k:
-    found[CONSISTENCY] = step((v + g, 0, k), ONE_EMA, **l2)
-  found[TARGETS] = step((v, g, k), ONE_EMA, **l2)
-  found[WAVELET] = step((v, g, k), ONE_EMA)
-  found[STEP] = step((v, g, k), TWIN_EMA)
-  return found
+    steps[CONSISTENCY] = step((v + g, 0, k), ONE_EMA, **l2)
+  steps[TARGETS] = step((v, g, k), ONE_EMA, **l2)
+  steps[WAVELET] = step((v, g, k), ONE_EMA)
+  steps[STEP] = step((v, g, k), TWIN_EMA)
+  return steps
 
 
 def random_pool(exp: Experiment, mesh):
@@ -276,19 +234,16 @@ def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
   keys = jax.random.split(jax.random.key(3), 4)
   x0, x1 = (jax.random.normal(key, (rows, *exp.image_shape)) for key in keys[:2])
   c = jax.random.randint(keys[2], (rows,), 0, exp.data.num_classes)
-  given = objectives.draw_conditions(keys[3], c, exp.objective, exp.null_class)
+  conditions = objectives.draw_conditions(keys[3], c, exp.objective, exp.null_class)
+  settings = {"null_class": exp.null_class, "batch_size": exp.batch_size}
 
-  def loss(scale, wavelet_cfg, x0, x1, c, given):
+  def loss(scale, wavelet_cfg, *rows):
     velocity = lambda x_t, t, c, d, w: scale * x_t
-    return objectives.losses(
-      velocity, velocity, x0, x1, c, given,
-      cfg=exp.objective, wavelet_cfg=wavelet_cfg, null_class=exp.null_class,
-      batch_size=exp.batch_size,
-    )  # fmt: skip
+    return objectives.losses(velocity, velocity, *rows, exp.objective, wavelet_cfg, **settings)
 
   gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
   return {
-    ("alone", name): functools.partial(gradient, 1.0, cfg, x0, x1, c, given)
+    ("alone", name): functools.partial(gradient, 1.0, cfg, x0, x1, c, conditions)
     for name, cfg in ((SQUARES, squares(exp)), (WAVELETS, exp.wavelet))
   }
 
@@ -319,11 +274,11 @@ def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], di
   n = -(-exp.sample.batch_size // mesh.size) * mesh.size
   numbers = np.arange(n, dtype=np.int32)
   x0 = generate.noise_function(exp.image_shape, mesh)(jax.random.key(0), numbers)
-  given = (params, x0, numbers % exp.data.num_classes, np.full(n, exp.sample.w, np.float32))
+  inputs = (params, x0, numbers % exp.data.num_classes, np.full(n, exp.sample.w, np.float32))
   programs, calls = {}, {}
   for count in STEPS:
-    programs[count] = compiled(generate.sample_function(exp, mesh, count), *given)
-    calls[count] = functools.partial(programs[count].call, *given)
+    programs[count] = compiled(generate.sample_function(exp, mesh, count), *inputs)
+    calls[count] = functools.partial(programs[count].call, *inputs)
   pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
   return calls, programs, functools.partial(pixels, x0), n
 
@@ -342,10 +297,15 @@ def source_of(exp: Experiment) -> Iterator[Any]:
 def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
   """A dataset as `encode` writes it, of random moments."""
   settings = latents.Settings(
-      vae=cfg.vae, vae_sha256="", size=cfg.image_size * latents.DOWNSAMPLING,
-      latent_channels=cfg.channels, crop="", listing="", listed=_RECORDS,
-      images_per_shard=_RECORDS // 8,
-  )  # fmt: skip
+    vae=cfg.vae,
+    vae_sha256="",
+    size=cfg.image_size * latents.DOWNSAMPLING,
+    latent_channels=cfg.channels,
+    crop="",
+    listing="",
+    listed=_RECORDS,
+    images_per_shard=_RECORDS // 8,
+  )
   rng = np.random.default_rng(0)
   moments = rng.standard_normal((64, latents.VIEWS, *settings.moments_shape)).astype(np.float16)
   for shard in range(settings.shards):
@@ -359,11 +319,10 @@ def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
 
 
 def read_rates(exp: Experiment, source, mesh, repeats: int) -> dict[int, np.ndarray]:
-  """{threads: images per second}, [repeats], that a process reads of its rows of pools, in turn."""
+  """{threads: images per second}, [repeats], at which a process reads its rows of pools."""
   most = exp.data.num_threads
   threads = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
-  found = [{n: _read_rate(exp, source, mesh, n) for n in threads} for _ in range(repeats)]
-  return {n: np.array([one[n] for one in found]) for n in threads}
+  return timing.in_turn(lambda n: _read_rate(exp, source, mesh, n), threads, repeats)
 
 
 def _read_rate(exp, source, mesh, num_threads) -> float:
@@ -388,16 +347,16 @@ def read_pools(exp: Experiment, source, mesh, num_threads: int):
 
 
 def training_loop(exp: Experiment, source, mesh, train_steps, pools: int) -> dict[str, float]:
-  """Trains for some pools as `train` does: seconds, and of them those that it waited for data.
+  """Trains for some pools as `train` does: its seconds, and those in which it waited for data.
 
   Args:
-    train_steps: compiled.
+    train_steps: the compiled function.
   """
   keys, couple = steps.base_keys(0), steps.couple_function(exp, mesh)
   state, waited, pending = steps.init_function(exp, mesh)(keys.init), 0.0, None
   read = read_pools(exp, source, mesh, exp.data.num_threads)
   for index in range(pools + 2):
-    if index == 2:  # compiled, and what was read meanwhile is used up
+    if index == 2:  # all is compiled, and the pools that were read meanwhile are used up
       jax.block_until_ready(state)
       start, waited = time.perf_counter(), 0.0
     before = time.perf_counter()
@@ -416,13 +375,15 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   """benchmark.json; see the module's docstring.
 
   Args:
-    source: the dataset that is read. rows: of the batch that the timed step trains on. pools:
-      sizes K that are paired besides.
+    source: the dataset that is read.
+    rows: of the batch, that the timed step trains on.
+    pools: sizes K that are paired besides the config's.
+    repeats: rounds.
   """
   if exp.data.vae and not exp.data.vae.startswith(_RANDOM_VAE):  # decoding takes shapes alone
     exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae=_RANDOM_VAE))
   fewer = dataclasses.replace(exp, batch_size=rows)
-  size, own = exp.coupling.pool_size, exp.coupling.coupling
+  size, coupling = exp.coupling.pool_size, exp.coupling.coupling
   sizes = sorted({size, *pools})
 
   multiply, products = product(mesh, exp.model.dtype)
@@ -434,7 +395,7 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   )(jax.random.key(0))
   draw, draw_programs, decode, images = sample_calls(exp, mesh, params)
   logging.info("Compiled; now %d rounds.", repeats)
-  seconds = rounds(
+  seconds = timing.rounds(
     {("product", ""): multiply, ("decode", ""): decode}
     | steps
     | loss_calls(exp, mesh)
@@ -452,7 +413,9 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   for name, (_, update) in techniques(exp).items():
     of_rows = seconds["step", name] / exp.scan_steps - alone[update]
     step[name] = of_rows * exp.batch_size / rows + alone[update]
-  pairing = {k: seconds["couple", (own, k)] - seconds["couple", ("independent", k)] for k in sizes}
+  pairing = {
+    k: seconds["couple", (coupling, k)] - seconds["couple", ("independent", k)] for k in sizes
+  }
   programs = {f"train_steps: {name}": p for name, p in step_programs.items()}
   programs |= {f"couple: {name}, K = {k}": p for (name, k), p in couple_programs.items()}
   programs |= {f"sample: {n} steps": p for n, p in draw_programs.items()}
@@ -461,16 +424,16 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
     "repeats": repeats,
     **utilisation(exp, mesh, step[STEP], products / seconds["product", ""]),
     "techniques": technique_costs(fewer, step, alone, pairing[size] / size),
-    "pool": pool_costs(exp, seconds["couple", (own, size)], step[STEP], pairing),
+    "pool": pool_costs(exp, seconds["couple", (coupling, size)], step[STEP], pairing),
     "input": {
-      "images_per_second": {n: spread(rate) for n, rate in rates.items()},
+      "images_per_second": {n: quartiles(rate) for n, rate in rates.items()},
       "needed": float(np.median(exp.batch_size / step[STEP])),
       "loop": loop,
     },
     "sampling": {
       n: {
-        "drawn": spread(images / seconds["sample", n]),
-        "decoded": spread(images / (seconds["sample", n] + seconds["decode", ""])),
+        "drawn": quartiles(images / seconds["sample", n]),
+        "decoded": quartiles(images / (seconds["sample", n] + seconds["decode", ""])),
       }
       for n in draw
     },
@@ -500,34 +463,30 @@ def setting(exp: Experiment, mesh, *, rows: int, images: int) -> dict:
     "devices": {
       "kind": mesh.devices.flat[0].device_kind,
       "count": mesh.size,
-      "cores": cores(),
+      "cores": timing.cores(),
       "jax": jax.__version__,
     },
   }
-
-
-def cores() -> int:
-  """CPU cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def utilisation(exp: Experiment, mesh, step, ceiling) -> dict:
   """The rate of training, and its share of what the devices could do.
 
   Args:
-    step: seconds, [repeats]. ceiling: FLOPs per second of matrix products, [repeats].
+    step: seconds, [repeats].
+    ceiling: FLOPs per second of matrix products, [repeats].
   """
   work = flops.step(exp).model
   peak = chips.peak(mesh.devices.flat[0].device_kind, exp.model.dtype)
   return {
-    "ceiling": {"flops_per_second": spread(ceiling), "datasheet": peak and peak * mesh.size},
+    "ceiling": {"flops_per_second": quartiles(ceiling), "datasheet": peak and peak * mesh.size},
     "train": {
-      "seconds_per_step": spread(step),
-      "steps_per_second": spread(1 / step),
-      "images_per_second": spread(exp.batch_size / step),
+      "seconds_per_step": quartiles(step),
+      "steps_per_second": quartiles(1 / step),
+      "images_per_second": quartiles(exp.batch_size / step),
       "model_flops_per_step": work,
-      "utilisation": spread(work / step / ceiling),
-      "utilisation_of_datasheet": peak and spread(work / step / (peak * mesh.size)),
+      "utilisation": quartiles(work / step / ceiling),
+      "utilisation_of_datasheet": peak and quartiles(work / step / (peak * mesh.size)),
     },
   }
 
@@ -536,21 +495,22 @@ def technique_costs(exp: Experiment, step: dict, alone: dict, pairing) -> dict:
   """What each technique adds to a step of flow matching, as a share of it.
 
   Args:
-    step: seconds of each of `techniques`, [repeats]. alone: those of the parts of a step.
+    step: seconds of each of `techniques`, [repeats].
+    alone: seconds of the parts of a step, [repeats].
     pairing: seconds for a step, [repeats].
   """
   plain, timed = step[FLOW_MATCHING], step | alone
   costs = {
-    name: spread((timed[more] - timed[less]) / plain)
+    name: quartiles((timed[more] - timed[less]) / plain)
     for name, (more, less) in COSTS.items()
     if more in timed
   }
-  costs["pairing"] = spread(pairing / plain)
-  costs["all"] = spread((step[STEP] + pairing) / plain - 1)
+  costs["pairing"] = quartiles(pairing / plain)
+  costs["all"] = quartiles((step[STEP] + pairing) / plain - 1)
   return {
-    "seconds_per_step": {name: spread(values) for name, values in step.items()},
-    "seconds_alone": {name: spread(values) for name, values in alone.items()},
-    "over_flow_matching": {name: spread(values / plain) for name, values in step.items()},
+    "seconds_per_step": {name: quartiles(values) for name, values in step.items()},
+    "seconds_alone": {name: quartiles(values) for name, values in alone.items()},
+    "over_flow_matching": {name: quartiles(values / plain) for name, values in step.items()},
     "forward_passes": {
       name: flops.forward_equivalents(one) for name, (one, _) in techniques(exp).items()
     },
@@ -562,7 +522,8 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
   """Seconds of a pool, of pairing pools of each size, and where pairing stops being cheap.
 
   Args:
-    couple: seconds to make a pool of the config's size, [repeats]. step: seconds of a step.
+    couple: seconds to make a pool of the config's size, [repeats].
+    step: seconds of a step, [repeats].
     pairing: {K: seconds}, over those of the independent coupling.
   """
   size = exp.coupling.pool_size
@@ -576,10 +537,10 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
   largest = max(pairing)
   longest = float(np.median(pairing[largest]))
   return {
-    "seconds": spread(pool),
-    "parts": {name: spread(seconds) for name, seconds in parts.items()},
-    "shares": {name: spread(seconds / pool) for name, seconds in parts.items()},
-    "by_size": {k: spread(values) for k, values in pairing.items()},
+    "seconds": quartiles(pool),
+    "parts": {name: quartiles(seconds) for name, seconds in parts.items()},
+    "shares": {name: quartiles(seconds / pool) for name, seconds in parts.items()},
+    "by_size": {k: quartiles(values) for k, values in pairing.items()},
     "step_seconds": steps,
     "pairs_at": {
       share: {
@@ -587,17 +548,18 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
         for name, seconds in steps.items()
       }
       for share in SHARES
-      if longest > 0  # the coupling pairs, and that is told from the noise
+      if longest > 0  # the coupling pairs, and its time stands out from the noise
     },
   }
 
 
 def step_seconds(exp: Experiment, measured: float) -> dict[str, float]:
   """{size of the network: seconds per step} at the utilisation that was measured."""
-  own = flops.step(exp).model
-  sized = lambda size: dataclasses.replace(exp, model=dataclasses.replace(exp.model, size=size))
+  work = lambda size: (
+    flops.step(dataclasses.replace(exp, model=dataclasses.replace(exp.model, size=size))).model
+  )
   sizes = dict.fromkeys((exp.model.size, *SIZES))
-  return {size: measured * flops.step(sized(size)).model / own for size in sizes}
+  return {size: measured * work(size) / work(exp.model.size) for size in sizes}
 
 
 def pairs_at(share: float, k: int, pairing: float, step: float, batch_size: int) -> float:
@@ -607,175 +569,25 @@ def pairs_at(share: float, k: int, pairing: float, step: float, batch_size: int)
   larger problems take Sinkhorn more iterations or outgrow a cache.
 
   Args:
-    pairing: seconds that pairing a pool of `k` batches took. step: seconds.
+    share: of the pool's steps.
+    k: batches in the pool that was paired.
+    pairing: seconds that pairing it took.
+    step: seconds of a step.
+    batch_size: M.
   """
   return share * step * k**2 / pairing * batch_size
-
-
-# The report.
-
-
-def as_markdown(report: dict) -> str:
-  """benchmark.md of the contents of benchmark.json."""
-  lines = [*_about(report), *_techniques(report["techniques"]), *_pool(report), *_input(report)]
-  cfg = report["config"]
-  lines += ["## Sampling", "", f"{cfg['sampled_together']} at a time:", ""]
-  lines += files.markdown_table(
-    ["steps", "images/s", "with decoding"],
-    [
-      [str(n), told(one["drawn"], form=".4g"), told(one["decoded"], form=".4g")]
-      for n, one in report["sampling"].items()
-    ],
-  )
-  megabytes = lambda n: "–" if n is None else f"{n / 1e6:,.0f}"
-  lines += ["## Programs", ""]
-  lines += files.markdown_table(
-    ["program", "compile, s", "MB per device"],
-    [
-      [name, f"{one['compile_seconds']:.1f}", megabytes(one["bytes"])]
-      for name, one in report["programs"].items()
-    ],
-  )
-  if report["peak_bytes"]:
-    lines += [f"Most memory in use on a device: {report['peak_bytes'] / 1e9:.2f} GB.", ""]
-  return "\n".join(lines)
-
-
-def _about(report: dict) -> list[str]:
-  cfg, devices, ceiling, found = (
-    report[name] for name in ("config", "devices", "ceiling", "train")
-  )
-  scaled = (
-    f" The step was timed on {cfg['rows']} rows, and its time, but for the update's, is scaled to "
-    f"{cfg['batch_size']}."
-    if cfg["rows"] != cfg["batch_size"]
-    else ""
-  )
-  datasheet, of_datasheet = ".", "."
-  if peak := ceiling["datasheet"]:
-    datasheet = f", of {peak / 1e12:.4g} by the datasheet."
-    of_datasheet = f", {told(found['utilisation_of_datasheet'], 100)} % of the datasheet's."
-  return [
-    f"# {cfg['model']} ({cfg['variant']}) on {devices['count']} x {devices['kind']}",
-    "",
-    f"{cfg['dtype']}, remat {cfg['remat']!r}, {cfg['batch_size']} images per step, pools of "
-    f"{cfg['pool_size']} batches, images {'x'.join(map(str, cfg['image_shape']))}; "
-    f"{devices['cores']} CPU cores, jax {devices['jax']}.{scaled} Medians of {report['repeats']} "
-    "rounds, in which all is timed in turn, and in brackets their quartiles.",
-    "",
-    f"- Matrix products: {told(ceiling['flops_per_second'], 1e-12)} TFLOP/s{datasheet}",
-    f"- Training: {told(found['images_per_second'], form='.4g')} images/s, "
-    f"{told(found['steps_per_second'], form='.4g')} steps/s, "
-    f"{told(found['seconds_per_step'], 1e3, '.4g')} ms per step. Model FLOPs: "
-    f"{found['model_flops_per_step'] / 1e12:.4g} T per step, "
-    f"{told(found['utilisation'], 100)} % of what matrix products reach{of_datasheet}",
-    "",
-  ]
-
-
-def _techniques(found: dict) -> list[str]:
-  return [
-    "## What each technique costs",
-    "",
-    *files.markdown_table(
-      ["step", "ms", "over flow matching", "by its forward passes"],
-      [
-        [
-          name,
-          told(seconds, 1e3, ".4g"),
-          told(found["over_flow_matching"][name], form=".3f"),
-          f"{found['forward_passes'][name] / 3:.3f}",
-        ]
-        for name, seconds in found["seconds_per_step"].items()
-      ],
-    ),
-    *files.markdown_table(
-      ["technique", "% of a flow matching step"],
-      [[name, told(cost, 100)] for name, cost in found["costs"].items()],
-    ),
-    "Parts of a step that were timed alone, on a device:",
-    "",
-    *files.markdown_table(
-      ["part", "ms"],
-      [[name, told(seconds, 1e3)] for name, seconds in found["seconds_alone"].items()],
-    ),
-  ]
-
-
-def _pool(report: dict) -> list[str]:
-  pool, step = report["pool"], report["train"]["seconds_per_step"]["median"]
-  lines = [
-    "## A pool",
-    "",
-    f"{told(pool['seconds'], form='.4g')} s on the devices:",
-    "",
-    *files.markdown_table(
-      ["part", "s", "% of the pool"],
-      [
-        [name, told(seconds), told(pool["shares"][name], 100, ".2g")]
-        for name, seconds in pool["parts"].items()
-      ],
-    ),
-    "By the size of the pool:",
-    "",
-    *files.markdown_table(
-      ["K", "pairs", "pairing, s", "% of K steps"],
-      [
-        [
-          str(k),
-          f"{k * report['config']['batch_size']:,}",
-          told(seconds),
-          f"{100 * seconds['median'] / k / step:.2g}",
-        ]
-        for k, seconds in pool["by_size"].items()
-      ],
-    ),
-  ]
-  if not pool["pairs_at"]:
-    return lines
-  return [
-    *lines,
-    "Pairing grows at least as the square of its pairs, K steps as K. From the largest pool, and "
-    "with steps of other networks by their FLOPs, pairing reaches these shares of K steps at the "
-    "latest with so many pairs:",
-    "",
-    *files.markdown_table(
-      ["share", *pool["step_seconds"]],
-      [
-        [f"{100 * share:g} %", *(f"{pairs:,.0f}" for pairs in by_network.values())]
-        for share, by_network in pool["pairs_at"].items()
-      ],
-    ),
-  ]
-
-
-def _input(report: dict) -> list[str]:
-  found, loop = report["input"], report["input"]["loop"]
-  return [
-    "## Input",
-    "",
-    f"The steps above take {found['needed']:,.0f} images/s. The loop of training waits "
-    f"{100 * loop['waited'] / loop['seconds']:.2g} % of its time for data and their transfer, "
-    "while devices still work on what they were given before.",
-    "",
-    *files.markdown_table(
-      ["threads", "images/s read by a process"],
-      [[str(n), told(rate, form=",.0f")] for n, rate in found["images_per_second"].items()],
-    ),
-  ]
-
-
-def told(value: dict, scale: float = 1.0, form: str = ".3g") -> str:
-  """ "1.2 [1.1, 1.4]": a median and quartiles, scaled."""
-  low, high = (format(scale * v, form) for v in value["quartiles"])
-  return f"{format(scale * value['median'], form)} [{low}, {high}]"
 
 
 def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, devices=None) -> dict:
   """Measures and writes; see the module's docstring.
 
   Args:
-    rows: 0 for the whole batch. devices: default all.
+    config: the ConfigDict of what is measured.
+    out: folder for the report.
+    rows: of the batch, that the timed step trains on; 0 for all.
+    pools: sizes K that are paired besides the config's.
+    repeats: rounds.
+    devices: default all.
   Returns:
     The contents of benchmark.json.
   """
@@ -797,13 +609,8 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
   files.check_writable(out)
   with source_of(exp) as source:
     report = measure(exp, mesh, source, rows=rows, pools=pools, repeats=repeats)
-  if jax.process_index() != 0:
-    return report
-  files.write_whole(os.path.join(out, "benchmark.json"), json.dumps(report, indent=2) + "\n")
-  files.write_whole(os.path.join(out, "benchmark.md"), as_markdown(report))
-  figures.technique_costs(report["techniques"], os.path.join(out, "techniques.png"))
-  if pools and report["pool"]["pairs_at"]:
-    figures.pairing_shares(report, os.path.join(out, "scaling.png"))
+  if jax.process_index() == 0:
+    benchmark_report.write(report, out, scaling=bool(pools))
   return report
 
 
@@ -824,16 +631,16 @@ def main(argv):
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   commands.quiet_libraries()
   jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
-  given = flags.FLAGS
+  args = flags.FLAGS
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*multihost.define_flags()())
     try:
-      pools = [int(k) for k in given.pools]
+      pools = [int(k) for k in args.pools]
     except ValueError:
-      raise ValueError(f"--pools={','.join(given.pools)} must be whole numbers.") from None
-    report = benchmark(given.config, given.out, rows=given.rows, pools=pools, repeats=given.repeats)
+      raise ValueError(f"--pools={','.join(args.pools)} must be whole numbers.") from None
+    report = benchmark(args.config, args.out, rows=args.rows, pools=pools, repeats=args.repeats)
     if jax.process_index() == 0:
-      print(as_markdown(report))
+      print(benchmark_report.as_markdown(report))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from configs import imagenet256
-from ism_jax import benchmark, commands, files, generate, pytorch, sharding, state_dicts
+from ism_jax import commands, files, generate, pytorch, sharding, state_dicts, timing
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.sharding import AXIS, P
+from ism_jax.timing import format_quartiles, quartiles
 
 SIT = flags.DEFINE_string("sit", None, "models.py of the official SiT code.")
 SIZE = flags.DEFINE_string("size", "SiT-S/2", "Of the network.")
@@ -45,7 +46,7 @@ flags.register_validator(
 )
 flags.register_multi_flags_validator(
   ["rows", "devices"],
-  lambda given: given["rows"] % (given["devices"] or 1) == 0,
+  lambda values: values["rows"] % (values["devices"] or 1) == 0,
   "--rows cannot be split evenly over --devices.",
 )
 
@@ -84,21 +85,21 @@ def in_jax(exp, params, batches: list[dict], mesh):
     start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     varying = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
     mean = lambda tree: jax.lax.pmean(tree, AXIS)
-    step = lambda _, given: (mean(jax.value_and_grad(loss)(varying, **given)), None)
+    step = lambda _, batch: (mean(jax.value_and_grad(loss)(varying, **batch)), None)
     return jax.lax.scan(step, start, batches)[0]
 
   rows = P(None, AXIS)
   train = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(P(), rows), out_specs=P()))
   sample = generate.sample_function(exp, mesh, 1)
-  given = jax.device_put(batches[0], sharding.replicated(mesh))
-  x0 = jax.device_put(given["x"], sharding.rows(mesh))
+  first = jax.device_put(batches[0], sharding.replicated(mesh))
+  x0 = jax.device_put(first["x"], sharding.rows(mesh))
   batches = jax.device_put(
     jax.tree.map(lambda *each: np.stack(each), *batches), sharding.rows(mesh, 1)
   )
   params = jax.device_put(params, sharding.replicated(mesh))
   return (
     functools.partial(train, params, batches),
-    lambda: sample(params, x0, given["c"], given["w"])[0],
+    lambda: sample(params, x0, first["c"], first["w"])[0],
   )
 
 
@@ -108,11 +109,11 @@ def in_pytorch(exp, params, batches: list[dict], official: str | None):
   Args:
     official: file of the official code, which takes no parameters of ours; None for our port.
   """
-  batches = [{name: torch.from_numpy(a) for name, a in given.items()} for given in batches]
-  for given in batches:
+  batches = [{name: torch.from_numpy(a) for name, a in batch.items()} for batch in batches]
+  for batch in batches:
     for name in ("x", "target"):
-      given[name] = given[name].permute(0, 3, 1, 2).contiguous()
-  targets = [given.pop("target") for given in batches]
+      batch[name] = batch[name].permute(0, 3, 1, 2).contiguous()
+  targets = [batch.pop("target") for batch in batches]
   if official:
     spec = importlib.util.spec_from_file_location("sit_models", official)
     models = importlib.util.module_from_spec(spec)
@@ -125,30 +126,39 @@ def in_pytorch(exp, params, batches: list[dict], official: str | None):
     depth, width, heads = exp.model.dimensions
     network = pytorch.SiT(
       pytorch.Config(
-        depth=depth, width=width, heads=heads, patch=exp.model.patch,
-        image_size=exp.data.image_size, channels=exp.data.channels,
-        num_classes=exp.data.num_classes, guided=True, w_max=exp.objective.w_max, fixed_w=0.0,
-        t_interval=0.0, vae="", vae_scale=1.0,
+        depth=depth,
+        width=width,
+        heads=heads,
+        patch=exp.model.patch,
+        image_size=exp.data.image_size,
+        channels=exp.data.channels,
+        num_classes=exp.data.num_classes,
+        guided=True,
+        w_max=exp.objective.w_max,
+        fixed_w=0.0,
+        t_interval=0.0,
+        vae="",
+        vae_scale=1.0,
       )
-    )  # fmt: skip
+    )
     state = state_dicts.from_params(params, exp.network(), exp.image_shape)
     network.load_state_dict({name: torch.tensor(a) for name, a in state.items()})
     velocity = network
 
   def train():
     network.train()
-    for given, target in zip(batches, targets, strict=True):
+    for batch, target in zip(batches, targets, strict=True):
       network.zero_grad(set_to_none=True)
-      loss = torch.mean((velocity(**given) - target) ** 2)
+      loss = torch.mean((velocity(**batch) - target) ** 2)
       loss.backward()
     return loss
 
   @torch.inference_mode()
   def sample():
     network.eval()
-    given = batches[0]
-    start = torch.zeros(len(given["x"]))
-    return given["x"] + velocity(**given | {"t": start, "d": start + 1})
+    batch = batches[0]
+    start = torch.zeros(len(batch["x"]))
+    return batch["x"] + velocity(**batch | {"t": start, "d": start + 1})
 
   return train, sample
 
@@ -157,7 +167,7 @@ def main(argv):
   """Prints a table; see the module's docstring."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  cores = benchmark.cores()
+  cores = timing.cores()
   devices = DEVICES.value or most_devices(ROWS.value, cores)
   with commands.one_line_errors():
     config = imagenet256.get_config()
@@ -177,25 +187,23 @@ def main(argv):
     ("PyTorch", in_pytorch(exp, params, batches, SIT.value)),
   ):
     calls |= {("training", name): training, ("one-step sampling", name): sampling}
-  seconds = benchmark.rounds(calls, REPEATS.value)
+  seconds = timing.rounds(calls, REPEATS.value)
   print(
     f"{exp.model.size}, float32, {ROWS.value} latents 32x32x4 at a time, {STEPS.value} steps "
     f"of training a call, {cores} CPU cores (JAX devices: {devices}), jax "
     f"{jax.__version__}, torch {torch.__version__} "
     f"({'official SiT code' if SIT.value else 'ism_jax/pytorch.py'}). Medians of {REPEATS.value} "
-    "rounds, in which all is timed in turn, and in brackets their quartiles.\n"
+    "rounds, in which everything is timed in turn, and in brackets their quartiles.\n"
   )
-  lines = []
+  rows = []
   for part in dict.fromkeys(part for part, _ in calls):
     jax_seconds, torch_seconds = seconds[part, "JAX"], seconds[part, "PyTorch"]
     images = ROWS.value * (STEPS.value if part == "training" else 1)
-    per_image = [
-      benchmark.told(benchmark.spread(s / images), 1e3) for s in (jax_seconds, torch_seconds)
-    ]
-    ratio = benchmark.told(benchmark.spread(torch_seconds / jax_seconds))
-    lines.append([part, *per_image, ratio])
+    per_image = [format_quartiles(quartiles(s / images), 1e3) for s in (jax_seconds, torch_seconds)]
+    ratio = format_quartiles(quartiles(torch_seconds / jax_seconds))
+    rows.append([part, *per_image, ratio])
   header = ["ms per image", "JAX", "PyTorch", "PyTorch / JAX"]
-  print("\n".join(files.markdown_table(header, lines)))
+  print("\n".join(files.markdown_table(header, rows)))
 
 
 if __name__ == "__main__":

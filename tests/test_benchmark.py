@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import benchmark, chips, experiment, flops, sharding
+from ism_jax import benchmark, chips, experiment, flops, sharding, timing
 from ism_jax import state as state_lib
 
 
@@ -28,10 +28,10 @@ def test_everything_is_timed_in_turn_and_short_calls_several_times(monkeypatch):
 
     return run
 
-  monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
-  found = benchmark.rounds({"long": call("long", 20.0), "short": call("short", 0.06)}, repeats=3)
-  np.testing.assert_allclose(found["long"], [20.0] * 3)
-  np.testing.assert_allclose(found["short"], [0.06] * 3)
+  monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+  seconds = timing.rounds({"long": call("long", 20.0), "short": call("short", 0.06)}, repeats=3)
+  np.testing.assert_allclose(seconds["long"], [20.0] * 3)
+  np.testing.assert_allclose(seconds["short"], [0.06] * 3)
   warm = ["long"] + ["short"] * 2
   assert made == warm + 3 * (["long"] + ["short"] * math.ceil(0.2 / 0.06))
 
@@ -64,28 +64,31 @@ def test_one_ema_leaves_the_other_as_it_was():
 
 
 def check(report, exp, rows, pools):
-  cfg, found, costs = report["config"], report["train"], report["techniques"]["costs"]
+  cfg, training, costs = report["config"], report["train"], report["techniques"]["costs"]
   assert cfg["rows"] == rows and cfg["batch_size"] == exp.batch_size
   ratios = report["techniques"]["over_flow_matching"]
   assert ratios[benchmark.FLOW_MATCHING] == {"median": 1.0, "quartiles": [1.0, 1.0]}
-  assert found["model_flops_per_step"] == flops.step(exp).model
+  assert training["model_flops_per_step"] == flops.step(exp).model
   median = lambda value: value["median"]
   np.testing.assert_allclose(
-    median(found["images_per_second"]) * median(found["seconds_per_step"]), exp.batch_size, rtol=0.5
+    median(training["images_per_second"]) * median(training["seconds_per_step"]),
+    exp.batch_size,
+    rtol=0.5,
   )
   np.testing.assert_allclose(
-    median(found["steps_per_second"]) * median(found["seconds_per_step"]), 1, rtol=0.5
+    median(training["steps_per_second"]) * median(training["seconds_per_step"]), 1, rtol=0.5
   )
-  assert 0 < median(found["utilisation"]) < 1 and found["utilisation_of_datasheet"] is None
+  assert 0 < median(training["utilisation"]) < 1 and training["utilisation_of_datasheet"] is None
   assert set(costs) == {*benchmark.COSTS, "pairing", "all"}
-  alone = report["techniques"]["seconds_alone"]
-  assert len(alone) == 4 and min(map(median, alone.values())) > 0
+  parts = report["techniques"]["seconds_alone"]
+  assert len(parts) == 4 and min(map(median, parts.values())) > 0
   assert sorted(report["pool"]["by_size"]) == sorted({exp.coupling.pool_size, *pools})
   assert 0 < median(report["pool"]["shares"]["pairing"]) < 1
   np.testing.assert_allclose(
     sum(median(part) for part in report["pool"]["parts"].values()),
-    median(report["pool"]["seconds"]), rtol=0.5,
-  )  # fmt: skip
+    median(report["pool"]["seconds"]),
+    rtol=0.5,
+  )
   assert cfg["sampled_together"] == exp.sample.batch_size
   assert list(report["sampling"]) == list(benchmark.STEPS)
   for speeds in report["sampling"].values():
@@ -99,7 +102,7 @@ def check(report, exp, rows, pools):
 
 @pytest.mark.slow
 def test_latents_are_measured_without_data_and_weights(tmp_path, monkeypatch):
-  monkeypatch.setattr(benchmark, "SHORTEST", 0.01)
+  monkeypatch.setattr(timing, "SHORTEST", 0.01)
   monkeypatch.setattr(benchmark, "STEPS", (1, 4))
   monkeypatch.setattr(benchmark, "_SECONDS_READ", 0.01)
   config = tiny_config()
@@ -114,11 +117,16 @@ def test_latents_are_measured_without_data_and_weights(tmp_path, monkeypatch):
   written = json.loads((tmp_path / "benchmark.json").read_text())
   assert written == json.loads(json.dumps(report))
   text = (tmp_path / "benchmark.md").read_text()
-  told = f"timed on 32 rows, and its time, but for the update's, is scaled to {config.batch_size}."
-  assert told in text
+  scaled = (
+    f"timed on 32 rows, and its time, but for the update's, is scaled to {config.batch_size}."
+  )
+  assert scaled in text
   assert {p.name for p in tmp_path.iterdir()} == {
-    "benchmark.json", "benchmark.md", "techniques.png", "scaling.png",
-  }  # fmt: skip
+    "benchmark.json",
+    "benchmark.md",
+    "techniques.png",
+    "scaling.png",
+  }
 
 
 def test_losses_alone_are_those_of_the_config():
@@ -133,19 +141,19 @@ def test_losses_alone_are_those_of_the_config():
 def test_where_pairing_reaches_a_share_of_the_steps():
   exp = experiment.parse(tiny_config())
   step, pairing = np.full(3, 2.0), {1: np.full(3, 0.01), 4: np.full(3, 0.16)}
-  found = benchmark.pool_costs(exp, couple=np.full(3, 0.2), step=step, pairing=pairing)
-  own = found["pairs_at"][0.01][exp.model.size]
+  costs = benchmark.pool_costs(exp, couple=np.full(3, 0.2), step=step, pairing=pairing)
+  pairs = costs["pairs_at"][0.01][exp.model.size]
   # K batches take 0.01 K^2 seconds, their steps 2 K: 1 % at K = 2.
-  np.testing.assert_allclose(own, 2 * exp.batch_size)
-  np.testing.assert_allclose(found["pairs_at"][0.04][exp.model.size], 4 * own)
-  assert found["pairs_at"][0.01]["SiT-XL/2"] > 100 * own
-  assert found["step_seconds"][exp.model.size] == 2.0
+  np.testing.assert_allclose(pairs, 2 * exp.batch_size)
+  np.testing.assert_allclose(costs["pairs_at"][0.04][exp.model.size], 4 * pairs)
+  assert costs["pairs_at"][0.01]["SiT-XL/2"] > 100 * pairs
+  assert costs["step_seconds"][exp.model.size] == 2.0
 
 
 def test_a_coupling_that_does_not_pair_takes_no_share():
   exp = experiment.parse(tiny_config("sm"))
-  found = benchmark.pool_costs(exp, np.full(3, 0.2), np.full(3, 2.0), {4: np.zeros(3)})
-  assert found["pairs_at"] == {} and found["shares"]["pairing"]["median"] == 0
+  costs = benchmark.pool_costs(exp, np.full(3, 0.2), np.full(3, 2.0), {4: np.zeros(3)})
+  assert costs["pairs_at"] == {} and costs["shares"]["pairing"]["median"] == 0
 
 
 def test_all_threads_are_read_with_in_turn(monkeypatch):
@@ -242,8 +250,8 @@ def test_rows_that_do_not_split_over_devices_are_one_line(pytorch):
   root = pathlib.Path(__file__).parent.parent
   ran = subprocess.run(command, cwd=root, capture_output=True, text=True)
   assert ran.returncode == 1
-  told = ran.stderr.strip().splitlines()[-1]
-  assert told == "Error: flags rows=8, devices=3: --rows cannot be split evenly over --devices."
+  message = ran.stderr.strip().splitlines()[-1]
+  assert message == "Error: flags rows=8, devices=3: --rows cannot be split evenly over --devices."
 
 
 def test_peaks_are_known_by_the_kind_of_device():

@@ -360,8 +360,8 @@ def test_two_processes_evaluate_as_one(environment, tmp_path, whole):
 # The command, with less to compile and to repeat.
 BENCHMARK = """
 from absl import app
-from ism_jax import benchmark, commands
-benchmark.SHORTEST, benchmark.STEPS, benchmark._SECONDS_READ = 0.01, (1,), 0.01
+from ism_jax import benchmark, commands, timing
+timing.SHORTEST, benchmark.STEPS, benchmark._SECONDS_READ = 0.01, (1,), 0.01
 every, compared = benchmark.techniques, (benchmark.FLOW_MATCHING, benchmark.STEP)
 benchmark.techniques = lambda exp: {name: every(exp)[name] for name in compared}
 benchmark.define_flags()
