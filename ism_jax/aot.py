@@ -12,7 +12,6 @@ rests on. Printed, and with --out written to aot.json and aot.md. A topology tha
 its error in the report, the others are still compiled, and the exit code is 1.
 """
 
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -24,14 +23,14 @@ import time
 
 from absl import app, flags, logging
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from ism_jax import chips, commands, files, flops, generate, hlo, sharding, steps
+from ism_jax import commands, files, flops, generate, hlo, sharding, steps
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
+from ism_jax.topology import Topology, describe
 
 ASSUMPTIONS = """\
 Compute: matrix products at the peak for bfloat16 (the cost matrix of the coupling, in float32, in
@@ -51,84 +50,6 @@ GREEDY_ROUNDS = 10  # 8 were seen with 4,096 pairs
 _VECTOR = 1 / 32  # of the peak, see ASSUMPTIONS
 _HIGHEST = 6  # passes of bfloat16 products for a float32 product
 _CHECKED_EVERY = 10  # iterations of Sinkhorn are a loop in ott's loop
-_CHIPS = {chip.name: chip for chip in chips.CHIPS.values()}
-_HOP = 1e-6  # seconds, about, from a chip to its neighbour: what the smallest collectives cost
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-  """TPUs that are not there.
-
-  Attributes:
-    name: as given. shape: of one slice. slices: how many.
-    chip: its datasheet. devices: JAX's, for compilation alone.
-  """
-
-  name: str
-  shape: tuple[int, ...]
-  slices: int
-  chip: chips.Chip
-  devices: tuple
-
-  @property
-  def links(self) -> int:
-    """Links of a chip that carry a ring: two along an axis that wraps around, one along another."""
-    return sum(2 if self._wraps(n) else 1 for n in self.shape if n > 1)
-
-  @property
-  def diameter(self) -> int:
-    """Hops between the chips that are farthest apart."""
-    return sum(n // 2 if self._wraps(n) else n - 1 for n in self.shape)
-
-  def _wraps(self, n: int) -> bool:
-    return n % self.chip.torus == 0
-
-  def seconds(self, collective: hlo.Collective) -> float:
-    """What a collective takes, as often as it runs."""
-    sent = collective.sent
-    if collective.kind == "send":
-      return collective.times * (_HOP + sent / self.chip.network)
-    if collective.kind == "collective-permute":
-      return collective.times * (_HOP + sent / self.chip.link)
-    hops = self.diameter * (2 if collective.kind == "all-reduce" else 1)
-    return collective.times * (_HOP * hops + sent / (self.links * self.chip.link))
-
-
-def topology(name: str) -> Topology:
-  """The topology of a name.
-
-  Raises:
-    ValueError: saying what is wrong with the name.
-  """
-  form = re.fullmatch(r"(?:(\d+)x)?(v\w+):(\d+(?:x\d+)*)", name)
-  if not form or form[2] not in _CHIPS:
-    raise ValueError(
-      f"topology {name!r} is unknown; write one of {', '.join(_CHIPS)} and the shape of a slice, "
-      "such as v5e:8x8 or v4:4x4x4, or 2xv5e:16x16 for two slices."
-    )
-  chip, slices, shape = _CHIPS[form[2]], int(form[1] or 1), tuple(map(int, form[3].split("x")))
-  if len(shape) != chip.axes or min(*shape, slices) < 1 or math.prod(shape) > chip.pod:
-    raise ValueError(
-      f"topology {name!r} does not exist: a slice of {chip.name} has {chip.axes} axes and at most "
-      f"{chip.pod} chips; several slices are written 2x{chip.name}:..."
-    )
-  # libtpu asks the machine what it is, in vain, unless told. (No chip is opened: programs on a
-  # machine's own TPU need not fear for theirs.)
-  os.environ |= {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": os.environ.get("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
-    "TPU_WORKER_HOSTNAMES": os.environ.get("TPU_WORKER_HOSTNAMES", "localhost"),
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
-  options = {"chip_config_name": "megacore"} if form[2] == "v4" else {}
-  if slices > 1:
-    options["num_slices"] = slices
-  try:
-    devices = topologies.get_topology_desc(f"{form[2]}:{form[3]}", "tpu", **options).devices
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-    raise ValueError(f"topology {name!r} does not exist; libtpu says: {reason}") from None
-  return Topology(name, shape, slices, chip, tuple(devices))
 
 
 def bytes_per_device(tree) -> int:
@@ -286,7 +207,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
 def report(exp: Experiment, name: str, iterations: int, rounds: int) -> dict:
   """`analyse` of the topology of this name, or {"topology", "error"}."""
   try:
-    top = topology(name)
+    top = describe(name)
     experiment_lib.check_devices(exp, len(top.devices))
   except ValueError as error:
     reason = str(error)

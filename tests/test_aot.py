@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from ism_jax import aot, chips, experiment, hlo, sharding
+from ism_jax import aot, chips, experiment, hlo, sharding, topology
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -201,7 +201,7 @@ def test_text_that_is_no_module_says_so():
 
 
 def a_topology(name, shape, chip, slices=1):
-  return aot.Topology(name, shape, slices, chip, (None,) * math.prod(shape) * slices)
+  return topology.Topology(name, shape, slices, chip, (None,) * math.prod(shape) * slices)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_what_goes_to_another_slice_goes_over_the_network():
 )
 def test_a_topology_that_does_not_exist_says_what_does(name, reason):
   with pytest.raises(ValueError, match=re.escape(reason)):
-    aot.topology(name)
+    topology.describe(name)
 
 
 def test_assumptions_that_cannot_be_and_a_missing_libtpu_are_errors(monkeypatch):
@@ -285,7 +285,7 @@ def test_the_memory_that_a_refused_program_needs_is_read_from_the_refusal(messag
 
 def refusal(name):
   """What libtpu says of a program that holds 512 GiB."""
-  mesh = sharding.data_mesh(aot.topology(name).devices[:1])
+  mesh = sharding.data_mesh(topology.describe(name).devices[:1])
   everywhere = sharding.replicated(mesh)
   x = jax.ShapeDtypeStruct((64, 1024, 1024, 1024), jnp.float32, sharding=everywhere)
   with pytest.raises(jax.errors.JaxRuntimeError) as error:
@@ -300,7 +300,7 @@ def test_chips_have_the_memory_that_libtpu_says_they_have(name):
   assert aot.out_of_memory(message) == 512 * 2**30
   available = float(re.search(r"available HBM \(([\d.]+)G\)", message)[1])
   # Versions of libtpu keep a few MB more or less for themselves.
-  np.testing.assert_allclose(aot.topology(name).chip.memory / 2**30, available, atol=0.02)
+  np.testing.assert_allclose(topology.describe(name).chip.memory / 2**30, available, atol=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +367,7 @@ def test_between_slices_goes_the_sum_of_each_alone():
   config = tiny_config()
   config.update({"batch_size": 32, "scan_steps": 2, "placement": "replicated"})
   exp = experiment.parse(config)
-  report = aot.analyse(exp, aot.topology("2xv5e:2x2"), iterations=60, rounds=10)
+  report = aot.analyse(exp, topology.describe("2xv5e:2x2"), iterations=60, rounds=10)
   sent = report["programs"]["train_steps"]["collective_bytes"]["send"]
   gradient = report["state"]["params"]
   assert gradient / 4 <= sent < 1.4 * gradient / 4

@@ -17,6 +17,7 @@ LAYERS = [
     {"evaluate"},
     {"train"},
     {"monitor", "steps"},
+    {"monitor", "benchmark_report"},
     {"reference", "figures"},
     {"generate", "flops"},
     {"experiment", "scores"},
@@ -24,9 +25,9 @@ LAYERS = [
     {"sampling", "diagnosis"},
     {"objectives", "state_dicts"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
-     "metrics", "spectra", "judge", "logs", "commands"},
+     "metrics", "spectra", "judge", "logs", "commands", "topology"},
     {"pretrained"},
-    {"paths", "files", "chips", "hlo", "multihost", "pytorch"},
+    {"paths", "files", "chips", "hlo", "multihost", "pytorch", "timing"},
 ]  # fmt: skip
 MATHEMATICS = {
   "paths",

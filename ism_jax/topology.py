@@ -1,0 +1,93 @@
+"""TPUs that are not there: their names, their devices to compile for, and their links."""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from ism_jax import chips, hlo
+
+_CHIPS = {chip.name: chip for chip in chips.CHIPS.values()}
+_HOP = 1e-6  # seconds, about, from a chip to its neighbour: what the smallest collectives cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """TPUs that are not there.
+
+  Attributes:
+    name: such as 2xv5e:16x16.
+    shape: of one slice.
+    slices: how many.
+    chip: its datasheet.
+    devices: JAX's, to compile for and not to run on.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  slices: int
+  chip: chips.Chip
+  devices: tuple
+
+  @property
+  def links(self) -> int:
+    """Links of a chip that carry a ring: two along an axis that wraps around, one along another."""
+    return sum(2 if self._wraps(n) else 1 for n in self.shape if n > 1)
+
+  @property
+  def diameter(self) -> int:
+    """Hops between the chips that are farthest apart."""
+    return sum(n // 2 if self._wraps(n) else n - 1 for n in self.shape)
+
+  def _wraps(self, n: int) -> bool:
+    return n % self.chip.torus == 0
+
+  def seconds(self, collective: hlo.Collective) -> float:
+    """What a collective takes, as often as it runs."""
+    sent = collective.sent
+    if collective.kind == "send":
+      return collective.times * (_HOP + sent / self.chip.network)
+    if collective.kind == "collective-permute":
+      return collective.times * (_HOP + sent / self.chip.link)
+    hops = self.diameter * (2 if collective.kind == "all-reduce" else 1)
+    return collective.times * (_HOP * hops + sent / (self.links * self.chip.link))
+
+
+def describe(name: str) -> Topology:
+  """The topology of a name such as v5e:8x8, or 2xv5e:16x16 for two slices.
+
+  Raises:
+    ValueError: saying what is wrong with the name.
+  """
+  form = re.fullmatch(r"(?:(\d+)x)?(v\w+):(\d+(?:x\d+)*)", name)
+  if not form or form[2] not in _CHIPS:
+    raise ValueError(
+      f"topology {name!r} is unknown; write one of {', '.join(_CHIPS)} and the shape of a slice, "
+      "such as v5e:8x8 or v4:4x4x4, or 2xv5e:16x16 for two slices."
+    )
+  chip, slices, shape = _CHIPS[form[2]], int(form[1] or 1), tuple(map(int, form[3].split("x")))
+  if len(shape) != chip.axes or min(*shape, slices) < 1 or math.prod(shape) > chip.pod:
+    raise ValueError(
+      f"topology {name!r} does not exist: a slice of {chip.name} has {chip.axes} axes and at most "
+      f"{chip.pod} chips; several slices are written 2x{chip.name}:..."
+    )
+  # Without these libtpu asks the machine what it is, in vain. (No chip is opened: programs on a
+  # machine's own TPU are not disturbed.)
+  os.environ |= {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": os.environ.get("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
+    "TPU_WORKER_HOSTNAMES": os.environ.get("TPU_WORKER_HOSTNAMES", "localhost"),
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+  options = {"chip_config_name": "megacore"} if form[2] == "v4" else {}
+  if slices > 1:
+    options["num_slices"] = slices
+  try:
+    devices = topologies.get_topology_desc(f"{form[2]}:{form[3]}", "tpu", **options).devices
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+    raise ValueError(f"topology {name!r} does not exist; libtpu says: {reason}") from None
+  return Topology(name, shape, slices, chip, tuple(devices))
