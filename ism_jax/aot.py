@@ -7,11 +7,12 @@ with the shapes and shardings it gives them; minutes for each topology and SiT-X
 v4:XxYxZ, v5e:XxY, v5p:XxYxZ or v6e:XxY, or several slices of one, 2xv5e:16x16.
 
 For each topology: whether it fits a chip's memory, FLOPs, bytes between chips by kind of
-collective, and a roofline estimate of the time and the utilisation; `ASSUMPTIONS` says what that
-rests on. Printed, and with --out written to aot.json and aot.md. A topology that is in error has
-its error in the report, the others are still compiled, and the exit code is 1.
+collective, and two estimates of the time and the utilisation, a roofline and XLA's own; see
+`ASSUMPTIONS`. Printed, and with --out written to aot.json and aot.md. A topology that fails has its
+error in the report, the others are still compiled, and the exit code is 1.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -37,9 +38,12 @@ Compute: matrix products at the peak for bfloat16 (the cost matrix of the coupli
 six passes), with what remat computes again; the coupling's element-wise arithmetic at 1/32 of it
 (v5e: 1,024 lanes of 4 ALUs at 1.5 GHz). Memory: every instruction of the compiled program moves its
 operands and results through main memory at full bandwidth, but for what XLA keeps on the chip.
-These two overlap. Links: ring algorithms, all of a chip's links busy, those that wrap around only
-where the slice has them, 1 microsecond a hop, no overlap with the rest; between slices the hosts'
-network cards. So compute is optimistic and links pessimistic. Loops count as often as they run; of
+These two overlap over the whole program, so that the roofline is a bound: no program is faster, but
+for its links. Links: ring algorithms, all links busy of the axes along which a collective's chips
+lie, those that wrap around only where the slice has them, 1 microsecond a hop, no overlap with the
+rest; between slices the hosts' network cards. XLA's cycles: its own estimate, which it writes into
+the program, of each instruction but custom calls, one after another, and the links; nearer to the
+truth, and known for v5e and v6e. Loops count as often as they run; of
 a conditional every branch; Sinkhorn's and the greedy permutation's trip counts are assumed. Memory
 is what one program holds at its worst and, for the coupling and the sampler, what training keeps
 meanwhile; the pool that is read ahead and the decoder of latents are not in it.
@@ -59,19 +63,22 @@ def bytes_per_device(tree) -> int:
 
 
 def out_of_memory(message: str) -> float | None:
-  """The bytes that a program needs, of libtpu's refusal to compile it; None of another error.
+  """The bytes that a program needs, from libtpu's refusal to compile it; None of another error.
 
-  They are all that it needs: arguments, results and temporaries, whatever the message calls them.
+  Arguments, results and temporaries together, whatever the message calls them.
   """
-  found = re.search(r"Ran out of memory .*?([\d.]+)([KMGT])?\b.*?[\d.]+[KMGT]", message, re.DOTALL)
-  if not found:
-    return None
-  return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+  size = re.search(r"Ran out of memory .*?([\d.]+)([KMGT])?\b.*?[\d.]+[KMGT]", message, re.DOTALL)
+  return float(size[1]) * 1024 ** " KMGT".index(size[2] or " ") if size else None
 
 
 def compile_one(function, arguments, devices: int, trips: dict[str, float]) -> dict:
   """Compiles a jitted function for abstract arguments.
 
+  Args:
+    function: the jitted function.
+    arguments: shapes with shardings.
+    devices: of the mesh.
+    trips: see `hlo.read`.
   Returns:
     {"seconds", "needed": bytes per chip} and, if it could be compiled, {"memory": its parts,
     "profile": hlo.Profile}.
@@ -84,13 +91,13 @@ def compile_one(function, arguments, devices: int, trips: dict[str, float]) -> d
     if (needed := out_of_memory(str(error))) is None:
       raise
     return {"seconds": time.perf_counter() - start, "needed": needed}
-  found = compiled.memory_analysis()
+  analysis = compiled.memory_analysis()
   memory = {
-    "arguments": found.argument_size_in_bytes,
-    "results": found.output_size_in_bytes,
-    "results_in_place_of_arguments": found.alias_size_in_bytes,
-    "temporaries": found.temp_size_in_bytes,
-    "program": found.generated_code_size_in_bytes,
+    "arguments": analysis.argument_size_in_bytes,
+    "results": analysis.output_size_in_bytes,
+    "results_in_place_of_arguments": analysis.alias_size_in_bytes,
+    "temporaries": analysis.temp_size_in_bytes,
+    "program": analysis.generated_code_size_in_bytes,
   }
   return {
     "seconds": time.perf_counter() - start,
@@ -100,17 +107,24 @@ def compile_one(function, arguments, devices: int, trips: dict[str, float]) -> d
   }
 
 
-def roofline(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: float = 0) -> dict:
+def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: float = 0) -> dict:
   """Estimated seconds of a call; see ASSUMPTIONS.
 
   Args:
-    at_peak: FLOPs of all chips together, at the peak rate. elementwise: those at the slower one.
+    top: the topology.
+    profile: of the call.
+    at_peak: FLOPs of all chips together, at the peak rate.
+    elementwise: those at the slower rate.
+  Returns:
+    Of the roofline {"compute", "memory", "links", "total"}, and {"cycles"} with the links by XLA's
+    own estimate, where its clock is known.
   """
   compute = (at_peak + elementwise / _VECTOR) / len(top.devices) / top.chip.flops
   memory = profile.hbm_bytes / top.chip.bandwidth
   links = sum(map(top.seconds, profile.collectives))
   total = max(compute, memory) + links
-  return {"compute": compute, "memory": memory, "links": links, "total": total}
+  seconds = {"compute": compute, "memory": memory, "links": links, "total": total}
+  return seconds | ({"cycles": profile.cycles / top.chip.clock + links} if top.chip.clock else {})
 
 
 def _traffic(profile: hlo.Profile, calls: float) -> dict:
@@ -128,6 +142,7 @@ def _traffic(profile: hlo.Profile, calls: float) -> dict:
 def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dict:
   """The report of one topology: of train_steps, couple and sample."""
   mesh = sharding.data_mesh(top.devices)
+  top = dataclasses.replace(top, devices=tuple(mesh.devices.flat))
   everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
   whole = lambda tree: jax.tree.map(lambda a: everywhere(a.shape, a.dtype), tree)
   state, pool = steps.abstract_state(exp, mesh), steps.abstract_pool(exp, mesh)
@@ -147,12 +162,12 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     "sample": (sample, (whole(state.ema), x0, *per_sample)),
   }
   # A replicated state's average is the sampler's argument itself, a sharded one is gathered for it.
-  kept = bytes_per_device(state)
-  own = bytes_per_device(whole(state.ema)) == bytes_per_device(state.ema)
+  average, resident = bytes_per_device(state.ema), bytes_per_device(state)
+  is_argument = bytes_per_device(whole(state.ema)) == average
   meanwhile = {
     "train_steps": 0,
-    "couple": kept,
-    "sample": kept + bytes_per_device(paired) - own * bytes_per_device(state.ema),
+    "couple": resident,
+    "sample": resident + bytes_per_device(paired) - is_argument * average,
   }
   trips = {"sinkhorn": math.ceil(iterations / _CHECKED_EVERY), "greedy_permutation": rounds}
   step, pairing = flops.step(exp), flops.couple(exp, iterations, rounds)
@@ -162,7 +177,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     "sample": (at_once * flops.sample(exp, exp.sample.steps), 0),
   }
   calls = {"train_steps": exp.scan_steps, "couple": 1, "sample": 1}
-  found = {}
+  reports = {}
   for name, (function, arguments) in programs.items():
     logging.info("Compiling %s for %s ...", name, top.name)
     one = compile_one(function, arguments, mesh.size, trips)
@@ -171,29 +186,32 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     if profile := one.pop("profile", None):
       one |= _traffic(profile, calls[name])
       one["estimate"] = {
-        part: seconds / calls[name] for part, seconds in roofline(top, profile, *work[name]).items()
+        part: seconds / calls[name] for part, seconds in estimate(top, profile, *work[name]).items()
       }
-    found[name] = one
+    reports[name] = one
   report = {
     "topology": top.name,
     "chip": top.chip.name,
     "chips": mesh.size,
     "memory": top.chip.memory,
     "placement": steps.placement(exp, mesh),
-    "fits": all(one["spare"] >= 0 for one in found.values()),
-    "needed": max(one["needed"] + one["meanwhile"] for one in found.values()),
+    "fits": all(one["spare"] >= 0 for one in reports.values()),
+    "needed": max(one["needed"] + one["meanwhile"] for one in reports.values()),
     "state": {
       field: bytes_per_device(getattr(state, field))
       for field in ("params", "opt_state", "ema", "target_ema")
     },
     "flops": {**step._asdict(), "model": step.model, "per_chip": step.model / mesh.size},
-    "programs": found,
+    "programs": reports,
   }
-  if all("estimate" in found[name] for name in ("train_steps", "couple")):
-    a_step, a_pool = found["train_steps"], found["couple"]
+  if all("estimate" in reports[name] for name in ("train_steps", "couple")):
+    a_step, a_pool = reports["train_steps"], reports["couple"]
     seconds, pool_size = a_step["estimate"]["total"], exp.coupling.pool_size
-    share = lambda mine, of_step: mine / (mine + pool_size * of_step) if mine else 0.0
-    report["utilisation"] = step.model / mesh.size / top.chip.flops / seconds
+    share = lambda pool, step: pool / (pool + pool_size * step) if pool else 0.0
+    at_best = step.model / mesh.size / top.chip.flops
+    report["utilisation"] = at_best / seconds
+    if by_cycles := a_step["estimate"].get("cycles"):
+      report["utilisation_by_cycles"] = at_best / by_cycles
     report["images_per_second"] = exp.batch_size / seconds
     report["coupling_share"] = {
       "flops": share(sum(pairing), step.model),
@@ -259,73 +277,94 @@ def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
 
 _gib = lambda n: f"{n / 2**30:.2f}"
 _mb = lambda n: f"{n / 1e6:,.1f}"
-_ms = lambda s: f"{1e3 * s:,.2f}"
-_percent = lambda share: f"{100 * share:.2g} %"
+_ms = lambda s: "–" if s is None else f"{1e3 * s:,.2f}"
+_percent = lambda share: "–" if share is None else f"{100 * share:.2g} %"
+
+
+def _table(rows: list[dict[str, str]]) -> list[str]:
+  """A Markdown table of rows that are {heading: cell}; a row may lack cells."""
+  header = list(max(rows, key=len, default={}))
+  return files.markdown_table(header, [[row.get(name, "–") for name in header] for row in rows])
 
 
 def as_markdown(content: dict) -> str:
   """aot.md of the contents of aot.json."""
+  versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+  topologies = content["topologies"]
   lines = [
     f"# {content['model']} compiled ahead of time",
     "",
     f"{content['parameters']:,} parameters, {content['batch_size']} images per step in "
     f"{content['micro_batches']} micro-batches, remat {content['remat']!r}, pools of "
     f"{content['pool_size']} batches. One forward pass: {content['forward_flops'] / 1e9:.1f} GFLOP "
-    f"an image; one step: {content['forward_equivalents']:.2f} of them an image. "
-    + ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    + ".",
+    f"an image; one step: {content['forward_equivalents']:.2f} of them an image. {versions}.",
     "",
     content["assumptions"],
     f"Here: {content['sinkhorn_iterations']} iterations, {content['greedy_rounds']} rounds.",
     "",
+    *_table([_row(one) for one in topologies]),
   ]
-  rows, details = [], []
-  for one in content["topologies"]:
-    if "error" in one:
-      rows.append([one["topology"], f"error: {one['error']}", *[""] * 9])
-      continue
-    rows.append(_row(one))
-    details += _details(one, content)
-  lines += files.markdown_table(
-    [
-      "topology", "chips", "state", "GiB per chip, of", "spare", "TFLOP per step, per chip",
-      "sent per step and chip, GB", "ms per step: compute, memory, links", "utilisation",
-      "images/s", "coupling, of a pool's time",
-    ],
-    rows,
-  )  # fmt: skip
-  return "\n".join(lines + details)
+  for one in topologies:
+    lines += [] if "error" in one else _details(one, content)
+  return "\n".join(lines)
 
 
-def _row(one: dict) -> list[str]:
+def _row(one: dict) -> dict[str, str]:
   """A topology's line of the table."""
+  if "error" in one:
+    return {"topology": one["topology"], "chips": f"error: {one['error']}"}
   spare = (one["memory"] - one["needed"]) / 2**30
   step = one["programs"]["train_steps"]
-  cells = [
-    one["topology"],
-    str(one["chips"]),
-    one["placement"],
-    f"{_gib(one['needed'])} of {_gib(one['memory'])}",
-    f"{spare:.2f}" if one["fits"] else f"**does not fit**: {-spare:.2f} too much",
-    f"{one['flops']['model'] / 1e12:.3g}, {one['flops']['per_chip'] / 1e12:.3g}",
-  ]
-  if "estimate" in step:
-    parts = ", ".join(_ms(step["estimate"][part]) for part in ("compute", "memory", "links"))
-    cells += [f"{step['sent_bytes'] / 1e9:.3g}", f"{_ms(step['estimate']['total'])}: {parts}"]
-  else:
-    cells += ["–", "–"]
-  if "utilisation" in one:
-    cells += [_percent(one["utilisation"]), f"{one['images_per_second']:,.0f}"]
-    cells += [_percent(one["coupling_share"]["seconds"])]
-  else:
-    cells += ["–", "–", "–"]
-  return cells
+  seconds = step.get("estimate", {})
+  parts = ", ".join(_ms(seconds.get(part)) for part in ("compute", "memory", "links"))
+  speed, share = one.get("images_per_second"), one.get("coupling_share", {})
+  return {
+    "topology": one["topology"],
+    "chips": str(one["chips"]),
+    "state": one["placement"],
+    "GiB per chip, of": f"{_gib(one['needed'])} of {_gib(one['memory'])}",
+    "spare": f"{spare:.2f}" if one["fits"] else f"**does not fit**: {-spare:.2f} too much",
+    "TFLOP per step, per chip": ", ".join(
+      f"{one['flops'][key] / 1e12:.3g}" for key in ("model", "per_chip")
+    ),
+    "sent per step and chip, GB": f"{step['sent_bytes'] / 1e9:.3g}" if seconds else "–",
+    "ms per step by the roofline, a bound: compute, memory, links": (
+      f"{_ms(seconds['total'])}: {parts}" if seconds else "–"
+    ),
+    "ms by XLA's cycles": _ms(seconds.get("cycles")),
+    "utilisation at most, by cycles": ", ".join(
+      _percent(one.get(key)) for key in ("utilisation", "utilisation_by_cycles")
+    ),
+    "images/s at most": f"{speed:,.0f}" if speed else "–",
+    "coupling, of a pool's time": _percent(share.get("seconds")),
+  }
 
 
 def _details(one: dict, content: dict) -> list[str]:
   """A topology's section."""
   state = ", ".join(f"{name} {_gib(n)}" for name, n in one["state"].items())
   work = one["flops"]
+  memory, traffic = [], []
+  for name, program in one["programs"].items():
+    parts = program.get("memory", {})
+    row = {"GiB per chip": name}
+    for part in ("arguments", "results", "results_in_place_of_arguments", "temporaries", "program"):
+      row[part.replace("_", " ")] = _gib(parts[part]) if parts else "–"
+    for part in ("needed", "meanwhile", "spare"):
+      row[part] = _gib(program[part])
+    memory.append(row | {"seconds to compile": f"{program['seconds']:.0f}"})
+    if parts:
+      per = {"train_steps": "step", "couple": "pool", "sample": "batch"}[name]
+      kinds = ", ".join(f"{kind} {_mb(n)}" for kind, n in program["collective_bytes"].items())
+      row = {
+        "per chip": f"{name}, a {per}",
+        "memory, GB": f"{program['hbm_bytes'] / 1e9:.2f}",
+        "collectives, MB": kinds or "none",
+        "sent, MB": _mb(program["sent_bytes"]),
+        "largest, MB": _mb(program["largest_collective_bytes"]),
+      }
+      seconds = {f"ms {part}": _ms(n) for part, n in program["estimate"].items()}
+      traffic.append(row | seconds)
   lines = [
     f"## {one['topology']}",
     "",
@@ -333,37 +372,9 @@ def _details(one: dict, content: dict) -> list[str]:
     f"step, TFLOP: gradient {work['gradient'] / 1e12:.3g}, targets {work['targets'] / 1e12:.3g}; "
     f"computed again: {work['recomputed'] / 1e12:.3g}.",
     "",
+    *_table(memory),
+    *(_table(traffic) if traffic else []),
   ]
-  memory, moved = [], []
-  for name, program in one["programs"].items():
-    parts = program.get("memory")
-    cells = [_gib(n) for n in parts.values()] if parts else ["–"] * 5
-    cells += [_gib(program[key]) for key in ("needed", "meanwhile", "spare")]
-    memory.append([name, *cells, f"{program['seconds']:.0f}"])
-    if parts:
-      kinds = program["collective_bytes"].items()
-      per = {"train_steps": "step", "couple": "pool", "sample": "batch"}[name]
-      moved.append(
-        [f"{name}, a {per}", f"{program['hbm_bytes'] / 1e9:.2f}"]
-        + [", ".join(f"{kind} {_mb(n)}" for kind, n in kinds) or "none"]
-        + [_mb(program["sent_bytes"]), _mb(program["largest_collective_bytes"])]
-        + [_ms(seconds) for seconds in program["estimate"].values()]
-      )
-  lines += files.markdown_table(
-    [
-      "GiB per chip", "arguments", "results", "in their place", "temporaries", "program",
-      "needed", "kept meanwhile", "spare", "seconds to compile",
-    ],
-    memory,
-  )  # fmt: skip
-  if moved:
-    lines += files.markdown_table(
-      [
-        "per chip", "memory, GB", "collectives, MB", "sent, MB", "largest, MB", "ms compute",
-        "memory", "links", "total",
-      ],
-      moved,
-    )  # fmt: skip
   if "coupling_share" in one:
     shares = ", ".join(f"{_percent(n)} of {k}" for k, n in one["coupling_share"].items())
     lines += [
@@ -378,10 +389,7 @@ def _details(one: dict, content: dict) -> list[str]:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  config_flags.DEFINE_config_file(
-      "config", None, "Config file, with a variant behind a colon: configs/imagenet256.py:sm.",
-      lock_config=True,
-  )  # fmt: skip
+  config_flags.DEFINE_config_file("config", None, "What is compiled.", lock_config=True)
   flags.DEFINE_list("topology", None, "TPU topologies: v5e:8x8,v4:4x4x4,2xv5e:16x16")
   flags.DEFINE_string("out", None, "Folder to write aot.json and aot.md to.")
   flags.DEFINE_integer(
@@ -399,16 +407,16 @@ def main(argv):
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   commands.quiet_libraries()
   jax.config.update("jax_platforms", "cpu")
-  given = flags.FLAGS
+  args = flags.FLAGS
   with commands.one_line_errors():
-    exp = experiment_lib.parse(given.config)
-    assumed = given.sinkhorn_iterations, given.greedy_rounds
+    exp = experiment_lib.parse(args.config)
+    assumed = args.sinkhorn_iterations, args.greedy_rounds
     content = setting(exp, *assumed) | {"topologies": []}
-    for name in given.topology:
+    for name in args.topology:
       content["topologies"].append(report(exp, name, *assumed))
-      if given.out is not None:  # each time: a topology takes minutes
-        files.write_whole(os.path.join(given.out, "aot.json"), json.dumps(content, indent=2))
-        files.write_whole(os.path.join(given.out, "aot.md"), as_markdown(content))
+      if args.out is not None:  # each time: a topology takes minutes
+        files.write_whole(os.path.join(args.out, "aot.json"), json.dumps(content, indent=2))
+        files.write_whole(os.path.join(args.out, "aot.md"), as_markdown(content))
   print(as_markdown(content))
   if errors := sum("error" in one for one in content["topologies"]):
     raise SystemExit(f"Error: {errors} of {len(content['topologies'])} topologies; see above.")

@@ -25,6 +25,8 @@ class Chip(NamedTuple):
     pod: the most chips of a slice.
     network: bytes per second that a chip sends out of its slice: a host's network cards over its
       chips. (For v4 and v5p no source was found: as v5e.)
+    clock: of XLA's estimates, cycles per second; None where it is not known. (v6e's is the one at
+      which the estimates of its matrix products reach the peak.)
   """
 
   name: str
@@ -36,12 +38,13 @@ class Chip(NamedTuple):
   torus: int
   pod: int
   network: float
+  clock: float | None
 
 
-V4 = Chip("v4", 30.75 * _GIB, 275e12, 1.2e12, 50e9, 3, 4, 4096, 25e9 / 8)
-V5E = Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 50e9, 2, 16, 256, 25e9 / 8)
-V5P = Chip("v5p", 95.73 * _GIB, 459e12, 2.765e12, 100e9, 3, 4, 8960, 25e9 / 8)
-V6E = Chip("v6e", 31.24 * _GIB, 918e12, 1.638e12, 100e9, 2, 16, 256, 100e9 / 8)
+V4 = Chip("v4", 30.75 * _GIB, 275e12, 1.2e12, 50e9, 3, 4, 4096, 25e9 / 8, None)
+V5E = Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 50e9, 2, 16, 256, 25e9 / 8, 1.5e9)
+V5P = Chip("v5p", 95.73 * _GIB, 459e12, 2.765e12, 100e9, 3, 4, 8960, 25e9 / 8, None)
+V6E = Chip("v6e", 31.24 * _GIB, 918e12, 1.638e12, 100e9, 2, 16, 256, 100e9 / 8, 3.5e9)
 
 CHIPS = {
   "TPU v4": V4,

@@ -20,7 +20,13 @@ _SINUSOIDS = 256  # of `model.sinusoid`
 
 
 class Forward(NamedTuple):
-  """FLOPs of one image through the network once: all, and of them those in attention's products."""
+  """FLOPs of one image through the network once.
+
+  Attributes:
+    total: all.
+    attention: in attention's two products.
+    outside_blocks: in embedders and the final layer.
+  """
 
   total: int
   attention: int
@@ -111,7 +117,9 @@ def couple(exp: Experiment, iterations: float, rounds: float) -> Coupling:
   error; 3 for a round of the greedy permutation; 9 for the diagnostics.
 
   Args:
-    iterations: of Sinkhorn. rounds: of the greedy permutation. Both depend on the data.
+    exp: the experiment.
+    iterations: of Sinkhorn; they depend on the data.
+    rounds: of the greedy permutation; they depend on the data.
   """
   if exp.coupling.coupling == "independent":
     return Coupling(0, 0)

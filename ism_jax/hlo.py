@@ -12,6 +12,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 COLLECTIVES = (
   "all-reduce",
   "all-gather",
@@ -35,7 +37,12 @@ _FREE = {
 
 
 class Array(NamedTuple):
-  """An array of a result. in_hbm: whether it lies in main memory, not on the chip."""
+  """An array of a result.
+
+  Attributes:
+    bytes: without padding.
+    in_hbm: whether it lies in main memory, not on the chip.
+  """
 
   bytes: int
   in_hbm: bool
@@ -64,16 +71,19 @@ class Collective(NamedTuple):
 
   Attributes:
     payload: bytes of the whole array that is reduced, gathered (all of its parts) or passed on.
-    devices: that take part together.
+    group: places in the mesh of the devices of the first group that takes part together.
     times: how often a call runs it.
-    operation: JAX's name of what it came from.
   """
 
   kind: str
   payload: int
-  devices: int
+  group: tuple[int, ...]
   times: float
-  operation: str
+
+  @property
+  def devices(self) -> int:
+    """How many devices take part together."""
+    return len(self.group)
 
   @property
   def sent(self) -> float:
@@ -91,12 +101,14 @@ class Profile:
   Attributes:
     collectives: every collective instruction.
     hbm_bytes: read from and written to main memory, arrays without their padding.
+    cycles: XLA's own estimate for all instructions but collectives and custom calls.
     assumed: JAX's names of the loops whose trip counts the caller gave, and the counts.
     unknown: those of the loops whose trip counts nobody knows; they count once.
   """
 
   collectives: tuple[Collective, ...]
   hbm_bytes: float
+  cycles: float
   assumed: dict[str, float]
   unknown: tuple[str, ...]
 
@@ -120,40 +132,48 @@ def _split(text: str, start: int) -> int:
 
 def _arrays(shape: str) -> tuple[Array, ...]:
   """The arrays of a shape such as f32[8,128]{1,0:T(8,128)S(1)}, or of a tuple of them."""
-  found = []
+  arrays = []
   for kind, dims, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape):
     bits = _BITS[kind] if kind in _BITS else int(re.search(r"\d+", kind)[0])
     elements = math.prod(int(n.removeprefix("<=")) for n in dims.split(",") if n)
-    found.append(Array(math.ceil(elements * bits / 8), not re.search(r"S\([1-9]", layout)))
-  return tuple(found)
+    arrays.append(Array(math.ceil(elements * bits / 8), not re.search(r"S\([1-9]", layout)))
+  return tuple(arrays)
+
+
+_INSTRUCTION = re.compile(r" +(ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(")
+# Kernels print their metadata over several lines, which belong to the instruction's.
+_LINE_END = re.compile(
+  r"\n(?= +(?:ROOT )?%?[\w.\-]+ = |(?:ENTRY )?%?[\w.\-]+ \(|\}?$)", re.MULTILINE
+)
 
 
 def _instruction(line: str) -> tuple[Instruction, bool] | None:
   """A line's instruction and whether it is the root, or None for another line."""
-  if not (head := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)):
+  if not (head := _INSTRUCTION.match(line)):
     return None
   start = head.end()
   end = _split(line, start) if line[start] == "(" else line.index(" ", start)
   opcode = re.compile(r" ([\w\-]+)\(").match(line, end)
   close = _split(line, opcode.end() - 1)
-  literal = line[opcode.end() : close - 1]
+  literal, attributes = line[opcode.end() : close - 1], line[close:]
   operands = tuple(re.findall(r"%([\w.\-]+)", literal))
-  found = Instruction(head[2], _arrays(line[start:end]), opcode[1], operands, literal, line[close:])
-  return found, bool(head[1])
+  arrays = _arrays(line[start:end])
+  return Instruction(head[2], arrays, opcode[1], operands, literal, attributes), bool(head[1])
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
   """The computations of a module by name, and the name of its entry."""
   computations, entry, instructions, root = {}, None, {}, None
-  for line in text.splitlines():
-    if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
+  for line in _LINE_END.split(text):
+    if line.endswith("{") and (head := _COMPUTATION.match(line)):
       name, instructions, root = head[2], {}, None
       entry = name if head[1] else entry
-    elif line.startswith("}") and instructions:
+    elif line == "}" and instructions:
       computations[name] = Computation(instructions, root)
       instructions = {}
-    elif found := _instruction(line):
-      instruction, is_root = found
+    elif parsed := _instruction(line):
+      instruction, is_root = parsed
       instructions[instruction.name] = instruction
       root = instruction.name if is_root else root
   if entry not in computations:
@@ -163,8 +183,8 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
 
 def _called(instruction: Instruction, attribute: str) -> list[str]:
   """The computations named by an attribute, such as body=%region_0 or calls={%a, %b}."""
-  found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.attributes)
-  return re.findall(r"[\w.\-]+", found[1]) if found else []
+  named = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.attributes)
+  return re.findall(r"[\w.\-]+", named[1]) if named else []
 
 
 def _kind(instruction: Instruction) -> str | None:
@@ -175,7 +195,7 @@ def _kind(instruction: Instruction) -> str | None:
 
 def _is_free_call(instruction: Instruction) -> bool:
   """Whether it is a custom call that moves nothing."""
-  target = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
+  target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
   return instruction.opcode == "custom-call" and target[1].startswith(_FREE_CALLS)
 
 
@@ -186,8 +206,17 @@ def _hbm(instruction: Instruction) -> int:
 
 def _operation(instruction: Instruction) -> str:
   """JAX's name of what an instruction came from, or the instruction's own."""
-  found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-  return found[1] if found else instruction.name
+  name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+  return name[1] if name else instruction.name
+
+
+def _parameter(computation: Computation, number: int) -> str:
+  """The name of a computation's parameter."""
+  return next(
+    i.name
+    for i in computation.instructions.values()
+    if i.opcode == "parameter" and int(i.literal) == number
+  )
 
 
 class _Counter:
@@ -228,8 +257,8 @@ class _Counter:
     if opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
       return operand(0)
     if opcode == "fusion":
-      given = [operand(i) for i in range(len(instruction.operands))]
-      return self.result(_called(instruction, "calls")[0], given)
+      values = [operand(i) for i in range(len(instruction.operands))]
+      return self.result(_called(instruction, "calls")[0], values)
     if opcode in ("add", "subtract", "multiply", "compare"):
       a, b = operand(0), operand(1)
       if not (isinstance(a, int) and isinstance(b, int)):
@@ -243,8 +272,8 @@ class _Counter:
 
   def trips(self, computation: Computation, loop: Instruction) -> int | None:
     """How often a while loop runs, or None where that depends on data."""
-    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
-      return int(found[1])
+    if count := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+      return int(count[1])
     # What flows into the loop from its surroundings, whose own arguments are data.
     state = self._value(computation, loop.operands[0], [], {})
     (condition,), (body,) = _called(loop, "condition"), _called(loop, "body")
@@ -258,20 +287,27 @@ class _Counter:
     return None
 
 
-def _devices(instruction: Instruction, mesh_size: int) -> int:
-  """How many devices take part together, of the forms that XLA writes replica groups in.
+def _group(instruction: Instruction, mesh_size: int) -> tuple[int, ...]:
+  """The first group of places that take part together, of XLA's forms of replica groups.
 
   All of the mesh where there are no groups, as with the pairs of a collective-permute.
   """
   groups = re.search(r"replica_groups=(.*?)(, \w+=|$)", instruction.attributes)
+  integers = lambda listed: [int(n) for n in listed.split(",")]
   if groups and (listed := re.match(r"\{\{([\d,]+)\}", groups[1])):
-    return len(listed[1].split(","))
-  if groups and (iota := re.match(r"\[\d+,(\d+)\]<=", groups[1])):
-    return int(iota[1])
+    return tuple(integers(listed[1]))
+  if groups and (iota := re.match(r"\[\d+,(\d+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", groups[1])):
+    places = np.arange(math.prod(integers(iota[2]))).reshape(integers(iota[2]))
+    places = places.transpose(integers(iota[4])) if iota[3] else places
+    return tuple(places.reshape(-1, int(iota[1]))[0].tolist())
   if groups and (mesh := re.match(r"mesh\[(.*?)\] ?\{(.*?)\}", groups[1])):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-  return mesh_size
+    sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    axes = re.findall(r"'(\w+)'", mesh[2])
+    places = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+    return tuple(
+      places[tuple(slice(None if axis in axes else 1) for axis in sizes)].ravel().tolist()
+    )
+  return tuple(range(mesh_size))
 
 
 class _Reader:
@@ -280,8 +316,8 @@ class _Reader:
   def __init__(self, computations, trips: Mapping[str, float], devices: int):
     self._computations, self._trips, self._devices = computations, trips, devices
     self._counter = _Counter(computations)
-    self._counted, self._spread = [], {}
-    self.hbm_bytes, self.assumed, self.unknown = 0.0, {}, []
+    self.collectives = {}  # of each (Collective, bytes that it moves in main memory)
+    self.hbm_bytes, self.cycles, self.assumed, self.unknown = 0.0, 0, {}, []
 
   def run(self, name: str, times: float) -> None:
     """Counts a computation that runs `times` times."""
@@ -305,6 +341,8 @@ class _Reader:
         self.run(_called(instruction, "calls")[0], times)
       elif not (opcode in _FREE or opcode.endswith("-done") or _is_free_call(instruction)):
         self.hbm_bytes += times * self._traffic(computation, instruction, times)
+        if cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
+          self.cycles += times * int(cycles[1])
 
   def _trips_of(self, computation, loop) -> float:
     trips = self._counter.trips(computation, loop)
@@ -321,26 +359,19 @@ class _Reader:
   def _count_collective(self, computation, instruction, times) -> None:
     operands = [computation.instructions[name] for name in instruction.operands]
     kind, payload = _kind(instruction), sum(a.bytes for i in operands for a in i.arrays)
-    devices = _devices(instruction, self._devices)
-    if devices == 1:
+    group = _group(instruction, self._devices)
+    if len(group) == 1:
       return
-    payload *= devices if kind == "all-gather" else 1
-    found = Collective(kind, payload, devices, times, _operation(instruction))
+    payload *= len(group) if kind == "all-gather" else 1
     moved = instruction.arrays[: len(operands)] if operands else ()
     hbm_bytes = times * (sum(map(_hbm, operands)) + sum(a.bytes for a in moved if a.in_hbm))
     # One that runs beside other instructions is in the text of each of them, within their loops
     # too; it runs as often as the first of these, which starts it.
+    key = len(self.collectives)
     if "async_collective_fusion_config" in instruction.attributes:
-      channel = re.search(r"channel_id=(\d+)", instruction.attributes)[1]
-      if channel not in self._spread or times < self._spread[channel][0].times:
-        self._spread[channel] = found, hbm_bytes
-    else:
-      self._counted.append((found, hbm_bytes))
-
-  @property
-  def collectives(self) -> list[tuple[Collective, float]]:
-    """The collectives, and the bytes that each moves in main memory."""
-    return [*self._counted, *self._spread.values()]
+      key = re.search(r"channel_id=\d+", instruction.attributes)[0]
+    if key not in self.collectives or times < self.collectives[key][0].times:
+      self.collectives[key] = Collective(kind, payload, group, times), hbm_bytes
 
   def _traffic(self, computation, instruction, times) -> float:
     """Bytes that one run of an instruction reads from main memory and writes to it.
@@ -353,19 +384,20 @@ class _Reader:
       for inner in fused.instructions.values():
         if _kind(inner):
           self._count_collective(fused, inner, times)
-      parameters = {int(i.literal): i for i in fused.instructions.values()
-                    if i.opcode == "parameter"}  # fmt: skip
       read = sum(
-        self._read(fused, parameters[number].name, _hbm(operand))
+        self._read(fused, _parameter(fused, number), _hbm(operand))
         for number, operand in enumerate(operands)
       )
       return read + self._written(fused, fused.root, instruction.arrays)
-    if instruction.opcode.endswith("-start"):  # the result names the operands again
-      moved = instruction.arrays[: len(instruction.arrays) // 2 or 1]
-      return sum(map(_hbm, operands)) + sum(a.bytes for a in moved if a.in_hbm)
-    alone = Computation({i.name: i for i in (*operands, instruction)}, instruction.name)
-    read = sum(self._read(alone, i.name, _hbm(i)) for i in operands)
-    return read + self._written(alone, instruction.name, instruction.arrays)
+    if instruction.opcode.endswith("-start"):
+      # Results: of a copy (copy, operand, context), of a slice (operands, piece, context).
+      is_slice = instruction.opcode.endswith("slice-start")
+      moved = instruction.arrays[len(operands) if is_slice else 0]
+      return moved.bytes * (bool(_hbm(operands[0])) + moved.in_hbm)
+    single = Computation({i.name: i for i in (*operands, instruction)}, instruction.name)
+    # An operand that is named twice is read once.
+    read = sum(self._read(single, name, _hbm(i)) for name, i in single.instructions.items())
+    return read + self._written(single, instruction.name, instruction.arrays)
 
   def _read(self, computation, name: str, whole: float) -> float:
     """Bytes that a computation reads of the value `name`, at most the `whole` of it."""
@@ -388,10 +420,7 @@ class _Reader:
         inner = self._computations[_called(user, "calls")[0]]
         for number, operand in enumerate(user.operands):
           if operand == name:
-            total += next(
-              self._read(inner, i.name, whole) for i in inner.instructions.values()
-              if i.opcode == "parameter" and int(i.literal) == number
-            )  # fmt: skip
+            total += self._read(inner, _parameter(inner, number), whole)
       else:
         return whole
     return min(total, whole)
@@ -419,6 +448,7 @@ def read(text: str, devices: int, trips: Mapping[str, float]) -> Profile:
   """Reads `compiled.as_text()`.
 
   Args:
+    text: of one device's program.
     devices: of the mesh.
     trips: how often loops run whose count depends on data, by a part of their JAX name, such as
       {"sinkhorn": 11} for a loop in `jax.named_scope("sinkhorn")`.
@@ -426,5 +456,14 @@ def read(text: str, devices: int, trips: Mapping[str, float]) -> Profile:
   computations, entry = _parse(text)
   reader = _Reader(computations, trips, devices)
   reader.run(entry, 1)
-  collectives, moved = zip(*reader.collectives, strict=True) if reader.collectives else ((), ())
-  return Profile(collectives, reader.hbm_bytes + sum(moved), reader.assumed, tuple(reader.unknown))
+  collectives, moved = [], 0.0
+  for collective, hbm_bytes in reader.collectives.values():
+    collectives.append(collective)
+    moved += hbm_bytes
+  return Profile(
+    tuple(collectives),
+    reader.hbm_bytes + moved,
+    reader.cycles,
+    reader.assumed,
+    tuple(reader.unknown),
+  )

@@ -7,6 +7,7 @@ import re
 
 import jax
 from jax.experimental import topologies
+import numpy as np
 
 from ism_jax import chips, hlo
 
@@ -23,7 +24,7 @@ class Topology:
     shape: of one slice.
     slices: how many.
     chip: its datasheet.
-    devices: JAX's, to compile for and not to run on.
+    devices: JAX's, to compile for and not to run on, in the order of the mesh.
   """
 
   name: str
@@ -32,28 +33,29 @@ class Topology:
   chip: chips.Chip
   devices: tuple
 
-  @property
-  def links(self) -> int:
-    """Links of a chip that carry a ring: two along an axis that wraps around, one along another."""
-    return sum(2 if self._wraps(n) else 1 for n in self.shape if n > 1)
+  def ring(self, group: tuple[int, ...]) -> tuple[int, int]:
+    """(links of a chip that carry a ring of these devices, hops between those farthest apart).
 
-  @property
-  def diameter(self) -> int:
-    """Hops between the chips that are farthest apart."""
-    return sum(n // 2 if self._wraps(n) else n - 1 for n in self.shape)
-
-  def _wraps(self, n: int) -> bool:
-    return n % self.chip.torus == 0
+    Each axis along which they lie has two links where it wraps around, and otherwise one.
+    """
+    coordinates = np.array([self.devices[place].coords for place in group])
+    links = hops = 0
+    for axis, length in enumerate(self.shape):
+      n = len(np.unique(coordinates[:, axis]))
+      wraps = n == length and n % self.chip.torus == 0
+      links += 2 if wraps else n > 1
+      hops += n // 2 if wraps else n - 1
+    return links, hops
 
   def seconds(self, collective: hlo.Collective) -> float:
-    """What a collective takes, as often as it runs."""
-    sent = collective.sent
-    if collective.kind == "send":
+    """How long a collective takes, as often as it runs."""
+    sent, (links, hops) = collective.sent, self.ring(collective.group)
+    if collective.kind == "send" or not links:  # to other slices
       return collective.times * (_HOP + sent / self.chip.network)
     if collective.kind == "collective-permute":
       return collective.times * (_HOP + sent / self.chip.link)
-    hops = self.diameter * (2 if collective.kind == "all-reduce" else 1)
-    return collective.times * (_HOP * hops + sent / (self.links * self.chip.link))
+    hops *= 2 if collective.kind == "all-reduce" else 1
+    return collective.times * (_HOP * hops + sent / (links * self.chip.link))
 
 
 def describe(name: str) -> Topology:

@@ -1,12 +1,12 @@
 """Programs read from their HLO, with known answers; and compilation for TPUs that are not there."""
 
 import json
-import math
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 from conftest import tiny_config
 import jax
@@ -28,10 +28,10 @@ def mesh_of(n):
 
 def text_of(function, *shapes, devices=8, split=False):
   """Optimised HLO of a function of float32 arrays, mapped over devices."""
+  in_specs = P("data") if split else P()
   mapped = jax.shard_map(
-    function, mesh=mesh_of(devices), in_specs=P("data") if split else P(), out_specs=P(),
-    check_vma=False,
-  )  # fmt: skip
+    function, mesh=mesh_of(devices), in_specs=in_specs, out_specs=P(), check_vma=False
+  )
   abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   return jax.jit(mapped).lower(*abstract).compile().as_text()
 
@@ -88,8 +88,8 @@ def test_each_kind_of_collective_has_its_payload_and_its_share_to_send():
     return whole.sum() + passed
 
   text = text_of(function, (6400,), split=True)
-  found = {c.kind: (c.payload, c.sent) for c in hlo.read(text, 8, {}).collectives}
-  assert found == {
+  sizes = {c.kind: (c.payload, c.sent) for c in hlo.read(text, 8, {}).collectives}
+  assert sizes == {
     "all-gather": (25_600, 7 / 8 * 25_600),
     "reduce-scatter": (25_600, 7 / 8 * 25_600),
     "all-to-all": (3200, 7 / 8 * 3200),
@@ -101,7 +101,23 @@ def test_groups_of_devices_are_those_that_take_part_together():
   groups = [[0, 1], [2, 3], [4, 5], [6, 7]]
   function = lambda x: jax.lax.psum(x, "data", axis_index_groups=groups)
   (collective,) = hlo.read(text_of(function, (100,)), 8, {}).collectives
-  assert collective.devices == 2 and collective.sent == 400
+  assert collective.group == (0, 1) and collective.sent == 400
+
+
+@pytest.mark.parametrize(
+  ("groups", "first"),
+  [
+    ("{{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
+    ("[2,4]<=[8]", (0, 1, 2, 3)),
+    ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+    ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", (0, 1, 2, 3)),
+    ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+  ],
+)
+def test_groups_are_read_in_all_forms_in_which_xla_writes_them(groups, first):
+  text = ASYNC.replace("{{0,1,2,3,4,5,6,7}}", groups)
+  (collective,) = hlo.read(text, 8, {}).collectives
+  assert collective.group == first
 
 
 def test_a_sum_that_the_partitioner_adds_is_found_too():
@@ -195,13 +211,61 @@ def test_a_loop_over_rows_reads_each_row_once_not_all_rows_each_time():
   assert 4 * 100 * row <= profile.hbm_bytes < 10 * 100 * row
 
 
+# A piece of an array is brought onto the chip for a kernel, whose metadata has lines of its own.
+KERNEL = """HloModule m, is_scheduled=true
+
+ENTRY %main (x: f32[100,10]) -> (f32[30], f32[7]) {
+  %x = f32[100,10]{1,0} parameter(0)
+  %s = ((f32[100,10]{1,0}), f32[2,10]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:10]}
+  %piece = f32[2,10]{1,0:S(1)} slice-done(%s)
+  %c = (f32[100,10]{1,0}, f32[100,10]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %copy = f32[100,10]{1,0} copy-done(%c)
+  %k = (f32[30]{0}, f32[7]{0:S(1)}) custom-call(%piece, %copy), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  "name": "attention",
+  "blocks": {
+}
+}}
+  %first = f32[30]{0} get-tuple-element(%k), index=0
+  %second = f32[7]{0:S(1)} get-tuple-element(%k), index=1
+  %twice = f32[30]{0} add(%first, %first), backend_config={"window_config":{"estimated_cycles":"21"}}
+  ROOT %t = (f32[30]{0}, f32[7]{0:S(1)}) tuple(%twice, %second)
+}
+"""  # noqa: E501
+
+
+def test_a_slice_moves_its_piece_and_a_kernel_its_operands_and_results():
+  profile = hlo.read(KERNEL, 1, {})
+  piece, whole, result = 4 * 2 * 10, 4 * 100 * 10, 4 * 30
+  # The piece is read, and lies on the chip then, as does the kernel's second result.
+  assert profile.hbm_bytes == piece + 2 * whole + (whole + result) + (result + result)
+
+
+def test_xlas_cycles_are_added_up_as_often_as_they_run():
+  assert hlo.read(KERNEL, 1, {}).cycles == 21
+  cycles = 'calls=%during, backend_config={"window_config":{"estimated_cycles":"5"}}'
+  in_loop = ASYNC.replace("calls=%during", cycles)
+  assert hlo.read(in_loop, 8, {}).cycles == 3 * 5
+
+
+def test_both_estimates_count_the_links():
+  top = a_topology("v5e:1x2", (1, 2), chips.V5E)
+  collective = hlo.Collective("all-reduce", 10**9, (0, 1), 1)
+  profile = hlo.Profile((collective,), 819e6, 3e6, {}, ())
+  links = 1e9 / 50e9 + 2e-6
+  seconds = aot.estimate(top, profile, at_peak=2 * 197e9)
+  expected = {"compute": 1e-3, "memory": 1e-3, "links": links}
+  assert seconds == pytest.approx(expected | {"total": 1e-3 + links, "cycles": 2e-3 + links})
+  assert "cycles" not in aot.estimate(a_topology("v4:1x2x1", (1, 2, 1), chips.V4), profile, 0)
+
+
 def test_text_that_is_no_module_says_so():
   with pytest.raises(ValueError, match=re.escape("compiled.as_text()")):
     hlo.read("nothing\n", 1, {})
 
 
 def a_topology(name, shape, chip, slices=1):
-  return topology.Topology(name, shape, slices, chip, (None,) * math.prod(shape) * slices)
+  devices = [types.SimpleNamespace(coords=coords) for coords in np.ndindex(*shape)] * slices
+  return topology.Topology(name, shape, slices, chip, tuple(devices))
 
 
 @pytest.mark.parametrize(
@@ -217,21 +281,29 @@ def a_topology(name, shape, chip, slices=1):
 )
 def test_links_and_hops_are_those_of_the_grid(name, shape, links, diameter):
   top = a_topology(name, shape, getattr(chips, name.upper()))
-  assert (top.links, top.diameter) == (links, diameter)
+  assert top.ring(tuple(range(len(top.devices)))) == (links, diameter)
+
+
+def test_a_collective_over_one_axis_has_the_links_and_hops_of_that_axis():
+  top = a_topology("v5e:4x16", (4, 16), chips.V5E)
+  along_x, along_y = tuple(range(0, 64, 16)), tuple(range(16))
+  assert top.ring(along_x) == (1, 3) and top.ring(along_y) == (2, 8)  # 16 chips wrap around
+  gather = hlo.Collective("all-gather", 10**9, along_x, 1)
+  np.testing.assert_allclose(top.seconds(gather), 3 / 4 * 1e9 / 50e9 + 3e-6)
 
 
 def test_a_collective_takes_its_bytes_over_the_links_and_its_hops():
   top = a_topology("v5e:16x16", (16, 16), chips.V5E)
-  reduce = hlo.Collective("all-reduce", 10**9, 256, 3, "")
+  reduce = hlo.Collective("all-reduce", 10**9, tuple(range(256)), 3)
   expected = 3 * (2 * 255 / 256 * 1e9 / (4 * 50e9) + 2 * 16 * 1e-6)
   np.testing.assert_allclose(top.seconds(reduce), expected)
-  one_link = hlo.Collective("collective-permute", 10**9, 256, 1, "")
+  one_link = hlo.Collective("collective-permute", 10**9, tuple(range(256)), 1)
   np.testing.assert_allclose(top.seconds(one_link), 1e9 / 50e9 + 1e-6)
 
 
 def test_what_goes_to_another_slice_goes_over_the_network():
   two = a_topology("2xv5e:16x16", (16, 16), chips.V5E, slices=2)
-  send = hlo.Collective("send", 10**9, 512, 2, "")
+  send = hlo.Collective("send", 10**9, tuple(range(512)), 2)
   np.testing.assert_allclose(two.seconds(send), 2 * (1e9 / 3.125e9 + 1e-6))
 
 
@@ -306,22 +378,24 @@ def test_chips_have_the_memory_that_libtpu_says_they_have(name):
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
   """Digits, replicated and sharded, for four chips, beside a topology that does not exist."""
-  found = {}
+  runs = {}
   for placement in ("replicated", "sharded"):
     out = tmp_path_factory.mktemp(placement)
-    run = subprocess.run(
-      [
-        sys.executable, "-m", "ism_jax.aot", "--config=configs/digits.py", f"--out={out}",
-        "--topology=v5e:3x5,v5e:2x2", f"--config.placement={placement}", "--config.batch_size=16",
-        "--config.coupling.pool_size=2", "--config.scan_steps=2",
-        "--config.evaluation.batch_size=8",
-      ],
-      cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      check=False,
-    )  # fmt: skip
+    smaller = {
+      "placement": placement,
+      "batch_size": 16,
+      "coupling.pool_size": 2,
+      "scan_steps": 2,
+      "evaluation.batch_size": 8,
+    }
+    arguments = ["--config=configs/digits.py", f"--out={out}", "--topology=v5e:3x5,v5e:2x2"]
+    arguments += [f"--config.{key}={value}" for key, value in smaller.items()]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "ism_jax.aot", *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (out / "aot.json").exists(), run.stderr
-    found[placement] = run, json.loads((out / "aot.json").read_text()), out
-  return found
+    runs[placement] = run, json.loads((out / "aot.json").read_text()), out
+  return runs
 
 
 @pytest.mark.slow

@@ -31,9 +31,9 @@ def gradient(exp):
   n, shaped = exp.batch_size, jax.ShapeDtypeStruct
   images, numbers = shaped((n, *exp.image_shape), jnp.float32), shaped((n,), jnp.float32)
   labels, params = shaped((n,), jnp.int32), abstract_parameters(exp)
-  given = objectives.Conditions(numbers, labels, numbers, numbers)
+  conditions = objectives.Conditions(numbers, labels, numbers, numbers)
   function = steps.gradient_function(exp, sharding.data_mesh(jax.devices()[:1]))
-  return jax.jit(function), [params, params, images, images, labels, given]
+  return jax.jit(function), [params, params, images, images, labels, conditions]
 
 
 def abstract_parameters(exp):
@@ -115,9 +115,9 @@ def test_the_calls_without_gradient_are_those_that_the_losses_make(variant):
     return x_t
 
   def losses(x, t, c):
-    given = objectives.Conditions(t, c, t, t)
+    conditions = objectives.Conditions(t, c, t, t)
     return objectives.losses(
-      velocity, velocity, x, x, c, given, exp.objective, exp.wavelet, exp.null_class, n
+      velocity, velocity, x, x, c, conditions, exp.objective, exp.wavelet, exp.null_class, n
     )
 
   jax.eval_shape(losses, jnp.zeros((n, *exp.image_shape)), jnp.zeros(n), jnp.zeros(n, int))
@@ -151,6 +151,6 @@ def test_the_coupling_costs_what_xla_counts():
     f = f + soft_minimum(f, g, 1)
     return f, g + soft_minimum(f, g, 0)
 
-  found = iteration.lower(jnp.zeros((n, n)), x[:, 0], x[:, 0]).cost_analysis()
-  once = found["flops"] + found["transcendentals"]
+  counts = iteration.lower(jnp.zeros((n, n)), x[:, 0], x[:, 0]).cost_analysis()
+  once = counts["flops"] + counts["transcendentals"]
   np.testing.assert_allclose((twenty.elementwise - ten.elementwise) / 10, once, rtol=0.1)
