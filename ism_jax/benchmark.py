@@ -63,7 +63,7 @@ SHARES = (0.01, 0.04)  # of a pool's time: the report has the sizes at which pai
 SIZES = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")  # of scaling.png
 _PRODUCTS = 8  # in a timing of the ceiling
 _POOLS_READ, _SECONDS_READ = 3, 1.0  # at least, in a timing of the input pipeline
-_POOLS_TRAINED = 3  # in that of the loop
+_POOLS_TRAINED = 3  # in a timing of the training loop
 _RECORDS = 4096  # random latents
 _RANDOM_VAE = "random"
 
@@ -131,7 +131,7 @@ STEP = "and twin EMA: the step"
 SQUARES, WAVELETS = "losses of squares", "losses with wavelets"
 ONE_EMA, TWIN_EMA = "update with one EMA", "update with twin EMA"
 # What each adds: the steps whose difference it is, or, where a difference of whole steps would
-# drown in their noise, the parts of a step that are timed alone.
+# drown in their noise, the parts of a step that are timed separately.
 COSTS = {
   "guidance targets": (GUIDANCE, FLOW_MATCHING),
   "consistency targets": (CONSISTENCY, FLOW_MATCHING),
@@ -193,10 +193,10 @@ def random_pool(exp: Experiment, mesh):
 
 
 def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, Program]]:
-  """({("step", name) or ("alone", name): call}, {name: Program} of the steps).
+  """({("step", name) or ("part", name): call}, {name: Program} of the steps).
 
-  A call is `exp.scan_steps` of the `techniques`' steps, or one of the `UPDATES` alone, with the
-  parameters for a gradient. All hand one state on to each other.
+  A call is `exp.scan_steps` of the `techniques`' steps, or only one of the `UPDATES`, with
+  the parameters for a gradient. All of them use one state, each the one before's.
   """
   keys = steps.base_keys(0)
   pool = random_pool(exp, mesh)
@@ -215,20 +215,20 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
   placed = jax.tree.map(lambda a: a.sharding, state)
   for name, update in UPDATES.items():
     apply = steps.update_function(exp, mesh, update)
-    # What is waited for is an array of its own: the state is donated to the next call.
-    alone = jax.jit(
+    # Wait for another array than the state, which is donated to the next call.
+    stepped = jax.jit(
       lambda state, apply=apply: (new := apply(state, state.params), new.step + 0),
       donate_argnums=0,
       out_shardings=(placed, sharding.replicated(mesh)),
     )
-    calls["alone", name] = functools.partial(call, compiled(alone, state).call)
+    calls["part", name] = functools.partial(call, compiled(stepped, state).call)
   return calls, programs
 
 
 def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
-  """{("alone", name): call}: one device's losses and their gradient, without the network.
+  """{("part", name): call}: one device's losses and their gradient, without the network.
 
-  Of the rows of a micro-batch, around a velocity that is a multiple of x_t.
+  A call takes the rows of a micro-batch; the velocity is a multiple of x_t.
   """
   rows = exp.batch_size // exp.micro_batches // mesh.size
   keys = jax.random.split(jax.random.key(3), 4)
@@ -243,7 +243,7 @@ def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
 
   gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
   return {
-    ("alone", name): functools.partial(gradient, 1.0, cfg, x0, x1, c, conditions)
+    ("part", name): functools.partial(gradient, 1.0, cfg, x0, x1, c, conditions)
     for name, cfg in ((SQUARES, squares(exp)), (WAVELETS, exp.wavelet))
   }
 
@@ -263,7 +263,7 @@ def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict, dict[str, Program]
       placed = {name: a.sharding for name, a in shapes.items()}
       pool = jax.jit(draw, out_shardings=placed)(jax.random.key(2))
       program = compiled(steps.couple_function(one, mesh), pool, keys, 0)
-      # It takes its argument's memory.
+      # The pool is donated to the program, so that each call needs a copy.
       call = lambda program=program, pool=pool: program.call(jax.tree.map(jnp.copy, pool), keys, 0)
       calls[coupling, size], programs[coupling, size] = call, program
   return calls, programs
@@ -380,7 +380,9 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
     pools: sizes K that are paired besides the config's.
     repeats: rounds.
   """
-  if exp.data.vae and not exp.data.vae.startswith(_RANDOM_VAE):  # decoding takes shapes alone
+  if exp.data.vae and not exp.data.vae.startswith(
+    _RANDOM_VAE
+  ):  # decoding needs no more than shapes
     exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae=_RANDOM_VAE))
   fewer = dataclasses.replace(exp, batch_size=rows)
   size, coupling = exp.coupling.pool_size, exp.coupling.coupling
@@ -406,13 +408,13 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   rates = read_rates(exp, source, mesh, repeats)
   loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
 
-  alone = {name: seconds["alone", name] for name in UPDATES}
+  parts = {name: seconds["part", name] for name in UPDATES}
   for name in (SQUARES, WAVELETS):
-    alone[name] = seconds["alone", name] * exp.micro_batches
-  step = {}  # of the whole batch, of whose time the update's does not grow with the rows
+    parts[name] = seconds["part", name] * exp.micro_batches
+  step = {}  # of the whole batch; the update's time does not grow with the rows
   for name, (_, update) in techniques(exp).items():
-    of_rows = seconds["step", name] / exp.scan_steps - alone[update]
-    step[name] = of_rows * exp.batch_size / rows + alone[update]
+    of_rows = seconds["step", name] / exp.scan_steps - parts[update]
+    step[name] = of_rows * exp.batch_size / rows + parts[update]
   pairing = {
     k: seconds["couple", (coupling, k)] - seconds["couple", ("independent", k)] for k in sizes
   }
@@ -423,7 +425,7 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
     **setting(exp, mesh, rows=rows, images=images),
     "repeats": repeats,
     **utilisation(exp, mesh, step[STEP], products / seconds["product", ""]),
-    "techniques": technique_costs(fewer, step, alone, pairing[size] / size),
+    "techniques": technique_costs(fewer, step, parts, pairing[size] / size),
     "pool": pool_costs(exp, seconds["couple", (coupling, size)], step[STEP], pairing),
     "input": {
       "images_per_second": {n: quartiles(rate) for n, rate in rates.items()},
@@ -491,15 +493,15 @@ def utilisation(exp: Experiment, mesh, step, ceiling) -> dict:
   }
 
 
-def technique_costs(exp: Experiment, step: dict, alone: dict, pairing) -> dict:
+def technique_costs(exp: Experiment, step: dict, parts: dict, pairing) -> dict:
   """What each technique adds to a step of flow matching, as a share of it.
 
   Args:
     step: seconds of each of `techniques`, [repeats].
-    alone: seconds of the parts of a step, [repeats].
+    parts: seconds of the parts of a step, [repeats].
     pairing: seconds for a step, [repeats].
   """
-  plain, timed = step[FLOW_MATCHING], step | alone
+  plain, timed = step[FLOW_MATCHING], step | parts
   costs = {
     name: quartiles((timed[more] - timed[less]) / plain)
     for name, (more, less) in COSTS.items()
@@ -509,7 +511,7 @@ def technique_costs(exp: Experiment, step: dict, alone: dict, pairing) -> dict:
   costs["all"] = quartiles((step[STEP] + pairing) / plain - 1)
   return {
     "seconds_per_step": {name: quartiles(values) for name, values in step.items()},
-    "seconds_alone": {name: quartiles(values) for name, values in alone.items()},
+    "seconds_alone": {name: quartiles(values) for name, values in parts.items()},
     "over_flow_matching": {name: quartiles(values / plain) for name, values in step.items()},
     "forward_passes": {
       name: flops.forward_equivalents(one) for name, (one, _) in techniques(exp).items()

@@ -6,9 +6,11 @@ constants in it, or (a loop until convergence) are assumed by the caller, or els
 named. Of a conditional every branch counts. All is per device, as the text is.
 """
 
+import collections
 from collections.abc import Mapping
 import dataclasses
 import math
+import operator
 import re
 from typing import NamedTuple
 
@@ -29,11 +31,14 @@ _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective"
 _UPDATE = "dynamic-update-slice"
 _MOST_TRIPS = 100_000  # of a loop that is counted by running its counter
 
-# Instructions that move nothing: names, and the second half of what a "-start" began.
-_FREE = {
-  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
-  "after-all", "partition-id", "replica-id", "iota", "async-update", "opt-barrier",
-}  # fmt: skip
+# Instructions that move nothing, and the second half of what a "-start" began.
+_FREE = re.compile(
+  "parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id|replica-id|iota|"
+  "async-update|opt-barrier|.*-done"
+)
+_OPERATORS = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+_COMPARISONS = ("LT", "LE", "GT", "GE", "EQ", "NE")
+_OPERATORS |= {name: getattr(operator, name.lower()) for name in _COMPARISONS}
 
 
 class Array(NamedTuple):
@@ -114,10 +119,10 @@ class Profile:
 
   def payload(self) -> dict[str, float]:
     """Bytes by kind of collective, each as often as it runs."""
-    total = {}
+    total = collections.Counter()
     for c in self.collectives:
-      total[c.kind] = total.get(c.kind, 0) + c.times * c.payload
-    return total
+      total[c.kind] += c.times * c.payload
+    return dict(total)
 
 
 def _split(text: str, start: int) -> int:
@@ -248,8 +253,9 @@ class _Counter:
     if opcode == "parameter":
       number = int(instruction.literal)
       return arguments[number] if number < len(arguments) else None
+    operands = lambda: [operand(i) for i in range(len(instruction.operands))]
     if opcode == "tuple":
-      return [operand(i) for i in range(len(instruction.operands))]
+      return operands()
     if opcode == "get-tuple-element":
       index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
       values = operand(0)
@@ -257,17 +263,13 @@ class _Counter:
     if opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
       return operand(0)
     if opcode == "fusion":
-      values = [operand(i) for i in range(len(instruction.operands))]
-      return self.result(_called(instruction, "calls")[0], values)
+      return self.result(_called(instruction, "calls")[0], operands())
     if opcode in ("add", "subtract", "multiply", "compare"):
       a, b = operand(0), operand(1)
       if not (isinstance(a, int) and isinstance(b, int)):
         return None
-      if opcode != "compare":
-        return {"add": a + b, "subtract": a - b, "multiply": a * b}[opcode]
-      direction = re.search(r"direction=(\w+)", instruction.attributes)[1]
-      holds = {"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}
-      return int(holds[direction])
+      direction = re.search(r"direction=(\w+)", instruction.attributes)
+      return int(_OPERATORS[direction[1] if direction else opcode](a, b))
     return None
 
   def trips(self, computation: Computation, loop: Instruction) -> int | None:
@@ -331,15 +333,13 @@ class _Reader:
         self.run(_called(instruction, "body")[0], times * trips)
         self.run(_called(instruction, "condition")[0], times * (trips + 1))
       elif opcode == "conditional":
-        branches = _called(instruction, "branch_computations")
-        branches += _called(instruction, "true_computation")
-        for branch in branches + _called(instruction, "false_computation"):
+        kinds = ("branch_computations", "true_computation", "false_computation")
+        for branch in (name for kind in kinds for name in _called(instruction, kind)):
           self.run(branch, times)
-      elif opcode == "call":
-        self.run(_called(instruction, "to_apply")[0], times)
-      elif opcode == "async-start":
-        self.run(_called(instruction, "calls")[0], times)
-      elif not (opcode in _FREE or opcode.endswith("-done") or _is_free_call(instruction)):
+      elif opcode in ("call", "async-start"):
+        (called,) = _called(instruction, "to_apply" if opcode == "call" else "calls")
+        self.run(called, times)
+      elif not (_FREE.fullmatch(opcode) or _is_free_call(instruction)):
         self.hbm_bytes += times * self._traffic(computation, instruction, times)
         if cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
           self.cycles += times * int(cycles[1])
@@ -456,14 +456,10 @@ def read(text: str, devices: int, trips: Mapping[str, float]) -> Profile:
   computations, entry = _parse(text)
   reader = _Reader(computations, trips, devices)
   reader.run(entry, 1)
-  collectives, moved = [], 0.0
-  for collective, hbm_bytes in reader.collectives.values():
-    collectives.append(collective)
-    moved += hbm_bytes
   return Profile(
-    tuple(collectives),
-    reader.hbm_bytes + moved,
-    reader.cycles,
-    reader.assumed,
-    tuple(reader.unknown),
+    collectives=tuple(collective for collective, _ in reader.collectives.values()),
+    hbm_bytes=reader.hbm_bytes + sum(moved for _, moved in reader.collectives.values()),
+    cycles=reader.cycles,
+    assumed=reader.assumed,
+    unknown=tuple(reader.unknown),
   )
