@@ -16,9 +16,10 @@ from absl import logging
 import jax
 import numpy as np
 
-from ism_jax import data, features, files, generate, metrics, scores, spectra
+from ism_jax import data, distances, features, files, generate, scores, spectra
 from ism_jax.experiment import Experiment
 from ism_jax.features import Network
+from ism_jax.moments import FeatureStatistics, feature_statistics
 
 FLOOR_REPEATS = 20
 NEIGHBOURS = 512  # samples whose nearest real image is searched, among all
@@ -119,7 +120,7 @@ def _moments(path, arrays, names, count, size, network):
     )
   if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
     raise ValueError(f"{names[0]} or {names[1]} of {path} holds NaN or infinity: make it again.")
-  return metrics.FeatureStatistics(mean, covariance, count)
+  return FeatureStatistics(mean, covariance, count)
 
 
 def output_shapes(network: Network, image_shape) -> dict[str, jax.ShapeDtypeStruct]:
@@ -189,17 +190,17 @@ class Reference:
   def _floor(self, name):
     real, count = self.statistics[name], self._num_images
     if not self.images.held_out:
-      mean, sd = metrics.bootstrap_floor(real.kept, seed=0, repeats=FLOOR_REPEATS)
+      mean, sd = distances.bootstrap_floor(real.kept, seed=0, repeats=FLOOR_REPEATS)
       return {"mean": mean, "sd": sd, "is": "a bootstrap resample of the real images"}
     (network,) = (n for n in self.networks if n.name == name)
     seen = features.of_images(network, self._mesh, self.images.training[0])
-    rng, distances = np.random.default_rng(0), []
+    rng, values = np.random.default_rng(0), []
     for _ in range(FLOOR_REPEATS):
       chosen = seen[rng.integers(len(seen), size=count)]
-      distances.append(metrics.frechet_distance(metrics.feature_statistics(chosen), real.features))
+      values.append(distances.frechet_distance(feature_statistics(chosen), real.features))
     return {
-      "mean": float(np.mean(distances)),
-      "sd": float(np.std(distances, ddof=1)),
+      "mean": float(np.mean(values)),
+      "sd": float(np.std(values, ddof=1)),
       "is": f"{count} training images",
     }
 
@@ -309,7 +310,7 @@ class Judging:
         values["times_floor"] = values["frechet_distance"] / floor
       found["scores"][name] = values
     if self._images:
-      found["nearest_neighbour"] = metrics.nearest_neighbour_distance(
+      found["nearest_neighbour"] = distances.nearest_neighbour_distance(
         _flat(np.concatenate(self._first)), self._images.flat
       )
       found["spectrum"] = (self._spectrum / self._added).tolist()
@@ -346,7 +347,9 @@ class DatasetImages:
 
   def own_neighbour_distance(self) -> float:
     """Mean distance of images trained on to the nearest other one."""
-    return metrics.nearest_neighbour_distance(self.flat[:NEIGHBOURS], self.flat, exclude_self=True)
+    return distances.nearest_neighbour_distance(
+      self.flat[:NEIGHBOURS], self.flat, exclude_self=True
+    )
 
   def yardsticks(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{name: (images, labels)}: real images first, then bad ones."""

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from ism_jax import metrics
+from ism_jax import distances, moments
 from ism_jax.features import PUBLISHED, Network
 
 KID_SUBSETS = 100
@@ -28,8 +28,8 @@ class Statistics:
     kept: float32 [K, F], features of single images, or None.
   """
 
-  features: metrics.FeatureStatistics
-  spatial: metrics.FeatureStatistics | None = None
+  features: moments.FeatureStatistics
+  spatial: moments.FeatureStatistics | None = None
   kept: np.ndarray | None = None
 
 
@@ -43,18 +43,18 @@ class Tally:
 
   def __init__(self, network: Network, total: int, *, keep: int = 0, inception_score: bool = False):
     self._network, self._total, self._added = network, total, 0
-    self._features, self._spatial, self._score = metrics.Moments(), None, None
+    self._features, self._spatial, self._score = moments.Moments(), None, None
     self._keep = np.linspace(0, total - 1, min(keep, total)).round().astype(int)
     self._kept, self._right = [], 0
     if inception_score:
-      self._score = metrics.InceptionScore(total, INCEPTION_SPLITS)
+      self._score = moments.InceptionScore(total, INCEPTION_SPLITS)
 
   def add(self, outputs: dict[str, np.ndarray], labels=None) -> None:
     """Adds the outputs [B, ...] of the next images, of these classes [B] if they have any."""
     features = outputs["features"]
     self._features.update(features)
     if "spatial" in outputs:
-      self._spatial = self._spatial or metrics.Moments()
+      self._spatial = self._spatial or moments.Moments()
       self._spatial.update(outputs["spatial"])
     chosen = self._keep[np.searchsorted(self._keep, self._added) :] - self._added
     self._kept.append(features[chosen[chosen < len(features)]])
@@ -89,20 +89,20 @@ class Tally:
       "accuracy". Beside means over splits or subsets is their deviation, with "_sd" in its name.
     """
     seen = self.statistics()
-    found = {"frechet_distance": metrics.frechet_distance(seen.features, real.features)}
+    found = {"frechet_distance": distances.frechet_distance(seen.features, real.features)}
     if seen.spatial and real.spatial:
-      found["spatial_frechet_distance"] = metrics.frechet_distance(seen.spatial, real.spatial)
+      found["spatial_frechet_distance"] = distances.frechet_distance(seen.spatial, real.spatial)
     if self._score:
       found["inception_score"], found["inception_score_sd"] = self._score.result()
     single = seen.kept is not None and real.kept is not None
     if single and self._network.name in PUBLISHED:
       # An unbiased estimate: smaller subsets change its spread, not its mean.
       size = min(KID_SUBSET_SIZE, len(seen.kept), len(real.kept))
-      found["kid"], found["kid_sd"] = metrics.kernel_distance(
+      found["kid"], found["kid_sd"] = distances.kernel_distance(
         seen.kept, real.kept, subsets=KID_SUBSETS, subset_size=size
       )
     if single:
-      found["precision"], found["recall"] = metrics.precision_recall(
+      found["precision"], found["recall"] = distances.precision_recall(
         real.kept, seen.kept, k=NEIGHBOURHOOD
       )
     if self._network.held_out_accuracy is not None and labelled:

@@ -16,8 +16,7 @@ LAYERS = [
     {"export"},
     {"evaluate"},
     {"train"},
-    {"monitor", "steps"},
-    {"monitor", "benchmark_report"},
+    {"monitor"},
     {"reference", "figures"},
     {"generate", "flops"},
     {"experiment", "scores"},
@@ -25,9 +24,9 @@ LAYERS = [
     {"sampling", "diagnosis"},
     {"objectives", "state_dicts"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
-     "metrics", "spectra", "judge", "logs", "commands", "topology"},
-    {"pretrained"},
-    {"paths", "files", "chips", "hlo", "multihost", "pytorch", "timing"},
+     "distances", "spectra", "judge", "logs", "commands"},
+    {"pretrained", "moments"},
+    {"paths", "files", "chips", "hlo", "multihost", "pytorch"},
 ]  # fmt: skip
 MATHEMATICS = {
   "paths",

@@ -13,8 +13,8 @@ import scipy.signal
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from ism_jax import distances, moments
 from ism_jax import judge as judges
-from ism_jax import metrics
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def count_trainings(monkeypatch, judge):
 
 
 def frechet(judge, a, b):
-  a, b = (metrics.feature_statistics(judges.judge_features(judge, x)[0]) for x in (a, b))
-  return metrics.frechet_distance(a, b)
+  a, b = (moments.feature_statistics(judges.judge_features(judge, x)[0]) for x in (a, b))
+  return distances.frechet_distance(a, b)
 
 
 def add_noise(images, deviation):
@@ -138,14 +138,14 @@ def test_the_features_have_a_full_covariance_and_no_dead_unit(digits, judge):
   features, _ = judges.judge_features(judge, digits[0])
   deviations = features.std(axis=0)
   assert deviations.min() > 0.1 * np.median(deviations)
-  eigenvalues = np.linalg.eigvalsh(metrics.feature_statistics(features).covariance)
+  eigenvalues = np.linalg.eigvalsh(moments.feature_statistics(features).covariance)
   assert len(eigenvalues) == 64
   assert eigenvalues[0] > 1e-4 * eigenvalues[-1]
 
 
 def test_the_distance_orders_images_by_their_quality(digits, judge):
   images, labels = digits
-  mean, deviation = metrics.bootstrap_floor(judges.judge_features(judge, images)[0], 0, 10)
+  mean, deviation = distances.bootstrap_floor(judges.judge_features(judge, images)[0], 0, 10)
   mild, strong = (frechet(judge, add_noise(images, s), images) for s in (32, 64))
   class_means = np.stack([images[labels == label].mean(axis=0) for label in range(10)])
   collapsed = frechet(judge, np.round(class_means).astype(np.uint8)[labels], images)
@@ -157,7 +157,7 @@ def test_the_distance_orders_images_by_their_quality(digits, judge):
 
 def test_the_distance_sees_a_missing_class(digits, judge):
   images, labels = digits
-  mean, deviation = metrics.bootstrap_floor(judges.judge_features(judge, images)[0], 0, 10)
+  mean, deviation = distances.bootstrap_floor(judges.judge_features(judge, images)[0], 0, 10)
   for label in range(10):
     assert frechet(judge, images[labels != label], images) > mean + 5 * deviation
 
@@ -252,10 +252,10 @@ def test_random_features_see_blur_and_are_the_same_for_ever(digits):
   # A value of the first version: numbers measured with it stay comparable.
   np.testing.assert_allclose(features.mean(), 0.40209, rtol=1e-4)
   scale = features.std(0)
-  statistics = metrics.feature_statistics(features / scale)
-  distance = lambda other: metrics.frechet_distance(
-    metrics.feature_statistics(see(other) / scale), statistics
+  statistics = moments.feature_statistics(features / scale)
+  distance = lambda other: distances.frechet_distance(
+    moments.feature_statistics(see(other) / scale), statistics
   )
   blurred = scipy.ndimage.uniform_filter(images, (0, 2, 2, 0))
-  floor, _ = metrics.bootstrap_floor(features / scale, seed=0, repeats=5)
+  floor, _ = distances.bootstrap_floor(features / scale, seed=0, repeats=5)
   assert distance(blurred) > 5 * floor

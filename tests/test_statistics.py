@@ -16,7 +16,7 @@ from PIL import Image
 import pytest
 from sklearn.datasets import load_sample_images
 
-from ism_jax import data, features, metrics, reference, samples, sharding, statistics
+from ism_jax import data, distances, features, moments, reference, samples, sharding, statistics
 from ism_jax.data import images as images_lib
 
 SIZE = 16
@@ -291,8 +291,8 @@ def test_statistics_of_others_are_read_as_they_are(tmp_path, whose):
   np.savez(tmp_path / "reference.npz", **arrays)
   read, told = reference.read(str(tmp_path / "reference.npz"), network(), mesh())
   assert "protocol" not in told and len(told["sha256"]) == 64
-  expected = metrics.FeatureStatistics(*others_statistics(images)["MeanFlow"].values(), count=30)
-  assert metrics.frechet_distance(read.features, expected) == pytest.approx(0, abs=1e-6)
+  expected = moments.FeatureStatistics(*others_statistics(images)["MeanFlow"].values(), count=30)
+  assert distances.frechet_distance(read.features, expected) == pytest.approx(0, abs=1e-6)
   if whose == "ADM":
     np.testing.assert_array_equal(read.spatial.mean, arrays["mu_s"])
     np.testing.assert_allclose(read.kept, quadrants(images.astype(float), np), rtol=1e-5)

@@ -1,137 +1,26 @@
-"""Distances between sets of images, and scores of one, from what a feature network sees in them.
+"""Distances between sets of images, from what a feature network sees in them.
 
 - Fréchet distance (Heusel et al. 2017; FID, sFID, FD-DINOv2): the first two moments of two sets.
   It means little without the value that chance alone gives at the same sample size:
   `bootstrap_floor`.
-- Inception Score (Salimans et al. 2016): how sure and how varied a classifier's answers are.
 - Kernel distance (Bińkowski et al. 2018; KID): all moments up to the third.
 - Precision and recall (Kynkäänniemi et al. 2019): which samples lie among real ones, and of how
   many real ones the samples are neighbours.
 - Nearest-neighbour distance: tells copies of the training set from new images.
 
-Moments and sums are float64 NumPy on the host. `Moments` and `InceptionScore` are fed batch by
-batch and keep nothing of single samples.
-Axes: N, M samples, B batch, F (or D) features, C classes.
+Axes: N, M samples, F (or D) features.
 """
-
-import dataclasses
-import warnings
 
 import numpy as np
 import scipy.linalg
-import scipy.special
 
-# Entries of one block of pairwise distances: 2^22 float64 are 32 MiB.
-_BLOCK_ENTRIES = 2**22
-# Rows that are centred at once; of 2048 features they are 64 MiB in float64.
-_BLOCK_ROWS = 4096
+from ism_jax.moments import feature_statistics, finite_rows
+
 # Rows and columns of one tile of pairwise distances in `precision_recall`.
 _TILE = 4096
 # Rounding moves a squared distance that is computed from products by up to 5 eps of the sum of the
 # squared norms (measured, 2048 features in float32). Distances closer than this are ties.
 _TIE = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureStatistics:
-  """Mean [F] and unbiased (ddof=1) covariance [F, F] of `count` feature vectors."""
-
-  mean: np.ndarray
-  covariance: np.ndarray
-  count: int
-
-  def __post_init__(self):
-    if self.mean.ndim != 1 or self.covariance.shape != 2 * self.mean.shape:
-      raise ValueError(
-        f"mean has shape {self.mean.shape} and covariance {self.covariance.shape}; "
-        "needed are [F] and [F, F]."
-      )
-    if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-      raise ValueError("mean or covariance holds NaN or infinity; make the statistics again.")
-
-
-class Moments:
-  """Mean and covariance of features that come in batches, as exact as of all of them at once.
-
-  Moments of parts are merged as by Chan et al. (1979): nothing cancels, however far the mean is
-  from zero. With 2048 features it is 32 MiB.
-  """
-
-  def __init__(self):
-    self._count = 0
-    self._mean = np.zeros(0)
-    # Sum of (x - mean) (x - mean)^T; only its lower triangle is kept up to date.
-    self._scatter = np.zeros((0, 0))
-
-  def update(self, features) -> None:
-    """Adds feature vectors [B, F].
-
-    Raises:
-      ValueError: rows that hold NaN or infinity, or another F than before; nothing was added then.
-    """
-    features = _finite_rows(features, "features")
-    for start in range(0, len(features), _BLOCK_ROWS):
-      block = features[start : start + _BLOCK_ROWS]
-      mean = block.mean(axis=0, dtype=np.float64)
-      self._add(len(block), mean, np.subtract(block, mean, dtype=np.float64))
-
-  def merge(self, other: "Moments") -> None:
-    """Adds what another one was given, on another process for example."""
-    if other._count:
-      self._add(other._count, other._mean, np.zeros((0, other._mean.size)))
-      self._scatter += other._scatter
-
-  def _add(self, count, mean, centred):
-    if not self._count:
-      self._mean = np.zeros(mean.size)
-      self._scatter = np.zeros((mean.size, mean.size))
-    if mean.size != self._mean.size:
-      raise ValueError(
-        f"features have {mean.size} entries, those before them {self._mean.size}; both need those "
-        "of one network."
-      )
-    total, step = self._count + count, mean - self._mean
-    # The distance between the two means is one more centred row.
-    rows = np.concatenate([centred, np.sqrt(self._count * count / total) * step[None]])
-    self._mean = self._mean + count / total * step
-    self._count = total
-    # A transpose is a matrix in BLAS's own order, which it adds to in place: its upper triangle is
-    # our lower one. That is five times faster than `+= rows.T @ rows` for small batches.
-    self._scatter = scipy.linalg.blas.dsyrk(
-      1.0, rows.T, beta=1.0, c=self._scatter.T, overwrite_c=True
-    ).T
-
-  def statistics(self) -> FeatureStatistics:
-    """Of everything that was added.
-
-    With N <= F the covariance is singular: the Fréchet distance is still defined, but it is biased
-    upwards so much that it compares with no published value. That is a warning, not an error.
-
-    Raises:
-      ValueError: fewer than two rows.
-    """
-    if self._count < 2:
-      raise ValueError(f"a covariance needs at least 2 feature rows; got {self._count}.")
-    if self._count <= self._mean.size:
-      warnings.warn(
-        f"{self._count} samples do not determine the covariance of {self._mean.size} features "
-        f"(rank at most {self._count - 1}); use more than {self._mean.size} samples.",
-        stacklevel=2,
-      )
-    lower = np.tril(self._scatter) / (self._count - 1)
-    covariance = lower + np.tril(lower, -1).T
-    return FeatureStatistics(self._mean.copy(), covariance, self._count)
-
-
-def feature_statistics(features) -> FeatureStatistics:
-  """`Moments.statistics` of features [N, F].
-
-  Raises:
-    ValueError: fewer than two rows, or rows that hold NaN or infinity.
-  """
-  moments = Moments()
-  moments.update(features)
-  return moments.statistics()
 
 
 def frechet_distance(a, b):
@@ -162,81 +51,6 @@ def frechet_distance(a, b):
   distance = np.sum((a.mean - b.mean) ** 2) + traces - 2 * trace_of_root
   # The difference of equal traces can round to below zero.
   return float(max(distance, 0.0))
-
-
-class InceptionScore:
-  """exp of the mean of KL(p(c|x) || p(c)), of a classifier's p(c|x), in equal parts of the samples.
-
-  Each part has its own p(c), and the score is biased downwards where parts are small: it compares
-  only between equal numbers of samples. Samples are dealt to the parts by a permutation, so that
-  images in order of their classes do not make parts of few classes; with the default seed it is the
-  permutation of torch-fidelity.
-
-  Args:
-    total: samples that will be added.
-    splits: parts.
-    seed: of the permutation; None deals contiguous parts, as ADM's evaluator does.
-  """
-
-  def __init__(self, total: int, splits: int = 10, seed: int | None = 2020):
-    if not 1 <= splits <= total:
-      raise ValueError(f"{total} samples do not fill {splits} splits; add samples.")
-    order = np.arange(total) if seed is None else np.random.RandomState(seed).permutation(total)
-    ends = np.arange(1, splits + 1) * total // splits
-    self._split_of = np.empty(total, int)
-    self._split_of[order] = np.searchsorted(ends, np.arange(total), side="right")
-    self._added = np.zeros(total, bool)
-    self._sums = np.zeros((splits, 0))  # of p(c|x)
-    self._negative_entropies = np.zeros(splits)  # sums of sum_c p(c|x) log p(c|x)
-
-  def update(self, logits, indices=None) -> None:
-    """Adds samples.
-
-    Args:
-      logits: [B, C]. For the published score, of the Inception of 2015 without its bias.
-      indices: [B], which of the `total` samples they are; None: those after the ones added so far.
-    Raises:
-      ValueError: rows that hold NaN or infinity, another C than before, or samples that were added
-        before or that are none of the `total`; nothing was added then.
-    """
-    logits = _finite_rows(logits, "logits").astype(np.float64)
-    if indices is None:
-      first = np.count_nonzero(self._added)
-      indices = np.arange(first, first + len(logits))
-    indices = np.asarray(indices)
-    if np.any((indices < 0) | (indices >= len(self._added))):
-      raise ValueError(
-        f"samples {indices.min()} to {indices.max()} were added of {len(self._added)}; make the "
-        "score with their total."
-      )
-    if np.any(self._added[indices]) or len(np.unique(indices)) != len(logits):
-      raise ValueError(f"some of samples {indices.min()} to {indices.max()} were added twice.")
-    if not self._added.any():
-      self._sums = np.zeros((len(self._sums), logits.shape[1]))
-    if logits.shape[1] != self._sums.shape[1]:
-      raise ValueError(f"logits have {logits.shape[1]} classes, before {self._sums.shape[1]}.")
-    log_p = scipy.special.log_softmax(logits, axis=1)
-    p = np.exp(log_p)
-    split = self._split_of[indices]
-    self._sums += (split == np.arange(len(self._sums))[:, None]) @ p
-    self._negative_entropies += np.bincount(
-      split, np.sum(p * log_p, axis=1), minlength=len(self._sums)
-    )
-    self._added[indices] = True
-
-  def result(self) -> tuple[float, float]:
-    """Mean and standard deviation (ddof=0) of the scores of the parts."""
-    if not self._added.all():
-      raise ValueError(
-        f"{np.count_nonzero(self._added)} samples were added of {len(self._added)}; add the others."
-      )
-    counts = np.bincount(self._split_of)
-    marginal = self._sums / counts[:, None]
-    # A class that no sample could be has no logarithm, and counts for nothing.
-    scores = np.exp(
-      self._negative_entropies / counts - scipy.special.xlogy(marginal, marginal).sum(axis=1)
-    )
-    return float(scores.mean()), float(scores.std())
 
 
 def kernel_distance(
@@ -320,7 +134,7 @@ def precision_recall(real, generated, k: int = 3) -> tuple[float, float]:
 def nearest_neighbour_distance(a, b, exclude_self=False):
   """Mean over the rows of a of the Euclidean distance to the nearest row of b.
 
-  Memory stays bounded: distances are computed in blocks of rows of a.
+  Memory stays bounded: scikit-learn computes distances in blocks.
 
   Args:
     a, b: [N, D] and [M, D].
@@ -328,7 +142,9 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
   Returns:
     float.
   """
-  a, b = _finite_matrix(a, "a"), _finite_matrix(b, "b")
+  from sklearn.neighbors import NearestNeighbors  # slow to import
+
+  a, b = (finite_rows(np.asarray(x, np.float64), name) for x, name in ((a, "a"), (b, "b")))
   if a.shape[1] != b.shape[1]:
     raise ValueError(
       f"rows of a have {a.shape[1]} entries, rows of b {b.shape[1]}; both need the same."
@@ -341,21 +157,13 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
     raise ValueError(
       f"{len(a)} rows have no neighbours among {len(b)} (exclude_self={exclude_self}); add rows."
     )
-
-  b_norms = np.sum(b**2, axis=1)
-  rows = max(1, _BLOCK_ENTRIES // len(b))
-  total = 0.0
-  for start in range(0, len(a), rows):
-    block = a[start : start + rows]
-    # |a - b|^2 up to |a|^2, which does not move the minimum.
-    ranks = b_norms - 2 * block @ b.T
-    if exclude_self:
-      index = np.arange(len(block))
-      ranks[index, start + index] = np.inf
-    # The expanded square cancels for close rows, so it only picks the neighbour; the distance is
-    # taken from the difference, and an exact copy is at exactly 0.
-    total += np.linalg.norm(block - b[ranks.argmin(axis=1)], axis=1).sum()
-  return float(total / len(a))
+  search = NearestNeighbors(n_neighbors=1 + exclude_self, algorithm="brute").fit(b)
+  neighbours = search.kneighbors(a, return_distance=False)
+  # The search expands the square, which cancels for close rows: it only picks the neighbours. Their
+  # distance is taken from the difference, and an exact copy is at exactly 0. Of the row itself and
+  # another one, the other is the farther, or as near.
+  distances = [np.linalg.norm(a - b[index], axis=1) for index in neighbours.T]
+  return float(np.max(distances, axis=0).mean())
 
 
 def bootstrap_floor(features, seed, repeats):
@@ -373,7 +181,7 @@ def bootstrap_floor(features, seed, repeats):
   """
   if repeats < 2:
     raise ValueError(f"repeats={repeats} gives no standard deviation; use at least 2.")
-  features = _finite_matrix(features, "features")
+  features = finite_rows(np.asarray(features, np.float64), "features")
   rng = np.random.default_rng(seed)
   everything = feature_statistics(features)
   distances = []
@@ -383,27 +191,8 @@ def bootstrap_floor(features, seed, repeats):
   return float(np.mean(distances)), float(np.std(distances, ddof=1))
 
 
-def _finite_rows(x, name):
-  """x [N, D] as it is; a ValueError says how many rows are not finite."""
-  x = np.asarray(x)
-  if x.ndim != 2:
-    raise ValueError(f"{name} has shape {x.shape}; needed is one row per sample, [N, D].")
-  # NaN and infinity both reach the extremes of a row, which take no memory as `isfinite(x)` does.
-  bad = len(x) and np.count_nonzero(~(np.isfinite(x.min(axis=1)) & np.isfinite(x.max(axis=1))))
-  if bad:
-    raise ValueError(
-      f"{bad} of {len(x)} rows of {name} hold NaN or infinity; look at the samples they come from."
-    )
-  return x
-
-
-def _finite_matrix(x, name):
-  """As `_finite_rows`, in float64."""
-  return _finite_rows(np.asarray(x, np.float64), name)
-
-
 def _two_sets(generated, real):
-  generated, real = _finite_rows(generated, "generated"), _finite_rows(real, "real")
+  generated, real = finite_rows(generated, "generated"), finite_rows(real, "real")
   if generated.shape[1] != real.shape[1]:
     raise ValueError(
       f"generated has {generated.shape[1]} features and real has {real.shape[1]}; both need those "
@@ -470,10 +259,10 @@ def _squared_radii(x, centre, k):
 def _smallest(distances, known):
   """The k smallest of each row of distances and known [N, k] together; overwrites distances."""
   k = known.shape[1]
-  found, index = [known], np.arange(len(distances))
+  smallest, index = [known], np.arange(len(distances))
   # k searches for a minimum: ten times faster than a partial sort, for the few that k is.
   for _ in range(min(k, distances.shape[1])):
     column = distances.argmin(axis=1)
-    found.append(distances[index, column][:, None])
+    smallest.append(distances[index, column][:, None])
     distances[index, column] = np.inf
-  return np.sort(np.concatenate(found, axis=1), axis=1)[:, :k]
+  return np.sort(np.concatenate(smallest, axis=1), axis=1)[:, :k]
