@@ -193,7 +193,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   batches = samples.batches(exp.evaluation.batch_size)
   result = reference.judge(batches, samples.count, samples.labels)
   logging.info("%s: %s.", path, _told(result["scores"]))
-  header = {"samples": path, "sha256": samples.sha256(), "labels": "as given"}
+  header = {"samples": path, "sha256": samples.protocol()["sha256"], "labels": "as given"}
   report = (
     header
     | protocol(mesh, reference, samples.count)

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 from ism_jax import files
+from ism_jax.data import to_unit_range
 
 # Raise it with every change that trains another judge: it is part of the cache's name.
 VERSION = 1
@@ -42,7 +43,14 @@ _EVAL_BATCH = 256
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-  """A trained classifier. `held_out_accuracy` is measured on images that it was not trained on."""
+  """A trained classifier.
+
+  Attributes:
+    params: nested dict of arrays.
+    held_out_accuracy: measured on images that it was not trained on.
+    image_shape: (H, W, C).
+    num_classes: that it tells apart.
+  """
 
   params: Any
   held_out_accuracy: float
@@ -109,7 +117,7 @@ def classify(params, images, num_classes):
   Returns:
     features float32 [B, 64], logits float32 [B, num_classes].
   """
-  return _Classifier(num_classes).apply({"params": params}, _to_unit_range(images))
+  return _Classifier(num_classes).apply({"params": params}, to_unit_range(images))
 
 
 def random_params(image_shape):
@@ -129,7 +137,7 @@ def random_features(params, images):
   Returns:
     float32 [B, 32 + 64 + 4 * 32].
   """
-  return _RandomNetwork().apply(params, _to_unit_range(images))
+  return _RandomNetwork().apply(params, to_unit_range(images))
 
 
 def train_judge(images, labels, *, num_classes, seed=0):
@@ -216,10 +224,6 @@ def _optimizer():
   return optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
 
 
-def _to_unit_range(images):
-  return images.astype(jnp.float32) / 127.5 - 1
-
-
 def _shift(image, offset):
   """image [H, W, C] moved by offset - 1 pixels in each direction, edges repeated."""
   padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
@@ -237,7 +241,7 @@ def _train_step(params, opt_state, images, labels, key, num_classes):
   key_index, key_shift = jax.random.split(key)
   index = jax.random.randint(key_index, (_BATCH,), 0, len(images))
   offsets = jax.random.randint(key_shift, (_BATCH, 2), 0, 3)
-  x = jax.vmap(_shift)(_to_unit_range(images[index]), offsets)
+  x = jax.vmap(_shift)(to_unit_range(images[index]), offsets)
 
   def loss(params):
     _, logits = _Classifier(num_classes).apply({"params": params}, x)

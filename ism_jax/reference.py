@@ -371,4 +371,4 @@ class DatasetImages:
 
 
 def _flat(images):
-  return images.reshape(len(images), -1) / 127.5
+  return data.to_unit_range(images, np.float64).reshape(len(images), -1)

@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 import zipfile
 import zlib
 
@@ -40,28 +41,31 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # what readi
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Samples:
+class ImageSet:
   """Images of one size, in a fixed order.
 
   Attributes:
-    path: where they are.
-    count: number of images, N.
+    source: where they are.
+    count: how many are listed, readable or not, N.
     image_shape: (H, W, C), C 1 or 3.
-    labels: int64 [N], where the file has some.
-    sha256: () -> checksum of the file; of a folder, of the files' names and checksums. Reads all.
     batches: B -> iterator of uint8 [B, H, W, C], the last one shorter. Raises ValueError, with the
       file's name, for damage that only reading shows.
+    protocol: () -> what they are, for those who judge by them: JSON. Of `open` it has the checksum
+      "sha256" of the file; of a folder, of the files' names and checksums, and so it reads all.
+    labels: int64 [N], where the file has some.
+    unreadable: {name: reason} of the images that batches had to leave out, filled as they are read.
   """
 
-  path: str
+  source: str
   count: int
   image_shape: tuple[int, int, int]
-  labels: np.ndarray | None
-  sha256: Callable[[], str]
   batches: Callable[[int], Iterator[np.ndarray]]
+  protocol: Callable[[], dict[str, Any]]
+  labels: np.ndarray | None = None
+  unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def open(path: str, num_threads: int | None = None) -> Samples:
+def open(path: str, num_threads: int | None = None) -> ImageSet:
   """Finds images, and checks all that can be known without decoding them.
 
   Args:
@@ -77,17 +81,17 @@ def open(path: str, num_threads: int | None = None) -> Samples:
   if "://" in path:
     raise ValueError(f"{path} is no local path: copy it to this machine, or mount its bucket.")
   if os.path.isdir(path):
-    found = _open_folder(path, num_threads or os.cpu_count())
+    images = _open_folder(path, num_threads or os.cpu_count())
   elif os.path.isfile(path):
-    found = _open_arrays(path)
+    images = _open_arrays(path)
   else:
     raise ValueError(
       f"{path}: there is no such file or folder. Needed is an npz or npy file of images, or a "
       "folder of image files."
     )
-  if found.count < 2:
-    raise ValueError(f"{path} holds {found.count} image: statistics need at least 2.")
-  return found
+  if images.count < 2:
+    raise ValueError(f"{path} holds {images.count} image: statistics need at least 2.")
+  return images
 
 
 # Arrays.
@@ -95,7 +99,14 @@ def open(path: str, num_threads: int | None = None) -> Samples:
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-  """An array in a file. `name`: of the member of a zip; "" in a file of its own."""
+  """An array in a file.
+
+  Attributes:
+    name: of the member of a zip; "" in an npy file.
+    shape: of the array.
+    dtype: of its entries.
+    fortran_order: whether the first axis is the fastest.
+  """
 
   name: str
   shape: tuple[int, ...]
@@ -103,7 +114,7 @@ class _Array:
   fortran_order: bool
 
 
-def _open_arrays(path) -> Samples:
+def _open_arrays(path) -> ImageSet:
   try:
     with pathlib.Path(path).open("rb") as file:
       zipped = file.read(len(_ZIP)) == _ZIP  # also of one that has lost its end
@@ -130,13 +141,13 @@ def _open_arrays(path) -> Samples:
       with _opened(path, array) as f:
         labels = np.frombuffer(f.read(), array.dtype).astype(np.int64)
       break
-  return Samples(
-    path=path,
+  return ImageSet(
+    source=path,
     count=images.shape[0],
     image_shape=images.shape[1:],
-    labels=labels,
-    sha256=functools.partial(files.sha256, path),
     batches=functools.partial(_array_batches, path, images),
+    protocol=lambda: {"source": path, "sha256": files.sha256(path), "listed": images.shape[0]},
+    labels=labels,
   )
 
 
@@ -243,11 +254,11 @@ def _array_batches(path, images: _Array, batch_size) -> Iterator[np.ndarray]:
 # Folders.
 
 
-def _open_folder(folder, num_threads) -> Samples:
+def _open_folder(folder, num_threads) -> ImageSet:
   names = []
-  for where, folders, names_here in os.walk(folder):
+  for root, folders, files_here in os.walk(folder):
     folders[:] = (name for name in folders if not name.startswith("."))
-    names += [os.path.relpath(os.path.join(where, name), folder) for name in names_here]
+    names += [os.path.relpath(os.path.join(root, name), folder) for name in files_here]
   listed, names = len(names), sorted(images_lib.only_images(names, folder))
   if not names:
     raise ValueError(
@@ -267,9 +278,13 @@ def _open_folder(folder, num_threads) -> Samples:
     )
   if lossy := [name for name in names if name.lower().endswith(_LOSSY)]:
     logging.warning(
-        "%s: %d of %d images are JPEG files, such as %s: what compression lost moves the Fréchet "
-        "distance. Samples are best kept as PNG or npz.", folder, len(lossy), len(names), lossy[0],
-    )  # fmt: skip
+      "%s: %d of %d images are JPEG files, such as %s: what compression lost moves the Fréchet "
+      "distance. PNG or npz loses nothing.",
+      folder,
+      len(lossy),
+      len(names),
+      lossy[0],
+    )
   width, height = sizes[0]
   channels = 1 if all(grey for _, grey in headers) else 3
 
@@ -280,13 +295,12 @@ def _open_folder(folder, num_threads) -> Samples:
         digest.update(f"{name}\n{content}\n".encode())
     return digest.hexdigest()
 
-  return Samples(
-    path=folder,
+  return ImageSet(
+    source=folder,
     count=len(names),
     image_shape=(height, width, channels),
-    labels=None,
-    sha256=sha256,
     batches=functools.partial(_folder_batches, paths, (height, width, channels), num_threads),
+    protocol=lambda: {"source": folder, "sha256": sha256(), "listed": len(names)},
   )
 
 
@@ -340,11 +354,12 @@ def writer(path: str, count: int, image_shape: tuple[int, int, int]):
   """A context in which add(images, labels) appends to ADM's npz, batch by batch.
 
   The file is there once the context is left with all images, and whole; an error leaves none. Its
-  bytes depend on the images and labels alone. Of several processes the first alone writes.
+  bytes depend only on the images and labels. Only the first process writes.
 
   Args:
     path: local, or of an object store such as gs://, for which it passes through a temporary file.
-    count: images that it will hold, N. image_shape: (H, W, C).
+    count: images that it will hold, N.
+    image_shape: (H, W, C).
   Returns:
     add(images uint8 [B, H, W, C], labels int [B]).
   Raises:
@@ -379,31 +394,31 @@ def writer(path: str, count: int, image_shape: tuple[int, int, int]):
 
 def _appender(path, count, image_shape, write):
   """add(images, labels), which checks and writes them, and a function to all labels at the end."""
-  taken, added = [], 0
+  batches, added = [], 0
 
   def add(images, labels):
     nonlocal added
     images, labels = np.ascontiguousarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or images.shape != (len(images), *image_shape):
       raise ValueError(
-        f"{path} was given {images.dtype} images of shape {images.shape}; needed are uint8 of "
+        f"{path} got {images.dtype} images of shape {images.shape}; needed are uint8 of "
         f"shape [B, {', '.join(map(str, image_shape))}]."
       )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
       raise ValueError(
-        f"{path} was given {labels.dtype} labels of shape {labels.shape} for {len(images)} images; "
+        f"{path} got {labels.dtype} labels of shape {labels.shape} for {len(images)} images; "
         "needed is one integer each."
       )
     added += len(images)
     if added > count:
-      raise ValueError(f"{path} was given {added} images, and is to hold {count}.")
+      raise ValueError(f"{path} got {added} images, and is to hold {count}.")
     write(images.data)
-    taken.append(labels.astype(np.int64))
+    batches.append(labels.astype(np.int64))
 
   def all_labels():
     if added < count:
-      raise ValueError(f"{path} was given {added} images, and is to hold {count}.")
-    return np.concatenate([np.empty(0, np.int64), *taken])
+      raise ValueError(f"{path} got {added} images, and is to hold {count}.")
+    return np.concatenate([np.empty(0, np.int64), *batches])
 
   return add, all_labels
 

@@ -6,6 +6,8 @@ Axes: N images, H size, C channels.
 import numpy as np
 import pywt
 
+from ism_jax.data import to_unit_range
+
 
 def radial_power(images):
   """Power spectrum of images, averaged over rings of equal frequency, images and channels.
@@ -18,7 +20,7 @@ def radial_power(images):
   Returns:
     float64 [H / 2]: mean power at 1, ..., H / 2 cycles per image, of values in [-1, 1].
   """
-  images = np.asarray(images, np.float64) / 127.5 - 1
+  images = to_unit_range(np.asarray(images), np.float64)
   size = images.shape[1]
   if images.ndim != 4 or images.shape[2] != size or size % 2:
     raise ValueError(f"images have shape {images.shape}; needed are [N, H, H, C] with H even.")
@@ -51,7 +53,7 @@ def band_energies(images):
     float64 [levels]: the three detail bands of each level together, finest first, of values in
     [-1, 1]. The coarsest approximation, which is the image's mean, is left out.
   """
-  images = np.asarray(images, np.float64) / 127.5 - 1
+  images = to_unit_range(np.asarray(images), np.float64)
   levels = pywt.dwt_max_level(images.shape[1], "haar")
   _, *details = pywt.wavedec2(images, "haar", level=levels, axes=(1, 2))
   return np.array([np.mean(np.square(bands)) for bands in reversed(details)])

@@ -14,16 +14,14 @@ A file holds the moments mu and sigma, which other tools read, for Inception mu_
 besides, the features of --keep_features images (for KID, precision and recall) and how all of it
 was made. Evaluation takes it by evaluation.reference=FILE.
 
-The same command again does nothing. Of several processes the first alone works, on its own devices.
+The same command again does nothing. Only the first process works, on its own devices.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import os
-from typing import Any
 
 from absl import app, flags, logging
 import jax
@@ -34,39 +32,23 @@ from ism_jax import (
   commands,
   data,
   features,
+  files,
   logs,
   multihost,
   reference,
+  samples,
   scores,
   sharding,
 )
-from ism_jax import samples as samples_lib
 from ism_jax.data import images as images_lib
 from ism_jax.data import pipeline
+from ism_jax.samples import ImageSet
 
 SPLIT = "train"
 SIZE = 256
 _BATCHES_AHEAD = 4  # cropped while the devices work
 # What a file says and two runs of the same protocol may differ in.
-_ONLY_TOLD = ("source", "features", "images", "unreadable", "jax")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ImageSet:
-  """Images of one size, in a fixed order.
-
-  Attributes:
-    count: how many are listed, readable or not.
-    image_shape: (H, W, C).
-    protocol: what they are, for the file: JSON.
-    batches: (B, a dict) -> iterator of uint8 [B, H, W, C], the last one shorter. It puts the images
-      that cannot be read into the dict, {name: reason}.
-  """
-
-  count: int
-  image_shape: tuple[int, int, int]
-  protocol: dict[str, Any]
-  batches: Callable[[int, dict[str, str]], Iterator[np.ndarray]]
+_DESCRIPTIONS = ("source", "features", "images", "unreadable", "jax")
 
 
 def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSet:
@@ -74,7 +56,9 @@ def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSe
   source = images_lib.open_source(named, tfds_dir)
   crop = functools.partial(images_lib.read_crop, source, size)
 
-  def batches(batch_size, unreadable):
+  unreadable = {}
+
+  def batches(batch_size):
     ready = []
     # Threads: PIL decodes, shrinks and resizes without Python's lock.
     with (
@@ -83,11 +67,11 @@ def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSe
         images_lib.in_order(pool, crop, range(source.size), _BATCHES_AHEAD * batch_size)
       ) as crops,
     ):
-      for found in crops:
-        if found.reason is not None:
-          unreadable[source.name(found.index)] = found.reason
+      for image in crops:
+        if image.reason is not None:
+          unreadable[source.name(image.index)] = image.reason
           continue
-        ready.append(found.pixels)
+        ready.append(image.pixels)
         if len(ready) == batch_size:
           yield np.stack(ready)
           ready = []
@@ -101,15 +85,13 @@ def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSe
     "crop": images_lib.CROP,
     "size": size,
   }
-  return ImageSet(source.size, (size, size, 3), protocol, batches)
-
-
-def of_samples(path: str, num_threads: int) -> ImageSet:
-  """Images as they are, see `samples.open`; reads all of them once for their checksum."""
-  found = samples_lib.open(path, num_threads)
-  protocol = {"source": path, "sha256": found.sha256(), "listed": found.count}
   return ImageSet(
-    found.count, found.image_shape, protocol, lambda size, unreadable: found.batches(size)
+    source=named,
+    count=source.size,
+    image_shape=(size, size, 3),
+    batches=batches,
+    protocol=lambda: protocol,
+    unreadable=unreadable,
   )
 
 
@@ -125,32 +107,21 @@ def of_dataset(cfg: pipeline.DataConfig, split: str) -> ImageSet:
   dataset = pipeline.tfds_builder(cfg.name, cfg.dir).info.full_name
   protocol = {"source": dataset, "dataset": dataset, "split": split, "listed": len(source)}
 
-  def batches(batch_size, unreadable):
+  def batches(batch_size):
     for start in range(0, len(source), batch_size):
       yield source.stored(range(start, min(start + batch_size, len(source))))[0]
 
   image_shape = (cfg.image_size, cfg.image_size, cfg.channels)
-  return ImageSet(len(source), image_shape, protocol, batches)
-
-
-def protocol_of(images: ImageSet, network: features.Network, keep: int) -> dict:
-  """What the file of a network's statistics says of how it was made, but for unreadable images."""
-  return images.protocol | {
-    "network": network.name,
-    "weights": network.sha256,
-    "features": network.what,
-    "keep": min(keep, images.count),
-    "jax": jax.__version__,
-  }
+  return ImageSet(dataset, len(source), image_shape, batches, lambda: protocol)
 
 
 def compute(
   images: ImageSet, networks, mesh, *, keep: int, batch_size: int
-) -> tuple[dict[str, scores.Statistics], dict[str, str]]:
-  """({network: statistics}, {image: why it could not be read}) in one pass over the images.
+) -> dict[str, scores.Statistics]:
+  """{network: statistics} in one pass over the images.
 
   Args:
-    keep: images whose features are kept, evenly spread, at most.
+    keep: the most images whose features the statistics hold, evenly spread.
     batch_size: images at a time on each device.
   Raises:
     ValueError: fewer than two images could be read, or one that must be could not.
@@ -158,25 +129,25 @@ def compute(
   """
   tallies = {n.name: scores.Tally(n, images.count, keep=keep) for n in networks}
   rows = min(batch_size, -(-images.count // mesh.size)) * mesh.size
-  progress, unreadable, told = logs.Progress(images.count), {}, 0
+  progress, unreadable, reported = logs.Progress(images.count), images.unreadable, 0
   with (
-    contextlib.closing(images.batches(rows, unreadable)) as batches,
+    contextlib.closing(images.batches(rows)) as batches,
     contextlib.closing(_one_ahead(batches)) as ready,
   ):
     for batch, outputs in features.of_batches(networks, mesh, ready):
       for name, tally in tallies.items():
         tally.add(outputs[name])
-      new, told = len(unreadable) - told, len(unreadable)
+      new, reported = len(unreadable) - reported, len(unreadable)
       progress.add(len(batch) + new, unreadable=new)
   if images.count - len(unreadable) < 2:
     name, reason = next(iter(unreadable.items()))
     raise ValueError(
-      f"{images.protocol['source']}: {len(unreadable)} of {images.count} images could not be read, "
+      f"{images.source}: {len(unreadable)} of {images.count} images could not be read, "
       f"and statistics need at least 2; the first is {name}: {reason}."
     )
   for tally in tallies.values():
     tally.leave_out(len(unreadable))
-  return {name: tally.statistics() for name, tally in tallies.items()}, unreadable
+  return {name: tally.statistics() for name, tally in tallies.items()}
 
 
 def _one_ahead(batches: Iterator) -> Iterator:
@@ -200,42 +171,58 @@ def make(
   Raises:
     ValueError: `out` holds statistics of another protocol; or as `compute`.
   """
-  files = {n.name: os.path.join(out, f"{n.name}.npz") for n in networks}
-  protocols = {n.name: protocol_of(images, n, keep) for n in networks}
-  todo = [n for n in networks if not _is_done(files[n.name], protocols[n.name])]
+  paths = {n.name: os.path.join(out, f"{n.name}.npz") for n in networks}
+  what = images.protocol()
+  protocols = {
+    n.name: what
+    | {
+      "network": n.name,
+      "weights": n.sha256,
+      "features": n.what,
+      "keep": min(keep, images.count),
+      "jax": jax.__version__,
+    }
+    for n in networks
+  }
+  todo = [n for n in networks if not _is_done(paths[n.name], protocols[n.name])]
   for network in todo:
     shape = reference.output_shapes(network, images.image_shape)["features"].shape
     if images.count <= shape[-1]:
       logging.warning(
-          "%d images do not determine the covariance of the %d features of %s: distances to them "
-          "are too large, and compare with no others.", images.count, shape[-1], network.name,
-      )  # fmt: skip
+        "%d images do not determine the covariance of the %d features of %s: distances to them "
+        "are too large, and compare with no others.",
+        images.count,
+        shape[-1],
+        network.name,
+      )
   if not todo:
-    return files
+    return paths
   mesh = sharding.data_mesh(jax.local_devices() if devices is None else devices)
-  found, unreadable = compute(images, todo, mesh, keep=keep, batch_size=batch_size)
-  seen = images.count - len(unreadable)
+  statistics = compute(images, todo, mesh, keep=keep, batch_size=batch_size)
+  unreadable, readable = images.unreadable, images.count - len(images.unreadable)
   if unreadable:
     logging.warning(
-        "%d of %d images could not be read and are left out, such as %s; the files list them.",
-        len(unreadable), images.count, next(iter(unreadable)),
-    )  # fmt: skip
-  for name, statistics in found.items():
-    told = {"images": seen, "unreadable": unreadable}
-    reference.write(files[name], statistics, protocols[name] | told)
-    logging.info("The statistics of %d images by %s are in %s.", seen, name, files[name])
-  return files
+      "%d of %d images could not be read and are left out, such as %s; the files list them.",
+      len(unreadable),
+      images.count,
+      next(iter(unreadable)),
+    )
+  for name, path in ((n.name, paths[n.name]) for n in todo):
+    protocol = protocols[name] | {"images": readable, "unreadable": unreadable}
+    reference.write(path, statistics[name], protocol)
+    logging.info("The statistics of %d images by %s are in %s.", readable, name, path)
+  return paths
 
 
 def _is_done(path, wanted) -> bool:
   """Whether a file of the wanted protocol is there; raises ValueError for one of another."""
   if not os.path.exists(path):
     return False
-  found = reference.read_protocol(path)
+  protocol = reference.read_protocol(path)
   differ = [
-    f"{key}={found.get(key)!r}, not {value!r}"
+    f"{key}={protocol.get(key)!r}, not {value!r}"
     for key, value in wanted.items()
-    if key not in _ONLY_TOLD and found.get(key) != value
+    if key not in _DESCRIPTIONS and protocol.get(key) != value
   ]
   if differ:
     raise ValueError(
@@ -250,10 +237,8 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string("images", None, "Images to crop: a source that ism_jax.encode takes.")
   flags.DEFINE_string("samples", None, "Images as they are: an npz or npy file, or a folder.")
-  config_flags.DEFINE_config_file(
-    "config", None, "Config file that names a dataset of images, taken as they are.",
-    lock_config=True,
-  )  # fmt: skip
+  text = "Config file that names a dataset of images, taken as they are."
+  config_flags.DEFINE_config_file("config", None, text, lock_config=True)
   positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
   positive("size", SIZE, "With --images: height and width of the crops, in pixels.")
   flags.DEFINE_string("tfds_dir", "", "With --images=tfds:NAME: its folder; TFDS's default.")
@@ -266,7 +251,7 @@ def define_flags() -> None:
     "weights", "", "NETWORK=FILE,...; the published ones for others; random for checks."
   )
   flags.DEFINE_integer(
-    "keep_features", reference.KEPT, "Images whose features are kept.", lower_bound=0
+    "keep_features", reference.KEPT, "The most images whose features a file holds.", lower_bound=0
   )
   positive("batch_size", 64, "Images at a time, on each device.")
   positive("num_threads", os.cpu_count(), "Threads that decode images.")
@@ -274,34 +259,34 @@ def define_flags() -> None:
   multihost.define_flags()
 
 
-def _image_set(given) -> ImageSet:
+def _image_set(args) -> ImageSet:
   """The images that the flags name.
 
   Raises:
     ValueError: they name none, or several, or say what goes with others.
   """
-  sources = [name for name in ("images", "samples", "config") if given[name].value is not None]
+  sources = [name for name in ("images", "samples", "config") if args[name].value is not None]
   if len(sources) != 1:
     raise ValueError(
       f"{' and '.join(f'--{name}' for name in sources) or 'no images'} given: name the images by "
       "one of --images, --samples and --config."
     )
   for name, goes_with in (("size", "images"), ("tfds_dir", "images"), ("split", "config")):
-    if given[name].present and goes_with != sources[0]:
+    if args[name].present and goes_with != sources[0]:
       raise ValueError(
-        f"--{name} goes with --{goes_with} alone; images of --{sources[0]} are taken as they are."
+        f"--{name} only goes with --{goes_with}; images of --{sources[0]} are taken as they are."
       )
   if sources[0] == "images":
-    return of_images(given.images, given.tfds_dir, given.size, given.num_threads)
+    return of_images(args.images, args.tfds_dir, args.size, args.num_threads)
   if sources[0] == "samples":
-    return of_samples(given.samples, given.num_threads)
+    return samples.open(args.samples, args.num_threads)
   try:
-    values = given.config.data
+    values = args.config.data
   except OSError as error:  # the flag itself says nothing of a file that is not there
     raise OSError(
-      f"--config={given['config'].config_filename} cannot be read: name a file of configs/."
+      f"--config={args['config'].config_filename} cannot be read: name a file of configs/."
     ) from error
-  return of_dataset(data.DataConfig(**values), given.split)
+  return of_dataset(data.DataConfig(**values), args.split)
 
 
 def _network_files(named: str, weights: str) -> dict[str, str]:
@@ -321,16 +306,16 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   commands.quiet_libraries()
-  given = flags.FLAGS
+  args = flags.FLAGS
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*multihost.define_flags()())
     if jax.process_index() != 0:
       return  # and wait for the first
-    files = _network_files(given.networks, given.weights)
-    files.check_writable(given.out)
-    images = _image_set(given)
-    networks = tuple(features.published(name, file) for name, file in files.items())
-    make(images, networks, given.out, keep=given.keep_features, batch_size=given.batch_size)
+    weights = _network_files(args.networks, args.weights)
+    files.check_writable(args.out)
+    images = _image_set(args)
+    networks = tuple(features.published(name, file) for name, file in weights.items())
+    make(images, networks, args.out, keep=args.keep_features, batch_size=args.batch_size)
 
 
 if __name__ == "__main__":

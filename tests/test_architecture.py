@@ -21,10 +21,11 @@ LAYERS = [
     {"generate", "flops"},
     {"experiment", "scores"},
     {"features", "samples"},
+    {"judge", "spectra"},
     {"sampling", "diagnosis"},
     {"objectives", "state_dicts"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
-     "distances", "spectra", "judge", "logs", "commands"},
+     "distances", "logs", "commands"},
     {"pretrained", "moments"},
     {"paths", "files", "chips", "hlo", "multihost", "pytorch"},
 ]  # fmt: skip

@@ -45,7 +45,7 @@ def test_our_numbers_of_real_photographs_are_those_of_torch_fidelity(pytorch, tm
 
   networks = (features.published("inception", weights),)
   files = statistics.make(
-      statistics.of_samples(str(tmp_path / "real"), 2), networks, str(tmp_path / "statistics"),
+      samples.open(str(tmp_path / "real"), 2), networks, str(tmp_path / "statistics"),
       keep=COUNT, batch_size=20, devices=jax.devices()[:1],
   )  # fmt: skip
   config = tiny_config()

@@ -28,18 +28,18 @@ def labels_of(count):
   return np.arange(count) * 7 % 10
 
 
-def write(path, count=7, given=None, batch=3):
-  """Writes `given` images as a file that is to hold `count`."""
-  given = count if given is None else given
-  images, labels = pixels(given), labels_of(given)
+def write(path, count=7, added=None, batch=3):
+  """Writes `added` images as a file that is to hold `count`."""
+  added = count if added is None else added
+  images, labels = pixels(added), labels_of(added)
   with samples.writer(str(path), count, SHAPE) as add:
-    for start in range(0, given, batch):
+    for start in range(0, added, batch):
       add(images[start : start + batch], labels[start : start + batch].astype(np.int32))
   return images, labels
 
 
-def read(found, batch_size=3):
-  batches = list(found.batches(batch_size))
+def read(image_set, batch_size=3):
+  batches = list(image_set.batches(batch_size))
   assert [len(b) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
   return np.concatenate(batches)
 
@@ -55,8 +55,8 @@ def save_images(folder, named, **options):
 
 def refused(path, message):
   with pytest.raises(ValueError, match=message) as raised:
-    found = samples.open(str(path))
-    for _ in found.batches(2):
+    image_set = samples.open(str(path))
+    for _ in image_set.batches(2):
       pass
   assert "\n" not in str(raised.value) and str(path) in str(raised.value)
 
@@ -66,11 +66,11 @@ def refused(path, message):
 
 def test_what_is_written_in_batches_is_adms_npz(tmp_path):
   images, labels = write(tmp_path / "new" / "samples.npz")
-  with np.load(tmp_path / "new" / "samples.npz", allow_pickle=False) as found:
-    assert found.files == ["arr_0", "arr_1"]
-    np.testing.assert_array_equal(found["arr_0"], images)
-    np.testing.assert_array_equal(found["arr_1"], labels)
-    assert found["arr_0"].dtype == np.uint8 and found["arr_1"].dtype == np.int64
+  with np.load(tmp_path / "new" / "samples.npz", allow_pickle=False) as file:
+    assert file.files == ["arr_0", "arr_1"]
+    np.testing.assert_array_equal(file["arr_0"], images)
+    np.testing.assert_array_equal(file["arr_1"], labels)
+    assert file["arr_0"].dtype == np.uint8 and file["arr_1"].dtype == np.int64
   with zipfile.ZipFile(tmp_path / "new" / "samples.npz") as archive:
     assert archive.testzip() is None
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["samples.npz"]
@@ -84,15 +84,15 @@ def test_equal_samples_make_equal_files_whatever_the_batches(tmp_path):
     assert {m.date_time for m in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
-@pytest.mark.parametrize("given", [6, 8, 0])
-def test_too_many_or_too_few_images_leave_no_file_and_the_old_one(tmp_path, given):
+@pytest.mark.parametrize("added", [6, 8, 0])
+def test_too_many_or_too_few_images_leave_no_file_and_the_old_one(tmp_path, added):
   path = tmp_path / "samples.npz"
-  with pytest.raises(ValueError, match=rf"samples\.npz was given {given} images, .* hold 7"):
-    write(path, 7, given)
+  with pytest.raises(ValueError, match=rf"samples\.npz got {added} images, .* hold 7"):
+    write(path, 7, added)
   assert not list(tmp_path.iterdir())
   path.write_bytes(b"old")
   with pytest.raises(ValueError, match="is to hold 7"):
-    write(path, 7, given)
+    write(path, 7, added)
   assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -187,8 +187,8 @@ def test_memory_holds_a_few_batches_and_not_the_file(tmp_path):
         ):
           while content := source.read(2**16):
             target.write(content)
-      found = samples.open(str(tmp_path / ("small.npz" if compressed else "samples.npz")))
-      total = sum(int(b.sum(dtype=np.int64)) for b in found.batches(batch))
+      image_set = samples.open(str(tmp_path / ("small.npz" if compressed else "samples.npz")))
+      total = sum(int(b.sum(dtype=np.int64)) for b in image_set.batches(batch))
       assert total == batches * int(images.sum(dtype=np.int64))
     _, peak = tracemalloc.get_traced_memory()
   finally:
@@ -210,21 +210,23 @@ def saved(path, kind, **arrays):
 def test_arrays_are_read_in_order_in_batches(tmp_path, kind, batch_size):
   images, labels = pixels(7), labels_of(7)
   path = saved(tmp_path / "a.npz", kind, arr_0=images, arr_1=labels)
-  found = samples.open(path)
-  assert found.count == 7 and found.image_shape == SHAPE and found.path == path
-  assert found.labels.dtype == np.int64
-  np.testing.assert_array_equal(found.labels, labels)
+  image_set = samples.open(path)
+  assert image_set.count == 7 and image_set.image_shape == SHAPE and image_set.source == path
+  assert image_set.labels.dtype == np.int64
+  np.testing.assert_array_equal(image_set.labels, labels)
   for _ in range(2):  # again from the beginning
-    np.testing.assert_array_equal(read(found, batch_size), images)
-  assert found.sha256() == hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    np.testing.assert_array_equal(read(image_set, batch_size), images)
+  assert (
+    image_set.protocol()["sha256"] == hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+  )
 
 
 def test_an_npy_file_and_grey_images_are_read(tmp_path):
   images = pixels(5, (4, 4, 1))
   np.save(tmp_path / "a.npy", images)
-  found = samples.open(str(tmp_path / "a.npy"))
-  assert found.image_shape == (4, 4, 1) and found.labels is None
-  np.testing.assert_array_equal(read(found), images)
+  image_set = samples.open(str(tmp_path / "a.npy"))
+  assert image_set.image_shape == (4, 4, 1) and image_set.labels is None
+  np.testing.assert_array_equal(read(image_set), images)
   header_2 = io.BytesIO()
   np.lib.format.write_array(header_2, images, version=(2, 0))
   (tmp_path / "a.npy").write_bytes(header_2.getvalue())
@@ -233,14 +235,16 @@ def test_an_npy_file_and_grey_images_are_read(tmp_path):
 
 def test_images_and_labels_are_found_by_what_they_are(tmp_path):
   images, labels = pixels(5), labels_of(5).astype(">i2")
-  found = samples.open(saved(tmp_path / "a.npz", "npz", x=images, labels=labels, mu=np.zeros(9)))
-  np.testing.assert_array_equal(read(found), images)
-  np.testing.assert_array_equal(found.labels, labels)
+  image_set = samples.open(
+    saved(tmp_path / "a.npz", "npz", x=images, labels=labels, mu=np.zeros(9))
+  )
+  np.testing.assert_array_equal(read(image_set), images)
+  np.testing.assert_array_equal(image_set.labels, labels)
   # ADM's reference batches hold statistics besides.
   adm = dict(arr_0=images, mu=np.zeros(4), sigma=np.eye(4), other=pixels(2), arr_1=np.zeros(5))
-  found = samples.open(saved(tmp_path / "b.npz", "npz", **adm))
-  np.testing.assert_array_equal(read(found), images)
-  assert found.labels is None  # these are no integers
+  image_set = samples.open(saved(tmp_path / "b.npz", "npz", **adm))
+  np.testing.assert_array_equal(read(image_set), images)
+  assert image_set.labels is None  # these are no integers
   assert samples.open(saved(tmp_path / "c.npz", "npz", arr_0=images, arr_1=labels[:4])).labels is (
     None
   )
@@ -312,16 +316,18 @@ def test_a_folder_is_read_by_names_with_the_folders_inside_it(tmp_path):
   (tmp_path / ".hidden").mkdir()
   save_images(tmp_path, {".hidden/x.png": images[0], ".x.png": images[0]})
   (tmp_path / "notes.txt").write_text("no image")
-  found = samples.open(str(tmp_path))
-  assert found.count == 5 and found.image_shape == SHAPE and found.labels is None
+  image_set = samples.open(str(tmp_path))
+  assert image_set.count == 5 and image_set.image_shape == SHAPE and image_set.labels is None
   for batch_size in (2, 5, 9):
-    np.testing.assert_array_equal(read(found, batch_size), images)
+    np.testing.assert_array_equal(read(image_set, batch_size), images)
 
 
 def test_the_checksum_of_a_folder_tells_names_and_contents(tmp_path):
   images = pixels(3)
   named = {"a.png": images[0], "b.png": images[1]}
-  checksum = lambda folder, named: samples.open(save_images(tmp_path / folder, named)).sha256()
+  checksum = lambda folder, named: samples.open(save_images(tmp_path / folder, named)).protocol()[
+    "sha256"
+  ]
   first = checksum("1", named)
   assert checksum("2", named) == first
   assert checksum("3", named | {"b.png": images[2]}) != first
@@ -332,15 +338,15 @@ def test_the_checksum_of_a_folder_tells_names_and_contents(tmp_path):
 def test_images_stay_grey_only_where_all_are(tmp_path):
   grey, colour = pixels(4, (6, 5)), pixels(1)[0]
   files = {"a.png": grey[0], "b.png": np.dstack([grey[1], grey[2]]), "c.png": grey[3] > 128}
-  found = samples.open(save_images(tmp_path, files))
-  assert found.image_shape == (6, 5, 1)
+  image_set = samples.open(save_images(tmp_path, files))
+  assert image_set.image_shape == (6, 5, 1)
   np.testing.assert_array_equal(
-    read(found)[..., 0], [grey[0], grey[1], 255 * np.uint8(grey[3] > 128)]
+    read(image_set)[..., 0], [grey[0], grey[1], 255 * np.uint8(grey[3] > 128)]
   )
-  found = samples.open(save_images(tmp_path, {"d.png": colour}))
-  assert found.image_shape == (6, 5, 3)
-  np.testing.assert_array_equal(read(found)[0], np.repeat(grey[0][..., None], 3, -1))
-  np.testing.assert_array_equal(read(found)[3], colour)
+  image_set = samples.open(save_images(tmp_path, {"d.png": colour}))
+  assert image_set.image_shape == (6, 5, 3)
+  np.testing.assert_array_equal(read(image_set)[0], np.repeat(grey[0][..., None], 3, -1))
+  np.testing.assert_array_equal(read(image_set)[3], colour)
 
 
 def test_alpha_and_palette_become_colours(tmp_path):
@@ -348,9 +354,9 @@ def test_alpha_and_palette_become_colours(tmp_path):
   palette = Image.fromarray(rgba[1, ..., :3]).quantize(30)
   save_images(tmp_path, {"a.png": rgba[0]})
   palette.save(tmp_path / "b.png")
-  found = read(samples.open(str(tmp_path)))
-  np.testing.assert_array_equal(found[0], rgba[0, ..., :3])
-  np.testing.assert_array_equal(found[1], np.asarray(palette.convert("RGB")))
+  decoded = read(samples.open(str(tmp_path)))
+  np.testing.assert_array_equal(decoded[0], rgba[0, ..., :3])
+  np.testing.assert_array_equal(decoded[1], np.asarray(palette.convert("RGB")))
 
 
 def test_mixed_sizes_are_found_before_anything_is_decoded(tmp_path):

@@ -48,8 +48,8 @@ def network(name="inception", sha256="abc"):
 
   def apply(params, x):
     x = x.astype(jnp.float32)
-    found = {"features": quadrants(x, jnp) * params["scale"]}
-    return found | ({"spatial": rows(x, jnp)} if name == "inception" else {})
+    outputs = {"features": quadrants(x, jnp) * params["scale"]}
+    return outputs | ({"spatial": rows(x, jnp)} if name == "inception" else {})
 
   return features.Network(name, "quadrants", sha256, {"scale": np.float32(1)}, apply)
 
@@ -99,15 +99,15 @@ def test_moments_and_kept_features_are_numpys_whatever_the_batches(
 ):
   images = crops(count)
   path = saved_samples(tmp_path / "samples.npz", images)
-  found = statistics.of_samples(path, num_threads=2)
-  files = make(found, tmp_path, None, 10, batch_size, jax.devices()[:devices])
+  image_set = samples.open(path, num_threads=2)
+  files = make(image_set, tmp_path, None, 10, batch_size, jax.devices()[:devices])
   assert files == {"inception": str(tmp_path / "inception.npz")}
   arrays, protocol = check_file(files["inception"], images)
-  kept = np.linspace(0, count - 1, 10).round().astype(int)
-  np.testing.assert_allclose(arrays["features"], quadrants(images.astype(float), np)[kept], 1e-5)
+  chosen = np.linspace(0, count - 1, 10).round().astype(int)
+  np.testing.assert_allclose(arrays["features"], quadrants(images.astype(float), np)[chosen], 1e-5)
   assert protocol == {
     "source": path,
-    "sha256": samples.open(path).sha256(),
+    "sha256": samples.open(path).protocol()["sha256"],
     "listed": count,
     "images": count,
     "unreadable": {},
@@ -121,8 +121,8 @@ def test_moments_and_kept_features_are_numpys_whatever_the_batches(
 
 def test_no_features_are_kept_where_none_are_wanted(tmp_path):
   images = crops(30)
-  found = statistics.of_samples(saved_samples(tmp_path / "a.npz", images), 1)
-  arrays, _ = check_file(make(found, tmp_path, keep=0)["inception"], images)
+  image_set = samples.open(saved_samples(tmp_path / "a.npz", images), 1)
+  arrays, _ = check_file(make(image_set, tmp_path, keep=0)["inception"], images)
   assert set(arrays) == {"mu", "sigma", "mu_s", "sigma_s", "count", "protocol"}
 
 
@@ -148,8 +148,8 @@ def test_images_of_a_source_are_cropped_and_the_unreadable_ones_listed(tmp_path,
   expected = np.stack([
     images_lib.centre_crop(images_lib.decode(source.read(i)[0]), SIZE) for i in readable
   ])  # fmt: skip
-  found = statistics.of_images(photos, "", SIZE, num_threads=2)
-  arrays, protocol = check_file(make(found, tmp_path)["inception"], expected)
+  image_set = statistics.of_images(photos, "", SIZE, num_threads=2)
+  arrays, protocol = check_file(make(image_set, tmp_path)["inception"], expected)
   assert len(arrays["features"]) == arrays["count"] == protocol["images"] == 39
   assert set(protocol["unreadable"]) == bad and "truncated" in protocol["unreadable"]["china/0.png"]
   said = {k: protocol[k] for k in ("source", "listing", "listed", "crop", "size")}
@@ -162,9 +162,9 @@ def test_images_of_a_source_are_cropped_and_the_unreadable_ones_listed(tmp_path,
 def test_a_dataset_that_a_config_names_is_taken_as_it_is(tmp_path):
   cfg = data.DataConfig("digits", str(tmp_path), 8, 1, 10, False, 0, 0, "")
   images, _ = data.all_images(data.load_source(cfg))
-  found = statistics.of_dataset(cfg, "train[:90%]")
+  image_set = statistics.of_dataset(cfg, "train[:90%]")
   arrays, protocol = check_file(
-    make(found, tmp_path, keep=7, batch_size=64)["inception"], images[:1617]
+    make(image_set, tmp_path, keep=7, batch_size=64)["inception"], images[:1617]
   )
   assert protocol["dataset"].startswith("digits/1.") and protocol["split"] == "train[:90%]"
   assert protocol["listed"] == arrays["count"] == 1617 and len(arrays["features"]) == 7
@@ -172,9 +172,9 @@ def test_a_dataset_that_a_config_names_is_taken_as_it_is(tmp_path):
 
 def test_several_networks_see_the_images_in_one_pass(tmp_path):
   images = crops(30)
-  found, passes = statistics.of_samples(saved_samples(tmp_path / "a.npz", images), 1), []
-  counting = lambda *given: passes.append(1) or found.batches(*given)
-  counted = dataclasses.replace(found, batches=counting)
+  image_set, passes = samples.open(saved_samples(tmp_path / "a.npz", images), 1), []
+  counting = lambda *args: passes.append(1) or image_set.batches(*args)
+  counted = dataclasses.replace(image_set, batches=counting)
   files = make(counted, tmp_path, (network(), network("dinov2", "def")))
   assert len(passes) == 1 and set(files) == {"inception", "dinov2"}
   _, of_inception = check_file(files["inception"], images)
@@ -189,32 +189,32 @@ def forbidden(*_):
 def test_what_is_done_is_not_done_again_and_nothing_else_is_overwritten(tmp_path):
   images = crops(30)
   path = saved_samples(tmp_path / "a.npz", images)
-  found, out = statistics.of_samples(path, 1), tmp_path / "out"
-  files = make(found, out)
+  image_set, out = samples.open(path, 1), tmp_path / "out"
+  files = make(image_set, out)
   before = pathlib.Path(files["inception"]).read_bytes()
-  assert make(dataclasses.replace(found, batches=forbidden), out) == files
+  assert make(dataclasses.replace(image_set, batches=forbidden), out) == files
   # Another network is added, and the first one's file stays.
-  files = make(found, out, (network(), network("dinov2")))
+  files = make(image_set, out, (network(), network("dinov2")))
   check_file(files["dinov2"], images)
   assert pathlib.Path(files["inception"]).read_bytes() == before
   # The same images elsewhere are the same images.
   moved = saved_samples(tmp_path / "b.npz", images)
-  make(dataclasses.replace(statistics.of_samples(moved, 1), batches=forbidden), out)
-  other = statistics.of_samples(saved_samples(tmp_path / "c.npz", images[::-1]), 1)
+  make(dataclasses.replace(samples.open(moved, 1), batches=forbidden), out)
+  other = samples.open(saved_samples(tmp_path / "c.npz", images[::-1]), 1)
   for changed, message in [
     (lambda: make(other, out), "inception.npz holds .* another protocol: sha256="),
-    (lambda: make(found, out, keep=5), "keep=30, not 5"),
-    (lambda: make(found, out, (network(sha256="new"),)), "weights='abc', not 'new'"),
+    (lambda: make(image_set, out, keep=5), "keep=30, not 5"),
+    (lambda: make(image_set, out, (network(sha256="new"),)), "weights='abc', not 'new'"),
   ]:
     with pytest.raises(ValueError, match=message):
       changed()
   assert pathlib.Path(files["inception"]).read_bytes() == before
   (out / "inception.npz").write_bytes(before[:-100])
   with pytest.raises(ValueError, match=r"inception\.npz is no npz file of statistics, or damaged"):
-    make(found, out)
+    make(image_set, out)
   np.savez(out / "inception.npz", mu=np.zeros(24), sigma=np.eye(24))
   with pytest.raises(ValueError, match="another protocol: sha256=None"):
-    make(found, out)
+    make(image_set, out)
 
 
 def test_images_that_cannot_be_read_leave_no_statistics(tmp_path, photos):
@@ -223,24 +223,24 @@ def test_images_that_cannot_be_read_leave_no_statistics(tmp_path, photos):
   for name in ("a.png", "b.png", "c.png"):
     (folder / name).write_bytes(b"no image")
   (folder / "d.png").write_bytes(png(crops(1)[0]))
-  found = statistics.of_images(str(tmp_path / "photos"), "", SIZE, 2)
+  image_set = statistics.of_images(str(tmp_path / "photos"), "", SIZE, 2)
   with pytest.raises(
     ValueError, match=r"3 of 4 images .* at least 2; .*class/a\.png: Unidentified"
   ):
-    make(found, tmp_path / "out")
+    make(image_set, tmp_path / "out")
   images = [png(i) for i in crops(5)]
   for i, content in enumerate(images):
     (tmp_path / f"{i}.png").write_bytes(content if i < 4 else content[:-300])
   with pytest.raises(ValueError, match=r"4\.png cannot be read as an image"):
-    make(statistics.of_samples(str(tmp_path), 2), tmp_path / "out")
+    make(samples.open(str(tmp_path), 2), tmp_path / "out")
   assert not (tmp_path / "out").exists()
 
 
 def test_a_network_that_gives_nan_is_an_error_and_leaves_no_file(tmp_path):
-  found = statistics.of_samples(saved_samples(tmp_path / "a.npz", crops(30)), 1)
+  image_set = samples.open(saved_samples(tmp_path / "a.npz", crops(30)), 1)
   broken = dataclasses.replace(network(), params={"scale": np.float32(np.nan)})
   with pytest.raises(ValueError, match="NaN"):
-    make(found, tmp_path / "out", (broken,))
+    make(image_set, tmp_path / "out", (broken,))
   assert not (tmp_path / "out").exists()
 
 
@@ -260,15 +260,15 @@ def mesh():
 
 def test_evaluation_reads_what_was_written(tmp_path):
   images = crops(30)
-  found = statistics.of_samples(saved_samples(tmp_path / "a.npz", images), 1)
-  path = make(found, tmp_path, keep=12)["inception"]
-  read, told = reference.read(path, network(), mesh())
+  image_set = samples.open(saved_samples(tmp_path / "a.npz", images), 1)
+  path = make(image_set, tmp_path, keep=12)["inception"]
+  read, source = reference.read(path, network(), mesh())
   arrays, protocol = check_file(path, images)
   np.testing.assert_array_equal(read.features.mean, arrays["mu"])
   np.testing.assert_array_equal(read.features.covariance, arrays["sigma"])
   np.testing.assert_array_equal(read.spatial.covariance, arrays["sigma_s"])
   np.testing.assert_array_equal(read.kept, arrays["features"])
-  assert read.features.count == 30 and told["protocol"] == protocol and told["file"] == path
+  assert read.features.count == 30 and source["protocol"] == protocol and source["file"] == path
   with pytest.raises(ValueError, match=r"made with inception, weights abc.* weights other"):
     reference.read(path, network(sha256="other"), mesh())
 
@@ -289,8 +289,8 @@ def test_statistics_of_others_are_read_as_they_are(tmp_path, whose):
   images = crops(30)
   arrays = others_statistics(images)[whose]
   np.savez(tmp_path / "reference.npz", **arrays)
-  read, told = reference.read(str(tmp_path / "reference.npz"), network(), mesh())
-  assert "protocol" not in told and len(told["sha256"]) == 64
+  read, source = reference.read(str(tmp_path / "reference.npz"), network(), mesh())
+  assert "protocol" not in source and len(source["sha256"]) == 64
   expected = moments.FeatureStatistics(*others_statistics(images)["MeanFlow"].values(), count=30)
   assert distances.frechet_distance(read.features, expected) == pytest.approx(0, abs=1e-6)
   if whose == "ADM":
@@ -334,8 +334,8 @@ def run(arguments):
 WRONG = [
   ([], "Error: no images given: name the images by one of --images, --samples and --config."),
   (["--samples=a", "--images=b"], "Error: --images and --samples given"),
-  (["--samples=a", "--size=64"], "Error: --size goes with --images alone"),
-  (["--images=a", "--split=test"], "Error: --split goes with --config alone"),
+  (["--samples=a", "--size=64"], "Error: --size only goes with --images"),
+  (["--images=a", "--split=test"], "Error: --split only goes with --config"),
   (["--samples=nosuch"], "Error: nosuch: there is no such file or folder"),
   (["--samples=a", "--networks=inception,vgg"], "'vgg' is unknown; known are inception, dinov2"),
   (["--samples=a", "--networks=dinov2,dinov2"], "Error: --networks=dinov2,dinov2 names a"),

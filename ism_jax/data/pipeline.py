@@ -123,7 +123,8 @@ def open_split(builder, split, decoders=None):
   """A split of a TFDS dataset that is prepared: a random access source of its records.
 
   Args:
-    builder: see `tfds_builder`. split: as TFDS writes it: "test", "train[:90%]".
+    builder: see `tfds_builder`.
+    split: as TFDS writes it: "test", "train[:90%]".
     decoders: of TFDS, by feature.
   Raises:
     ValueError: the dataset is not prepared, or has no such split.
@@ -161,7 +162,7 @@ def load_source(cfg, split="train"):
 
   Args:
     cfg: a DataConfig.
-    split: as TFDS writes it: "test", "train[:90%]". Latents have "train" alone.
+    split: as TFDS writes it: "test", "train[:90%]". Latents only have "train".
   Returns:
     A source, `Images` or `latents.Latents`.
   Raises:
@@ -220,13 +221,13 @@ def pools(
 
   # grain's own shuffle works one index at a time, and costs as much again as reading the record.
   @functools.lru_cache(maxsize=2)
-  def drawn(epoch):  # [2, size]: keys, and whether to mirror
+  def shuffle(epoch):  # [2, size]: keys, and whether to mirror
     rng = np.random.default_rng((seed, epoch))
     return np.stack([rng.permutation(size), flip * rng.integers(2, size=size)])
 
   def read(batch):
     epochs, places = np.divmod(batch * batch_size + rows, size)
-    parts = [drawn(e)[:, places[epochs == e]] for e in np.unique(epochs)]
+    parts = [shuffle(e)[:, places[epochs == e]] for e in np.unique(epochs)]
     keys, mirror = np.concatenate(parts, axis=1)
     arrays, labels = source.read(keys, mirror.astype(bool))
     return {**arrays, "c": labels}
@@ -237,9 +238,9 @@ def pools(
   return iter(batches.to_iter_dataset(options).batch(pool_size))
 
 
-def to_unit_range(images):
-  """uint8 0..255 -> float32 in [-1, 1]."""
-  return images.astype(np.float32) / 127.5 - 1
+def to_unit_range(images, dtype=np.float32):
+  """uint8 0..255 -> [-1, 1], of NumPy's arrays or of JAX's."""
+  return images.astype(dtype) / 127.5 - 1
 
 
 def all_images(source):
@@ -271,12 +272,12 @@ def _check_fits(cfg, features):
       f"dataset {cfg.name!r} does not fit: needed are 'image', uint8 [H, W, C] of one size, and "
       f"'label', a ClassLabel. It has {textwrap.shorten(str(features), 500)}."
     )
-  found = (*image.shape, label.num_classes)
+  sizes = (*image.shape, label.num_classes)
   wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
-  if found != wanted:
+  if sizes != wanted:
     describe = "{}x{} images of {} channel(s) in {} classes".format
     raise ValueError(
-      f"dataset {cfg.name!r} holds {describe(*found)}, but the model is built for "
+      f"dataset {cfg.name!r} holds {describe(*sizes)}, but the model is built for "
       f"{describe(*wanted)}; set data.image_size, data.channels and data.num_classes to the "
       "dataset's, or name another dataset."
     )
