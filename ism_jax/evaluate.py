@@ -31,6 +31,7 @@ from ism_jax import (
   scores,
   sharding,
   spectra,
+  summary,
 )
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
@@ -173,7 +174,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     "config": files.as_dict(config),
   }
   _write_report(workdir, report)
-  figures.sweep(report, path("evaluation.png"))
+  figures.sweep(summary.as_run(report), path("evaluation.png"))
   epath.Path(path(PARTIAL)).unlink(missing_ok=True)
   return report
 
@@ -355,7 +356,9 @@ def as_markdown(report: dict) -> str:
   ]
   if drawn:
     lines += ["The best w for each number of steps, by " + _headline(report) + ":", ""]
-    lines += [f"- NFE {steps}: w = {w:g}" for steps, w in sorted(figures.best_w(report).items())]
+    run = summary.as_run(report)
+    best = ((steps, summary.best_w([run], steps)) for steps in summary.step_counts([run]))
+    lines += [f"- NFE {steps}: w = {w:g}" for steps, w in best]
     lines += [""]
   return "\n".join(lines)
 

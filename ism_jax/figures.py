@@ -3,17 +3,17 @@
 Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes tell more.
 """
 
-import collections
 import io
 import os
 import re
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 import numpy as np
 from PIL import Image
 
-from ism_jax import files, paths
+from ism_jax import files, paths, summary
+from ism_jax.summary import Run
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours: none comes with the same colour twice
@@ -47,29 +47,33 @@ def save_figure(fig, path: str) -> None:
 
 def _legend(fig, axes) -> None:
   """One legend for all axes, to their right."""
-  found = {}
+  handles = {}
   for ax in np.ravel(axes):
     for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-      found.setdefault(label, handle)
-  fig.legend(
-      found.values(), found.keys(),
-      loc="outside right upper", fontsize=8, frameon=False, handlelength=3.5,
-  )  # fmt: skip
+      handles.setdefault(label, handle)
+  look = {"loc": "outside right upper", "fontsize": 8, "frameon": False, "handlelength": 3.5}
+  fig.legend(handles.values(), handles.keys(), **look)
 
 
-def _log2(axis) -> None:
-  """A logarithmic axis that is labelled with plain numbers, as many as are readable."""
+def _log2(axis, ticks=None, labels=None) -> None:
+  """A logarithmic axis that is labelled with plain numbers, as many as are readable.
+
+  Args:
+    axis: of x or y.
+    ticks: where it is labelled; otherwise at round numbers, at least four of them.
+    labels: of the ticks; their numbers if left out.
+  """
   (axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale)("log", base=2)
   low, high = axis.get_view_interval()
-  octaves = np.log2(high / low)
-  base = next(b for b in (2, 4, 16, 256, np.inf) if octaves / np.log2(b) <= 6)
-  if octaves < 2.5:  # too few powers of 2 to read from
-    ticks = [2.0**k * m for k in range(-20, 20) for m in (1, 1.2, 1.4, 1.7)]
-    axis.set_ticks([t for t in ticks if low <= t <= high])
-  elif np.isfinite(base):
-    ticks = [float(base) ** k for k in range(-20, 20)]
-    axis.set_ticks([t for t in ticks if low <= t <= high])
-  axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+  if ticks is None:
+    if high < 10 * low:  # too few powers to read from
+      ticks = MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    else:
+      decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high))
+      sparse = 1 + len(decades) // 8
+      ticks = np.outer(decades[::sparse], (1, 2, 5) if len(decades) < 4 else (1,)).ravel()
+    ticks = [t for t in ticks if low <= t <= high]
+  axis.set_ticks(ticks, labels or [f"{tick:.3g}" for tick in ticks])
   axis.set_minor_formatter(NullFormatter())
 
 
@@ -81,10 +85,9 @@ def effective_guidance(scales: dict[str, list[list[float]]], jumps, w: float, pa
       ax.plot(jumps, run, **(look | {"label": None} if i else look))
   levels = np.log2(np.array(jumps) * paths.FINEST)
   ax.plot(jumps, (1 + w) ** levels, "k:", lw=1, label=f"{1 + w:g}^level")
-  ax.axhline(1 + w, color="k", lw=0.5, label=f"as told: {1 + w:g}")
+  ax.axhline(1 + w, color="k", lw=0.5, label=f"asked for: {1 + w:g}")
   _log2(ax.yaxis)
-  ax.set_xscale("log", base=2)
-  ax.set_xticks(jumps, [f"1/{1 / d:.0f}" for d in jumps])
+  _log2(ax.xaxis, jumps, [f"1/{1 / d:.0f}" for d in jumps])
   ax.set(xlabel="jump d", ylabel="effective CFG scale")
   _legend(fig, ax)
   save_figure(fig, path)
@@ -100,8 +103,8 @@ def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
     2, len(by_steps), figsize=size, layout="constrained", squeeze=False, sharey="row"
   )
   looks = styles(names)
-  for column, (steps, found) in zip(axes.T, by_steps.items(), strict=True):
-    for ax, lines in zip(column, (found["spectrum"], found["bands"]), strict=True):
+  for column, (steps, ratios) in zip(axes.T, by_steps.items(), strict=True):
+    for ax, lines in zip(column, (ratios["spectrum"], ratios["bands"]), strict=True):
       for name, ratio in lines.items():
         ax.plot(np.arange(1, len(ratio) + 1), ratio, **looks[name])
       ax.axhline(1, color="k", lw=0.5)
@@ -119,26 +122,18 @@ def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
   save_figure(fig, path)
 
 
-def best_w(report: dict) -> dict[int, float]:
-  """{steps: the w of the lowest headline distance}, by the mean over the seeds; see `evaluate`."""
-  network = report["networks"][0]["name"]
-  found = collections.defaultdict(lambda: collections.defaultdict(list))
-  for r in report["results"]:
-    found[r["steps"]][r["w"]].append(r["scores"][network]["frechet_distance"])
-  return {n: min(by_w, key=lambda w: np.mean(by_w[w])) for n, by_w in found.items()}
-
-
-def sweep(report: dict, path: str) -> None:
-  """An evaluation's headline distance, means over the seeds: against the steps and against w.
+def sweep(run: Run, path: str) -> None:
+  """The distance of an evaluated run, means over the seeds: against the steps and against w.
 
   The best w of each number of steps has a ring.
   """
-  network = report["networks"][0]
-  found = collections.defaultdict(list)
-  for r in report["results"]:
-    found[r["steps"], r["w"]].append(r["scores"][network["name"]]["frechet_distance"])
-  found = {key: float(np.mean(values)) for key, values in found.items()}
-  counts, strengths = (sorted({key[i] for key in found}) for i in (0, 1))
+  counts, strengths = summary.step_counts([run]), summary.guidances([run])
+  means = {
+    (steps, w): values[0]
+    for steps in counts
+    for w in strengths
+    if (values := summary.measured([run], "distance", steps, w))
+  }
   fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
   lines = (
     (axes[0], [(f"w = {w:g}", [(n, (n, w)) for n in counts]) for w in strengths]),
@@ -146,16 +141,15 @@ def sweep(report: dict, path: str) -> None:
   )
   for ax, of_axis in lines:
     for number, (label, points) in enumerate(of_axis):
-      at, values = zip(*[(x, found[key]) for x, key in points if key in found], strict=True)
+      at, values = zip(*[(x, means[key]) for x, key in points if key in means], strict=True)
       ax.plot(at, values, label=label, **style(number))
     ax.legend(fontsize=8, frameon=False)
-  best = best_w(report)
-  for ax, at in zip(axes, (lambda n, w: n, lambda n, w: w), strict=True):
-    ring = {"ls": "", "marker": "o", "ms": 12, "mfc": "none", "mec": "black"}
-    ax.plot([at(n, w) for n, w in best.items()], [found[key] for key in best.items()], **ring)
-  axes[0].set_xscale("log", base=2)
-  axes[0].set(xlabel="NFE", ylabel=f"Fréchet distance, {network['name']}")
-  axes[0].set_xticks(counts, [str(n) for n in counts])
+  best = [(n, summary.best_w([run], n)) for n in counts]
+  ring = {"ls": "", "marker": "o", "ms": 12, "mfc": "none", "mec": "black"}
+  for ax, at in zip(axes, zip(*best, strict=True), strict=True):
+    ax.plot(at, [means[key] for key in best], **ring)
+  _log2(axes[0].xaxis, counts)
+  axes[0].set(xlabel="NFE", ylabel=run.distance_is)
   axes[1].set(xlabel="w (rings: the best w of each NFE)")
   _log2(axes[0].yaxis)
   save_figure(fig, path)
@@ -169,8 +163,8 @@ def frechet_against_w(by_steps: dict[int, dict], names, distance_is: str, path: 
   )
   looks = styles(names)
   for ax, (steps, rows) in zip(axes[0], by_steps.items(), strict=True):
-    for name, found in rows.items():
-      w, values = list(found), list(found.values())
+    for name, by_w in rows.items():
+      w, values = list(by_w), list(by_w.values())
       ax.plot(w, [np.mean(v) for v in values], **looks[name])
       low, high = [min(v) for v in values], [max(v) for v in values]
       ax.fill_between(w, low, high, color=looks[name]["color"], alpha=0.2, lw=0)
@@ -193,16 +187,16 @@ def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
   axes = axes.ravel()
   place = {label: x for x, label in enumerate(labels)}
   for ax, (title, lines) in zip(axes, panels.items(), strict=False):
-    for number, (name, found) in enumerate(lines.items()):
+    for number, (name, points) in enumerate(lines.items()):
       look, colour = style(number), style(number)["color"]
-      for label, values in found.items():
+      for label, values in points.items():
         ax.plot([place[label]] * len(values), values, look["marker"], color=colour, ms=4, alpha=0.6)
-      joined = [label for label in found if label != "independent"]
-      means = [np.mean(found[label]) for label in joined]
+      joined = [label for label in points if label != "independent"]
+      means = [np.mean(points[label]) for label in joined]
       ax.plot([place[label] for label in joined], means, color=colour, label=name or None)
-      if "independent" in found:
-        ax.axhline(np.mean(found["independent"]), color=colour, lw=0.8, linestyle="--")
-    values = [v for found in lines.values() for each in found.values() for v in each]
+      if "independent" in points:
+        ax.axhline(np.mean(points["independent"]), color=colour, lw=0.8, linestyle="--")
+    values = [v for points in lines.values() for each in points.values() for v in each]
     if min(values) > 0 and max(values) > 4 * min(values):
       _log2(ax.yaxis)
     ticks = [label.replace("independent", "inde-\npendent") for label in labels]
@@ -217,21 +211,20 @@ def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
   save_figure(fig, path)
 
 
-def pools(found: list[dict], path: str) -> None:
+def pools(gains: list[dict], path: str) -> None:
   """`compare.pool_gains` against the pool's size n: a line a class penalty."""
   fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-  for number, penalty in enumerate(dict.fromkeys(f["class_penalty"] for f in found)):
-    some = [f for f in found if f["class_penalty"] == penalty]
-    n, look = [f["n"] for f in some], style(number)
+  for number, penalty in enumerate(dict.fromkeys(gain["class_penalty"] for gain in gains)):
+    line = [gain for gain in gains if gain["class_penalty"] == penalty]
+    n, look = [gain["n"] for gain in line], style(number)
     label = f"class penalty {penalty:g}"
     for ax, name in zip(axes, ("gain", "attained_gain", "class_shift"), strict=True):
-      ax.plot(n, [f[name] for f in some], **look, label=label)
-    optimal = [np.nan if f["optimal_gain"] is None else f["optimal_gain"] for f in some]
+      ax.plot(n, [gain[name] for gain in line], **look, label=label)
+    optimal = [np.nan if g["optimal_gain"] is None else g["optimal_gain"] for g in line]
     axes[0].plot(n, optimal, color=look["color"], linestyle="--", lw=1, label=f"{label}, optimal")
   for ax in axes:
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(sorted({f["n"] for f in found}), sorted({f["n"] for f in found}))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    sizes = sorted({gain["n"] for gain in gains})
+    _log2(ax.xaxis, sizes, [str(n) for n in sizes])
     ax.set_xlabel("pool size n = K M")
   axes[0].set_title("less transport cost than random pairs", fontsize=10)
   axes[0].set_ylabel("per pair and dimension")
@@ -248,10 +241,15 @@ def technique_costs(techniques: dict, path: str) -> None:
   names, places = list(measured), np.arange(len(measured))
   medians = np.array([measured[name]["median"] for name in names])
   errors = np.abs(np.array([measured[name]["quartiles"] for name in names]).T - medians)
-  passes = [techniques["forward_passes"][name] / techniques["forward_passes"][names[0]]
-            for name in names]  # fmt: skip
+  passes = np.array([techniques["forward_passes"][name] for name in names])
   ax.barh(places, medians, xerr=errors, color=_COLOURS[0], height=0.6, label="measured")
-  ax.plot(passes, places, "D", color=_COLOURS[1], label="by its forward passes")
+  ax.plot(
+    [passes[name] / passes[names[0]] for name in names],
+    places,
+    "D",
+    color=_COLOURS[1],
+    label="by its forward passes",
+  )
   ax.set_yticks(places, names)
   ax.invert_yaxis()
   ax.set_xlabel("time of a step over that of flow matching (quartiles)")
@@ -277,12 +275,10 @@ def pairing_shares(report: dict, path: str) -> None:
     ax.plot(larger, shares[-1] * larger / sizes[-1], "--", color=style(number)["color"])
   for share in report["pool"]["pairs_at"]:
     ax.axhline(100 * share, color="0.8", zorder=0)
-  ax.set_xscale("log", base=2)
-  ax.set_yscale("log")
   ticks = [*sizes, *larger[1:]]
-  ax.set_xticks(ticks, [f"{k}\n{k * rows:,}" for k in ticks], fontsize="x-small")
-  ax.xaxis.set_minor_formatter(NullFormatter())
-  ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+  _log2(ax.xaxis, ticks, [f"{k}\n{k * rows:,}" for k in ticks])
+  ax.tick_params(axis="x", labelsize="x-small")
+  _log2(ax.yaxis)
   ax.set_xlabel("batches in a pool, K, and pairs")
   ax.set_ylabel("pairing, % of the pool's steps")
   _legend(fig, ax)
@@ -292,16 +288,16 @@ def pairing_shares(report: dict, path: str) -> None:
 def grids(workdirs: dict[str, str], w: float, path: str) -> None:
   """The sample grids side by side: a row a variant, a column an NFE."""
   pattern = re.compile(rf"samples_steps(\d+)_w{re.escape(f'{w:g}')}\.png")
-  found = {
+  grids = {
     name: {int(m[1]): m[0] for m in map(pattern.fullmatch, os.listdir(workdir)) if m}
     for name, workdir in workdirs.items()
   }
-  nfes = sorted(set().union(*found.values()))
+  nfes = sorted(set().union(*grids.values()))
   if not nfes:
     return
-  size = (2.2 * len(nfes), 1.9 * len(found))
-  fig, axes = plt.subplots(len(found), len(nfes), figsize=size, layout="constrained", squeeze=False)
-  for row, (name, pictures) in zip(axes, found.items(), strict=True):
+  size = (2.2 * len(nfes), 1.9 * len(grids))
+  fig, axes = plt.subplots(len(grids), len(nfes), figsize=size, layout="constrained", squeeze=False)
+  for row, (name, pictures) in zip(axes, grids.items(), strict=True):
     row[0].set_ylabel(name.replace("`", "").replace(", ", "\n"))
     for ax, nfe in zip(row, nfes, strict=True):
       ax.set(xticks=[], yticks=[])

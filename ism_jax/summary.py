@@ -1,12 +1,12 @@
 """The numbers of several evaluated runs side by side, without a picture or a table of them.
 
-Runs whose configs differ in the seed alone are one row. A number of a row is a list: one value for
+Runs whose configs differ only in the seed are one row. A number of a row is a list: one value for
 each run that has it, so that means and spreads are over trainings; a run that was evaluated with
 several seeds of noise counts once, with their mean.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import os
@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import spectra as spectra_lib
+from ism_jax.spectra import finest_octave
 
 # What decides whether Fréchet distances of two runs are distances to the same thing.
 COMPARABLE = (
@@ -44,8 +44,10 @@ class Run:
   """An evaluated run.
 
   Attributes:
-    workdir: its folder. config: nested, as it was evaluated.
-    results: those of evaluation.json as `over_real` has them. distance_is: what their distance is.
+    workdir: its folder.
+    config: nested, as it was evaluated.
+    results: those of evaluation.json as `over_real` has them.
+    distance_is: what their distance is.
     straightness: [{"w", "deviation_from_chord"}].
     training: means over the run of the couplings' diagnostics and of the gradient norms of the
       losses, under their names in metrics.jsonl.
@@ -76,13 +78,17 @@ def read_run(workdir: str, report: dict) -> Run:
   if not os.path.exists(path):
     raise FileNotFoundError(f"{path} is missing: {workdir} is not where the run was trained.")
   with open(path) as f:
-    entries = [json.loads(line) for line in f]
+    return as_run(report, workdir, [json.loads(line) for line in f])
+
+
+def as_run(report: dict, workdir: str = "", entries: Sequence[dict] = ()) -> Run:
+  """A run from the contents of its evaluation.json and of its metrics.jsonl."""
   return Run(
     workdir=workdir,
     config=report["config"],
     results=[over_real(result, report) for result in report["results"]],
     distance_is=distance_is(report),
-    straightness=report["straightness"],
+    straightness=report.get("straightness", []),
     training=_means(entries, lambda name: name.startswith(("coupling/", "gradient_norm/"))),
     jumps=jump_losses(entries),
   )
@@ -95,18 +101,16 @@ def over_real(result: dict, report: dict) -> dict:
   """
   scores = result["scores"]
   headline = scores[report["networks"][0]["name"]]
-  found = {k: v for k, v in result.items() if k != "scores"}
-  found["distance"] = headline.get("times_floor", headline["frechet_distance"])
+  metrics = {k: v for k, v in result.items() if k != "scores"}
+  metrics["distance"] = headline.get("times_floor", headline["frechet_distance"])
   if "classifier" in scores:
-    found["accuracy"] = scores["classifier"]["accuracy"]
+    metrics["accuracy"] = scores["classifier"]["accuracy"]
   if "spectrum" in result:
     for name in ("spectrum", "bands"):
-      found[name] = (np.array(result[name]) / np.array(report[f"reference_{name}"])).tolist()
-    octave = [
-      spectra_lib.finest_octave(r) for r in (result["spectrum"], report["reference_spectrum"])
-    ]
-    found["finest_octave"] = octave[0] / octave[1]
-  return found
+      metrics[name] = (np.array(result[name]) / np.array(report[f"reference_{name}"])).tolist()
+    octave = [finest_octave(r) for r in (result["spectrum"], report["reference_spectrum"])]
+    metrics["finest_octave"] = octave[0] / octave[1]
+  return metrics
 
 
 def distance_is(report: dict) -> str:
@@ -115,16 +119,16 @@ def distance_is(report: dict) -> str:
   return f"Fréchet distance, {'in floors' if network['floor'] else network['name']}"
 
 
-def _means(entries: list[dict], wanted: Callable[[str], bool]) -> dict[str, float]:
+def _means(entries: Sequence[dict], wanted: Callable[[str], bool]) -> dict[str, float]:
   """The mean of each wanted name, over the entries that have it."""
-  found = collections.defaultdict(list)
+  series = collections.defaultdict(list)
   for entry in entries:
     for name in filter(wanted, entry):
-      found[name].append(entry[name])
-  return {name: float(np.mean(values)) for name, values in found.items()}
+      series[name].append(entry[name])
+  return {name: float(np.mean(values)) for name, values in series.items()}
 
 
-def jump_losses(entries: list[dict]) -> dict[str, float]:
+def jump_losses(entries: Sequence[dict]) -> dict[str, float]:
   """{"1/64": mean consistency loss of this d} over the last quarter of the training's entries."""
   trained = [entry for entry in entries if "loss" in entry]
   prefix = "consistency/d_"
@@ -135,13 +139,13 @@ def jump_losses(entries: list[dict]) -> dict[str, float]:
 def check_comparable(reports: dict[str, dict]) -> None:
   """Raises ValueError if the runs {workdir: report} are not judged against the same images."""
   for key in COMPARABLE:
-    found = collections.defaultdict(list)
+    by_value = collections.defaultdict(list)
     for workdir, report in reports.items():
-      found[experiment_lib.flatten(report["config"])[key]].append(workdir)
-    if len(found) > 1:
-      told = "; ".join(f"{value}: {', '.join(workdirs)}" for value, workdirs in found.items())
+      by_value[experiment_lib.flatten(report["config"])[key]].append(workdir)
+    if len(by_value) > 1:
+      groups = "; ".join(f"{value}: {', '.join(workdirs)}" for value, workdirs in by_value.items())
       raise ValueError(
-        f"the runs differ in {key}, so their distances do not compare ({told}). Compare the runs "
+        f"the runs differ in {key}, so their distances do not compare ({groups}). Compare the runs "
         "of each value in a call of their own."
       )
 
@@ -159,17 +163,17 @@ def row_names(configs: list[dict]) -> list[str]:
   flat = [learnt(config) for config in configs]
   names = []
   for config in flat:
-    kin = [other for other in flat if other["variant"] == config["variant"]]
-    apart = [k for k in config if any(other.get(k) != config[k] for other in kin)]
+    siblings = [other for other in flat if other["variant"] == config["variant"]]
+    differing = [k for k in config if any(other.get(k) != config[k] for other in siblings)]
     last = lambda key: key.rpartition(".")[2]
     # The last part says which key it is, unless another section has one of that name too.
     short = lambda key: last(key) if sum(last(k) == last(key) for k in config) == 1 else key
-    names.append(f"`{config['variant']}`" + "".join(f", {short(k)}={config[k]}" for k in apart))
+    names.append(f"`{config['variant']}`" + "".join(f", {short(k)}={config[k]}" for k in differing))
   return names
 
 
 def group(runs: list[Run]) -> dict[str, list[Run]]:
-  """The runs of each row, rows in the order in which they were given."""
+  """The runs of each row, rows in the order of the command line."""
   rows = {}
   for name, run in zip(row_names([run.config for run in runs]), runs, strict=True):
     rows.setdefault(name, []).append(run)
@@ -227,17 +231,17 @@ def spectra(rows: dict[str, list[Run]], steps: int, w: float) -> dict[str, dict[
 def frechet_by_w(rows: dict[str, list[Run]]) -> dict[int, dict[str, dict[float, list[float]]]]:
   """{steps: {row: {w: distances}}}, of the rows with more than one w."""
   several = {row: runs for row, runs in rows.items() if len(guidances(runs)) > 1}
-  found = {}
-  for steps in step_counts([run for runs in several.values() for run in runs]):
-    found[steps] = {
+  return {
+    steps: {
       row: {w: v for w in guidances(runs) if (v := measured(runs, "distance", steps, w))}
       for row, runs in several.items()
     }
-  return found
+    for steps in step_counts([run for runs in several.values() for run in runs])
+  }
 
 
 def against(runs: list[Run], key: str) -> dict[str, list[Run]]:
-  """The runs that differ in the config's `key` alone, {its value as a label: runs}, ascending.
+  """The runs that differ only in the config's `key`, {its value as a label: runs}, ascending.
 
   Where several sets of runs do, the largest. If the key is one of the coupling's, runs that differ
   from these by independent pairing come first, as "independent".
@@ -262,7 +266,7 @@ def against(runs: list[Run], key: str) -> dict[str, list[Run]]:
       families[without(config, key)][config[key]].append((run, config))
   family = max(families.values(), key=len, default={})
   if len(family) < 2:
-    raise ValueError(f"no two of the runs differ in {key} alone; leave --against={key} out.")
+    raise ValueError(f"no two of the runs differ only in {key}; leave --against={key} out.")
   some_config = next(iter(family.values()))[0][1]
   beside = [
     run
@@ -293,10 +297,10 @@ def panels(
   counts = [n for n in dict.fromkeys((1, few, counts[-1])) if n in counts]
   jumps = dict.fromkeys(d for runs in points.values() for run in runs for d in run.jumps)
   strengths = dict.fromkeys((0.0, w))
-  told = next(iter(points.values()))[0].distance_is
+  distance = next(iter(points.values()))[0].distance_is
   per_point = lambda value: {label: value(runs) for label, runs in points.items()}
   shown = {
-    f"{told}, w = {s:g}": {
+    f"{distance}, w = {s:g}": {
       f"NFE {n}": per_point(lambda runs: measured(runs, "distance", n, s)) for n in counts
     }
     for s in strengths

@@ -12,12 +12,13 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
 # Each module may import those in the lines below its own.
 LAYERS = [
     {"main", "compare", "encode", "aot", "statistics", "api", "benchmark"},
-    {"summary", "stablehlo"},
+    {"stablehlo"},
     {"export"},
     {"evaluate"},
     {"train"},
     {"monitor"},
     {"reference", "figures"},
+    {"summary"},
     {"generate", "flops"},
     {"experiment", "scores"},
     {"features", "samples"},
