@@ -2,14 +2,14 @@
 
   python -m ism_jax.compare --out=DIR [--against=CONFIG_KEY] [--pools=1,2,4] WORKDIR [WORKDIR ...]
 
-Runs whose configs differ in the seed alone are one row. Writes comparison.md, the numbers of all
+Runs whose configs differ only in the seed are one row. Writes comparison.md, the numbers of all
 tables and figures as comparison.json, and
 
   spectrum.png            power and band energies of the samples over the real images'
   frechet_against_w.png   Fréchet distance against the guidance
   grids.png               samples
   effective_guidance.png  see `diagnosis`; takes the checkpoints and minutes, --guidance=false: none
-  against_KEY.png         with --against: rows that differ in this key of the config alone
+  against_KEY.png         with --against: rows that differ only in this key of the config
   pools.png               with --pools: what pairing over larger pools gains, without training
 """
 
@@ -30,20 +30,13 @@ from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.summary import Run
 
-_OUT = flags.DEFINE_string("out", None, "Folder to write to.")
-_W = flags.DEFINE_float("w", 0.5, "The guidance that is compared beside w = 0 and the best.")
-_GUIDANCE = flags.DEFINE_bool("guidance", True, "Whether to measure the jumps' effective guidance.")
-_EXAMPLES = flags.DEFINE_integer("examples", 256, "Jumps per size whose guidance is measured.")
-_AGAINST = flags.DEFINE_string("against", None, "A key of the config: ema.target_decay, ...")
-_POOLS = flags.DEFINE_list("pools", [], "Pool sizes K whose pairing is measured.")
-
 JUMPS = tuple(2.0**-k for k in range(6, 0, -1))  # d = 1/64 ... 1/2
-POOLS = 3  # drawn of each size
+POOLS = 3  # of each size
 LARGEST_ASSIGNMENT = 2048  # pairs whose optimum is computed: a minute at most
 
 
 def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
-  """The effective CFG scale of the jumps `JUMPS` of a run's inference EMA, told w."""
+  """The effective CFG scale of the jumps `JUMPS` of a run's inference EMA at w."""
   config = ml_collections.ConfigDict(run.config)
   exp, _, _, params = evaluate.restore_ema(config, run.workdir, jax.devices()[:1])
   images, labels = data.all_images(data.load_source(exp.data))
@@ -55,13 +48,18 @@ def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
   scales = []
   for d in JUMPS:
     scale, residual = diagnosis.effective_scale(
-        velocity, x0, x1, jnp.asarray(labels[chosen]), key_start,
-        d=d, w=w, null_class=exp.null_class, t_interval=exp.objective.t_interval,
-    )  # fmt: skip
-    logging.info(
-        "%s: a jump of %g has effective CFG scale %.2f (residual %.4f).",
-        run.workdir, d, scale, residual,
-    )  # fmt: skip
+      velocity,
+      x0,
+      x1,
+      jnp.asarray(labels[chosen]),
+      key_start,
+      d=d,
+      w=w,
+      null_class=exp.null_class,
+      t_interval=exp.objective.t_interval,
+    )
+    message = "%s: a jump of %g has effective CFG scale %.2f (residual %.4f)."
+    logging.info(message, run.workdir, d, scale, residual)
     scales.append(scale)
   return scales
 
@@ -104,31 +102,33 @@ def pool_gains(config: dict, sizes: list[int]) -> list[dict]:
   Means over `POOLS` pools, the first of a training with this config, with noise of their own.
   """
   exp = experiment_lib.parse(ml_collections.ConfigDict(config))
-  source, found = data.load_source(exp.data), []
+  source, gains = data.load_source(exp.data), []
   for size in sizes:
-    pools = data.pools(
-        source, batch_size=exp.batch_size, pool_size=size, seed=exp.data.seed, flip=exp.data.flip,
-        num_threads=0,
-    )  # fmt: skip
-    drawn = [next(pools) for _ in range(POOLS)]
+    stream = data.pools(
+      source,
+      batch_size=exp.batch_size,
+      pool_size=size,
+      seed=exp.data.seed,
+      flip=exp.data.flip,
+      num_threads=0,
+    )
+    pools, n = [next(stream) for _ in range(POOLS)], size * exp.batch_size
     for penalty in dict.fromkeys((exp.coupling.class_penalty, 0.0)):
       cfg = dataclasses.replace(exp.coupling, coupling="ot", pool_size=size, class_penalty=penalty)
       each = []
-      for number, pool in enumerate(drawn):
+      for number, pool in enumerate(pools):
         key_noise, key_pairing = jax.random.split(jax.random.key(number))
         x1, c = pool["x1"].reshape(-1, *exp.image_shape), pool["c"].reshape(-1)
         x0 = jax.random.normal(key_noise, x1.shape)
         each.append(pool_gain(x0, x1, c, key_pairing, cfg, exp.data.num_classes))
       mean = lambda name: None if each[0][name] is None else float(np.mean([e[name] for e in each]))
-      n = size * exp.batch_size
-      found.append(
-        {"K": size, "n": n, "class_penalty": penalty} | {name: mean(name) for name in each[0]}
-      )
-      logging.info("A pool of %d, class penalty %g: gain %.4f.", n, penalty, found[-1]["gain"])
-  return found
+      means = {name: mean(name) for name in each[0]}
+      gains.append({"K": size, "n": n, "class_penalty": penalty} | means)
+      logging.info("A pool of %d, class penalty %g: gain %.4f.", n, penalty, means["gain"])
+  return gains
 
 
-def spread(values: list, form: str = ".2f") -> str:
+def format_spread(values: list, form: str = ".2f") -> str:
   """Mean ± standard deviation, or the one value, or "–" for none."""
   if not values:
     return "–"
@@ -153,7 +153,7 @@ def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
   def cell(runs, name, steps, form=".2f"):
     at = summary.best_w(runs, steps) if w is None else w
     values = summary.measured(runs, name, steps, at)
-    return spread(values, form) + (f" ({at:g})" if w is None and values else "")
+    return format_spread(values, form) + (f" ({at:g})" if w is None and values else "")
 
   lines = []
   for name, runs in rows.items():
@@ -174,7 +174,7 @@ def spectrum_table(rows: dict[str, list[Run]], w: float) -> list[str]:
     header += [f"finest octave, NFE {n}", f"bands, finest first, NFE {n}"]
     for line, runs in zip(lines, rows.values(), strict=True):
       bands = summary.measured(runs, "bands", n, w)
-      line.append(spread(summary.measured(runs, "finest_octave", n, w)))
+      line.append(format_spread(summary.measured(runs, "finest_octave", n, w)))
       line.append(", ".join(f"{b:.2f}" for b in np.mean(bands, axis=0)) if bands else "–")
   return files.markdown_table(header, lines)
 
@@ -187,10 +187,10 @@ def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
   lines = []
   for name, runs in rows.items():
     deviations = ([1000 * v for v in summary.straightness(runs, s)] for s in strengths)
-    line = [name, *map(spread, deviations)]
-    line.append(spread(summary.trained(runs, "coupling/attained_gain"), ".3f"))
-    line.append(spread(summary.trained(runs, "coupling/class_shift"), "z.4f"))
-    line.append(spread(summary.trained(runs, "gradient_norm/consistency"), ".3f"))
+    line = [name, *map(format_spread, deviations)]
+    line.append(format_spread(summary.trained(runs, "coupling/attained_gain"), ".3f"))
+    line.append(format_spread(summary.trained(runs, "coupling/class_shift"), "z.4f"))
+    line.append(format_spread(summary.trained(runs, "gradient_norm/consistency"), ".3f"))
     lines.append(line)
   return files.markdown_table(header, lines)
 
@@ -210,13 +210,12 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
   lines += ["The best w (in parentheses) of each row and NFE, by the mean over the seeds:", ""]
   lines += frechet_table(rows, None)
   if floor := network["floor"]:
-    lines += [
-      f"The floor is the distance of {floor['is']}, {floor['mean']:.3f} ± {floor['sd']:.3f}.", ""
-    ]  # fmt: skip
+    value = f"{floor['mean']:.3f} ± {floor['sd']:.3f}"
+    lines += [f"The floor is the distance of {floor['is']}, {value}.", ""]
   if yardsticks:
-    told = (f"{name} {score['distance']:.2f}" for name, score in yardsticks.items())
+    distances = (f"{name} {score['distance']:.2f}" for name, score in yardsticks.items())
     lines += [
-      f"Yardsticks: {', '.join(told)}.",
+      f"Yardsticks: {', '.join(distances)}.",
       "",
       "Power of the highest octave of frequencies, and energy of each wavelet band, w = "
       f"{w:g}, over those of the real images:",
@@ -230,7 +229,7 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
     *training_table(rows, w),
   ]
   if scales := content["effective_scale"]:
-    lines += [f"Effective CFG scale of a jump told w = {w:g}, a line a seed:", ""]
+    lines += [f"Effective CFG scale of a jump at w = {w:g}, a line a seed:", ""]
     each = [[name, *(f"{s:.2f}" for s in run)] for name, runs in scales.items() for run in runs]
     lines += files.markdown_table(["", *(f"d = 1/{1 / d:.0f}" for d in JUMPS)], each)
   if content["pools"]:
@@ -285,12 +284,12 @@ def compare(
     "yardsticks": {
       name: summary.over_real(score, report) for name, score in report["yardsticks"].items()
     },
-    "rows": {name: [dataclasses.asdict(run) for run in some] for name, some in rows.items()},
+    "rows": {name: [dataclasses.asdict(run) for run in runs] for name, runs in rows.items()},
     "against": {against: summary.panels(points, against, w)} if against else {},
     "pools": pool_gains(runs[0].config, pools) if pools else [],
     "jumps": JUMPS,
     "effective_scale": {
-      name: [measure(run) for run in some] for name, some in rows.items() if guidance
+      name: [measure(run) for run in runs] for name, runs in rows.items() if guidance
     },
   }
   files.write_whole(path("comparison.json"), json.dumps(content, indent=2))
@@ -307,28 +306,45 @@ def compare(
     )
   if pools:
     figures.pools(content["pools"], path("pools.png"))
-  figures.grids({name: some[0].workdir for name, some in rows.items()}, w, path("grids.png"))
+  figures.grids({name: runs[0].workdir for name, runs in rows.items()}, w, path("grids.png"))
   logging.info("Wrote %s.", path("comparison.md"))
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("out", None, "Folder to write to.")
+  flags.DEFINE_float("w", 0.5, "The guidance that is compared beside w = 0 and the best.")
+  flags.DEFINE_bool("guidance", True, "Whether to measure the jumps' effective guidance.")
+  flags.DEFINE_integer("examples", 256, "Jumps per size whose guidance is measured.", lower_bound=1)
+  flags.DEFINE_string("against", None, "A key of the config: ema.target_decay, ...")
+  flags.DEFINE_list("pools", [], "Pool sizes K whose pairing is measured.")
+  flags.register_validator(
+    "pools",
+    lambda sizes: all(size.isdecimal() and int(size) for size in sizes),
+    "needed are numbers of batches, 1 or more, separated by commas: --pools=1,2,4.",
+  )
+  flags.mark_flags_as_required(["out"])
 
 
 def main(argv):
   """Compares the runs named on the command line."""
-  if not argv[1:]:
-    raise app.UsageError("Name the workdirs of evaluated runs.")
   commands.quiet_libraries()
   matplotlib.use("Agg")
+  args = flags.FLAGS
   with commands.one_line_errors():
+    if not argv[1:]:
+      raise ValueError("no runs to compare: name the workdirs of evaluated runs.")
     compare(
       argv[1:],
-      _OUT.value,
-      w=_W.value,
-      guidance=_GUIDANCE.value,
-      examples=_EXAMPLES.value,
-      against=_AGAINST.value,
-      pools=[int(size) for size in _POOLS.value],
+      args.out,
+      w=args.w,
+      guidance=args.guidance,
+      examples=args.examples,
+      against=args.against,
+      pools=[int(size) for size in args.pools],
     )
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("out")
-  app.run(main)
+  define_flags()
+  app.run(main, flags_parser=commands.parse_flags)

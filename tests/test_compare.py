@@ -1,6 +1,9 @@
 """The comparison, on runs made by hand: no training, no checkpoints."""
 
 import json
+import os
+import subprocess
+import sys
 
 from conftest import tiny_config
 import jax
@@ -11,19 +14,24 @@ import scipy.optimize
 from ism_jax import compare, couplings, files, summary
 
 NETWORK = {
-  "name": "classifier", "features": "f", "floor": {"mean": 0.1, "sd": 0.0, "is": "g"},
-}  # fmt: skip
+  "name": "classifier",
+  "features": "f",
+  "floor": {"mean": 0.1, "sd": 0.0, "is": "g"},
+}
 REAL = {"reference_spectrum": [4.0, 2.0, 1.0, 0.5], "reference_bands": [2.0, 1.0]}
 
 
 def result(steps, w, times_floor, spectrum=(4.0, 2.0, 1.0, 0.5), bands=(2.0, 1.0), accuracy=0.5):
-  scores = {
-    "frechet_distance": times_floor / 10, "times_floor": times_floor, "accuracy": accuracy
-  }  # fmt: skip
+  scores = {"frechet_distance": times_floor / 10, "times_floor": times_floor, "accuracy": accuracy}
   return {
-    "steps": steps, "w": w, "seed": 0, "scores": {"classifier": scores},
-    "nearest_neighbour": 1.0, "spectrum": spectrum, "bands": bands,
-  }  # fmt: skip
+    "steps": steps,
+    "w": w,
+    "seed": 0,
+    "scores": {"classifier": scores},
+    "nearest_neighbour": 1.0,
+    "spectrum": spectrum,
+    "bands": bands,
+  }
 
 
 def write_run(workdir, results, variant="ism", entries=(), straight=(), **overrides):
@@ -32,10 +40,12 @@ def write_run(workdir, results, variant="ism", entries=(), straight=(), **overri
   for key, value in overrides.items():
     config.update_from_flattened_dict({key.replace("__", "."): value})
   report = REAL | {
-    "config": files.as_dict(config), "results": results, "networks": [NETWORK],
+    "config": files.as_dict(config),
+    "results": results,
+    "networks": [NETWORK],
     "yardsticks": {"noise": result(0, 0, 77.0)},
     "straightness": [{"w": w, "deviation_from_chord": value} for w, value in straight],
-  }  # fmt: skip
+  }
   workdir.mkdir()
   (workdir / "evaluation.json").write_text(json.dumps(report))
   (workdir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
@@ -81,8 +91,10 @@ def test_a_w_that_one_seed_lacks_is_not_the_best(tmp_path):
 def test_the_spread_is_over_trainings_and_not_over_seeds_of_noise(tmp_path):
   results = [result(1, 0.5, 1.0), result(1, 0.5, 3.0) | {"seed": 1}]
   (run,) = read(write_run(tmp_path / "a", results))
-  assert compare.spread(summary.measured([run], "distance", 1, 0.5)) == "2.00"
-  assert compare.spread([1.0, 2.0, 4.5]) == f"2.50 ± {np.sqrt((1.5**2 + 0.5**2 + 2**2) / 2):.2f}"
+  assert compare.format_spread(summary.measured([run], "distance", 1, 0.5)) == "2.00"
+  assert (
+    compare.format_spread([1.0, 2.0, 4.5]) == f"2.50 ± {np.sqrt((1.5**2 + 0.5**2 + 2**2) / 2):.2f}"
+  )
 
 
 def test_the_tables_show_what_each_run_has_and_a_dash_for_what_it_lacks(tmp_path):
@@ -195,7 +207,7 @@ def test_rows_that_differ_in_one_key_are_set_against_it(tmp_path):
 @pytest.mark.parametrize(
   ("key", "message"),
   [
-    ("ema.target_decay", "no two of the runs differ in ema.target_decay alone"),
+    ("ema.target_decay", "no two of the runs differ only in ema.target_decay"),
     ("ema.target", "not a key"),
     ("log.every", "not a key"),
   ],
@@ -219,8 +231,8 @@ def test_the_figures_numbers_are_means_and_spreads_of_the_runs(tmp_path):
     "sm": read(write_run(tmp_path / "c", [result(1, 0.5, 3.0)], variant="sm")),
   }
   assert summary.frechet_by_w(rows) == {1: {"ism": {0.0: [1.0, 2.0], 0.5: [4.0, 6.0]}}}
-  found = summary.spectra(rows, 1, 0.0)
-  assert found == {"spectrum": {"ism": [1.5, 1.0, 1.0, 1.0]}, "bands": {"ism": [1.0, 2.0]}}
+  ratios = summary.spectra(rows, 1, 0.0)
+  assert ratios == {"spectrum": {"ism": [1.5, 1.0, 1.0, 1.0]}, "bands": {"ism": [1.0, 2.0]}}
   assert set(summary.spectra(rows, 1, 0.5)["bands"]) == {"ism", "sm"}
 
 
@@ -230,10 +242,16 @@ def test_the_gain_of_a_pool_is_that_of_an_optimal_assignment_of_squared_distance
   x0, x1 = jax.random.normal(key, (2, n, *shape))
   c = np.arange(n, dtype=np.int32) % 3
   cfg = couplings.CouplingConfig(
-      coupling="ot", pool_size=1, epsilon=0.01, pairing="permutation", class_penalty=penalty,
-      max_iterations=2000, threshold=1e-4, momentum=1.5,
-  )  # fmt: skip
-  found = compare.pool_gain(x0, x1, c, key, cfg, num_classes=3)
+    coupling="ot",
+    pool_size=1,
+    epsilon=0.01,
+    pairing="permutation",
+    class_penalty=penalty,
+    max_iterations=2000,
+    threshold=1e-4,
+    momentum=1.5,
+  )
+  gain = compare.pool_gain(x0, x1, c, key, cfg, num_classes=3)
   flat0, flat1 = (np.asarray(x, np.float64).reshape(n, -1) for x in (x0, x1))
   squared = np.square(flat1[:, None] - flat0[None]).mean(-1)
   # With a large penalty no pair crosses classes: three assignments, one in each class.
@@ -243,25 +261,64 @@ def test_the_gain_of_a_pool_is_that_of_an_optimal_assignment_of_squared_distance
     cost = squared[np.ix_(some, some)]
     total += cost[scipy.optimize.linear_sum_assignment(cost)].sum()
   optimal = (squared.mean() - total / n) / 2
-  np.testing.assert_allclose(found["optimal_gain"], optimal, rtol=1e-4)
-  assert 0.9 * optimal < found["gain"] <= optimal * (1 + 1e-4)
+  np.testing.assert_allclose(gain["optimal_gain"], optimal, rtol=1e-4)
+  assert 0.9 * optimal < gain["gain"] <= optimal * (1 + 1e-4)
 
 
 def test_pools_are_measured_for_every_size_and_penalty_on_the_configs_images(monkeypatch):
-  seen = []
+  calls = []
 
   def pool_gain(x0, x1, c, key, cfg, num_classes):
-    seen.append((x0.shape, x1.shape, c.shape, cfg.pool_size, cfg.class_penalty, cfg.coupling))
+    calls.append((x0.shape, x1.shape, c.shape, cfg.pool_size, cfg.class_penalty, cfg.coupling))
     assert np.abs(x1).max() == 1 and num_classes == 10
-    return {"gain": float(len(seen)), "optimal_gain": None}
+    return {"gain": float(len(calls)), "optimal_gain": None}
 
   monkeypatch.setattr(compare, "pool_gain", pool_gain)
-  found = compare.pool_gains(files.as_dict(tiny_config("interval")), [1, 2])
+  gains = compare.pool_gains(files.as_dict(tiny_config("interval")), [1, 2])
   each = [(1, 5.0), (1, 0.0), (2, 5.0), (2, 0.0)]
   shape = lambda k: (64 * k, 8, 8, 1)
-  assert seen == [
+  assert calls == [
     (shape(k), shape(k), (64 * k,), k, penalty, "ot") for k, penalty in each for _ in range(3)
   ]
-  assert found[1] == {
-    "K": 1, "n": 64, "class_penalty": 0.0, "gain": 5.0, "optimal_gain": None,
-  }  # fmt: skip
+  assert gains[1] == {
+    "K": 1,
+    "n": 64,
+    "class_penalty": 0.0,
+    "gain": 5.0,
+    "optimal_gain": None,
+  }
+
+
+WRONG = [
+  (["--out=x"], "Error: no runs to compare: name the workdirs of evaluated runs."),
+  (["a"], "Error: flag --out"),
+  (["--out=x", "--pools=1,two", "a"], "Error: flag --pools"),
+  (["--out=x", "--examples=0", "a"], "Error: flag --examples=0"),
+  (["--out=x", "--nosuch", "a"], "Error: Unknown command line flag 'nosuch'"),
+  (["--out=x", "nosuch"], "Error: nosuch/evaluation.json is missing"),
+]
+
+
+@pytest.mark.slow
+def test_wrong_flags_end_in_one_line():
+  script = (
+    "import json, sys\n"
+    "from absl.testing import flagsaver\n"
+    "from ism_jax import commands, compare\n"
+    "compare.define_flags()\n"
+    "for arguments in json.loads(sys.argv[1]):\n"
+    "  with flagsaver.flagsaver():\n"
+    "    try:\n"
+    "      compare.main(commands.parse_flags(['compare', *arguments]))\n"
+    "      print('no error')\n"
+    "    except SystemExit as error:\n"
+    "      print(error)\n"
+  )
+  wrong = json.dumps([arguments for arguments, _ in WRONG])
+  command = [sys.executable, "-c", script, wrong]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  lines = done.stdout.splitlines()
+  assert len(lines) == len(WRONG), done.stderr
+  for line, (arguments, message) in zip(lines, WRONG, strict=True):
+    assert message in line, arguments
