@@ -7,7 +7,6 @@ yardsticks beside the distances, frequencies, and how near samples are to what w
 Axes: N images, H/W size, C channels, F features, S spatial features, K kept features.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -23,11 +22,11 @@ from ism_jax.moments import FeatureStatistics, feature_statistics
 
 FLOOR_REPEATS = 20
 NEIGHBOURS = 512  # samples whose nearest real image is searched, among all
-KEPT = 50_000  # real images whose features are kept, at most
+KEPT = 50_000  # the most real images whose features statistics hold
 _MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # ours, ADM's and jax-fid's; MeanFlow's
 _SPATIAL_MOMENTS = ("mu_s", "sigma_s")  # ours and ADM's
 _IMAGES = "arr_0"  # ADM's
-_KEPT, _PROTOCOL, _COUNT = "features", "protocol", "count"  # ours
+_FEATURES, _PROTOCOL, _COUNT = "features", "protocol", "count"  # ours
 
 
 def write(path: str, statistics: scores.Statistics, protocol: dict) -> None:
@@ -41,7 +40,7 @@ def write(path: str, statistics: scores.Statistics, protocol: dict) -> None:
   if statistics.spatial:
     arrays |= moments(_SPATIAL_MOMENTS, statistics.spatial)
   if statistics.kept is not None:
-    arrays[_KEPT] = np.float32(statistics.kept)
+    arrays[_FEATURES] = np.float32(statistics.kept)
   arrays |= {_COUNT: np.int64(statistics.features.count), _PROTOCOL: json.dumps(protocol)}
   archive = io.BytesIO()
   np.savez(archive, **arrays)
@@ -49,7 +48,7 @@ def write(path: str, statistics: scores.Statistics, protocol: dict) -> None:
 
 
 def read_protocol(path: str) -> dict:
-  """How a file of statistics was made, as `write` was told; {} of others'.
+  """How a file of statistics was made, as `write` recorded it; {} of others'.
 
   Raises:
     ValueError: it is no npz file, or damaged.
@@ -77,8 +76,6 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       f"there is no file of reference statistics {path}; make one with python -m "
       "ism_jax.statistics, or download that of ADM."
     )
-  with open(path, "rb") as f:
-    sha256 = hashlib.file_digest(f, "sha256").hexdigest()
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}
@@ -90,8 +87,8 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       f"{path} holds {', '.join(sorted(arrays))}; needed are "
       f"{' or '.join(' and '.join(names) for names in _MOMENTS)}, a mean and a covariance."
     )
-  about = read_protocol(path)
-  made_with = (about.get("network", network.name), about.get("weights", network.sha256))
+  protocol = read_protocol(path)
+  made_with = (protocol.get("network", network.name), protocol.get("weights", network.sha256))
   if made_with != (network.name, network.sha256):
     raise ValueError(
       f"{path} was made with {made_with[0]}, weights {made_with[1][:12]}; this evaluation uses "
@@ -103,12 +100,13 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
   spatial = None
   if "spatial" in sizes and all(name in arrays for name in _SPATIAL_MOMENTS):
     spatial = _moments(path, arrays, _SPATIAL_MOMENTS, count, sizes["spatial"], network)
-  kept = arrays.get(_KEPT)
-  if kept is None and arrays.get(_IMAGES, np.empty(0)).ndim == 4:
+  single = arrays.get(_FEATURES)
+  if single is None and arrays.get(_IMAGES, np.empty(0)).ndim == 4:
     logging.info("%s sees the %d images of %s.", network.name, len(arrays[_IMAGES]), path)
-    kept = features.of_images(network, mesh, arrays[_IMAGES])
-  told = {"file": path, "sha256": sha256} | ({"protocol": about} if about else {})
-  return scores.Statistics(moments, spatial, kept), told
+    single = features.of_images(network, mesh, arrays[_IMAGES])
+  source = {"file": path, "sha256": files.sha256(path)}
+  source |= {"protocol": protocol} if protocol else {}
+  return scores.Statistics(moments, spatial, single), source
 
 
 def _moments(path, arrays, names, count, size, network):
@@ -134,7 +132,8 @@ class Reference:
 
   Attributes:
     networks: those of `evaluation.networks`, in that order.
-    statistics: {network: of the real images}. sources: {network: where they are from}.
+    statistics: {network: of the real images}.
+    sources: {network: where they are from}.
     floors: {network: {"mean", "sd", "is"}}, Fréchet distances of real images to real images, for
       the networks that are made of the dataset.
     images: `DatasetImages`, or None where the reference is files.
@@ -143,14 +142,14 @@ class Reference:
   def __init__(self, exp: Experiment, mesh):
     self._mesh, ev = mesh, exp.evaluation
     self._num_images = ev.num_images
-    files, weights = ev.reference_files(), ev.weight_files()
-    if not files and exp.data.vae:
+    reference_files, weights = ev.reference_files(), ev.weight_files()
+    if not reference_files and exp.data.vae:
       raise ValueError(
         "evaluation.reference is empty, and latents hold no images to compare with: make "
         f"statistics with python -m ism_jax.statistics --images=IMAGES --networks={ev.networks} "
         "--out=DIR, or download ADM's, and pass --config.evaluation.reference=FILE."
       )
-    self.images = None if files else DatasetImages(exp)
+    self.images = None if reference_files else DatasetImages(exp)
     real = self.images
     load = {
       "classifier": lambda: features.classifier(
@@ -165,10 +164,10 @@ class Reference:
     for network in self.networks:
       if network.held_out_accuracy is not None:
         logging.info("The features are %s.", network.what)
-    if files:
-      found = {n.name: read(files[n.name], n, mesh) for n in self.networks}
-      self.statistics = {name: statistics for name, (statistics, _) in found.items()}
-      self.sources = {name: source for name, (_, source) in found.items()}
+    if reference_files:
+      contents = {n.name: read(reference_files[n.name], n, mesh) for n in self.networks}
+      self.statistics = {name: statistics for name, (statistics, _) in contents.items()}
+      self.sources = {name: source for name, (_, source) in contents.items()}
       self.floors = {}
     else:
       self.statistics = self._see(real.reference)
@@ -210,9 +209,12 @@ class Reference:
       size = len(real.features.mean)
       if num_images <= size:
         logging.warning(
-            "%d samples do not determine the covariance of %d features of %s: the Fréchet distance "
-            "comes out too large. 50,000 samples are usual.", num_images, size, name
-        )  # fmt: skip
+          "%d samples do not determine the covariance of %d features of %s: the Fréchet distance "
+          "comes out too large. 50,000 samples are usual.",
+          num_images,
+          size,
+          name,
+        )
 
   def check_images(self, path: str, image_shape, labels) -> None:
     """Raises if images [H, W, C] of these labels [N] cannot be judged against this reference."""
@@ -237,7 +239,9 @@ class Reference:
 
     Args:
       batches: uint8 [b, H, W, C], all of one size but the last.
-      total: of images. labels: [total], or None. brief: see `Judging`.
+      total: of images.
+      labels: [total], or None.
+      brief: see `Judging`.
     """
     judging, start = Judging(self, total, brief), 0
     for images, outputs in features.of_batches(self.networks, self._mesh, batches):
@@ -248,21 +252,26 @@ class Reference:
 
   def yardsticks(self) -> dict[str, dict]:
     """`Judging.result` of real images and of bad ones."""
-    found = {
+    results = {
       name: self.judge(features.in_batches(images), len(images), labels)
       for name, (images, labels) in self.images.yardsticks().items()
     }
-    # Among those trained on, a real image is its own neighbour.
-    next(iter(found.values()))["nearest_neighbour"] = self.images.own_neighbour_distance()
-    return found
+    # Among those trained on, a real image would be its nearest neighbour itself.
+    real = next(iter(results.values()))
+    real["nearest_neighbour"] = distances.nearest_neighbour_distance(
+      self.images.flat[:NEIGHBOURS], self.images.flat, exclude_self=True
+    )
+    return results
 
 
 class Judging:
   """What is added up of a set of samples, batch by batch, until it can be scored.
 
   Args:
-    total: samples that will be added. brief: without frequencies, and without what compares single
-      images: nearest neighbours, KID, precision and recall.
+    reference: what they are judged against.
+    total: samples that will be added.
+    brief: without frequencies, and without what compares single images: nearest neighbours, KID,
+      precision and recall.
   """
 
   def __init__(self, reference: Reference, total: int, brief: bool = False):
@@ -302,20 +311,20 @@ class Judging:
     """{"scores": {network: {metric: value}}}, and of described samples their "nearest_neighbour"
     (mean distance of the first ones to the training images), "spectrum" and "bands".
     """
-    found = {"scores": {}}
+    result = {"scores": {}}
     for name, tally in self._tallies.items():
       values = tally.scores(self._reference.statistics[name], labelled=self._labelled)
       if name in self._reference.floors:
         floor = self._reference.floors[name]["mean"]
         values["times_floor"] = values["frechet_distance"] / floor
-      found["scores"][name] = values
+      result["scores"][name] = values
     if self._images:
-      found["nearest_neighbour"] = distances.nearest_neighbour_distance(
+      result["nearest_neighbour"] = distances.nearest_neighbour_distance(
         _flat(np.concatenate(self._first)), self._images.flat
       )
-      found["spectrum"] = (self._spectrum / self._added).tolist()
-      found["bands"] = (self._bands / self._added).tolist()
-    return found
+      result["spectrum"] = (self._spectrum / self._added).tolist()
+      result["bands"] = (self._bands / self._added).tolist()
+    return result
 
 
 class DatasetImages:
@@ -326,7 +335,8 @@ class DatasetImages:
     reference: uint8 [N, H, W, C], of `evaluation.reference_split`.
     held_out: whether that is another split than the one trained on. Then a floor is the distance of
       training images to the reference; else that of a bootstrap resample of it.
-    spectrum, bands: of the reference, see `spectra`.
+    spectrum: of the reference, see `spectra.radial_power`.
+    bands: of the reference, see `spectra.band_energies`.
     flat: float64 [N, H W C], the training images.
     num_classes: of the dataset.
     cache_dir: of judges.
@@ -344,12 +354,6 @@ class DatasetImages:
     self.bands = spectra.band_energies(self.reference)
     self._num_images, self.num_classes = exp.evaluation.num_images, exp.data.num_classes
     self.flat = _flat(self.training[0])
-
-  def own_neighbour_distance(self) -> float:
-    """Mean distance of images trained on to the nearest other one."""
-    return distances.nearest_neighbour_distance(
-      self.flat[:NEIGHBOURS], self.flat, exclude_self=True
-    )
 
   def yardsticks(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{name: (images, labels)}: real images first, then bad ones."""
