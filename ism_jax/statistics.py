@@ -121,6 +121,9 @@ def compute(
   """{network: statistics} in one pass over the images.
 
   Args:
+    images: what the networks see.
+    networks: all at once.
+    mesh: of the devices.
     keep: the most images whose features the statistics hold, evenly spread.
     batch_size: images at a time on each device.
   Raises:
@@ -165,7 +168,12 @@ def make(
   """Writes the statistics of each network into the folder `out`, but for those that are there.
 
   Args:
-    devices: default all that are local. Others: see `compute`.
+    images: what the networks see.
+    networks: those whose statistics are wanted.
+    out: the folder.
+    keep: see `compute`.
+    batch_size: see `compute`.
+    devices: default all that are local.
   Returns:
     {network: file}
   Raises:

@@ -7,11 +7,12 @@ import sys
 
 from conftest import tiny_config
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.optimize
 
-from ism_jax import compare, couplings, files, summary
+from ism_jax import compare, couplings, figures, files, summary
 
 NETWORK = {
   "name": "classifier",
@@ -322,3 +323,14 @@ def test_wrong_flags_end_in_one_line():
   assert len(lines) == len(WRONG), done.stderr
   for line, (arguments, message) in zip(lines, WRONG, strict=True):
     assert message in line, arguments
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.0, 4.1), (0.9, 1.1), (0.02, 0.9), (1e-5, 3.0)])
+def test_a_logarithmic_axis_is_labelled_with_enough_plain_numbers(low, high):
+  figure, ax = plt.subplots()
+  ax.plot([low, high])
+  figures._log2(ax.yaxis)
+  labels = [label.get_text() for label in ax.yaxis.get_ticklabels()]
+  plt.close(figure)
+  assert 4 <= len(labels) <= 9 and len(set(labels)) == len(labels)
+  assert all(0.7 * low <= float(label) <= 1.4 * high for label in labels)

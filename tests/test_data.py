@@ -57,7 +57,7 @@ def source(data_dir):
 
 @pytest.fixture(scope="session")
 def reference():
-  """Images as the pools give them, [N, 64] float64, and labels; from scikit-learn alone."""
+  """Images as the pools give them, [N, 64] float64, and labels; only from scikit-learn."""
   digits = load_digits()
   grey = np.floor(digits.data * 255 / 16 + 0.5)
   return grey * 2 / 255 - 1, digits.target
@@ -369,8 +369,8 @@ def test_places_are_all_those_allowed(size):
       for x in range(640 - size + 1)
       if (mask[x : x + size] == held_out).all()
     }
-    drawn = draw_places(np.random.default_rng(0), (70, 640), size, bool(held_out), len(allowed))
-    assert set(map(tuple, drawn.tolist())) == allowed
+    places = draw_places(np.random.default_rng(0), (70, 640), size, bool(held_out), len(allowed))
+    assert set(map(tuple, places.tolist())) == allowed
 
 
 def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path, reference):

@@ -37,17 +37,32 @@ def test_our_numbers_of_real_photographs_are_those_of_torch_fidelity(pytorch, tm
         add(image[None], [i % 2])
         Image.fromarray(image).save(tmp_path / name / f"{i:03d}.png")
   theirs = torch_fidelity.calculate_metrics(
-      input1=str(tmp_path / "drawn"), input2=str(tmp_path / "real"), cuda=False, batch_size=20,
-      isc=True, fid=True, kid=True, prc=True, kid_subset_size=COUNT, cache=False, verbose=False,
-      feature_extractor="inception-v3-compat", feature_extractor_weights_path=weights,
-      feature_layer_prc="2048", save_cpu_ram=True,
-  )  # fmt: skip
+    input1=str(tmp_path / "drawn"),
+    input2=str(tmp_path / "real"),
+    cuda=False,
+    batch_size=20,
+    isc=True,
+    fid=True,
+    kid=True,
+    prc=True,
+    kid_subset_size=COUNT,
+    cache=False,
+    verbose=False,
+    feature_extractor="inception-v3-compat",
+    feature_extractor_weights_path=weights,
+    feature_layer_prc="2048",
+    save_cpu_ram=True,
+  )
 
   networks = (features.published("inception", weights),)
   files = statistics.make(
-      samples.open(str(tmp_path / "real"), 2), networks, str(tmp_path / "statistics"),
-      keep=COUNT, batch_size=20, devices=jax.devices()[:1],
-  )  # fmt: skip
+    samples.open(str(tmp_path / "real"), 2),
+    networks,
+    str(tmp_path / "statistics"),
+    keep=COUNT,
+    batch_size=20,
+    devices=jax.devices()[:1],
+  )
   config = tiny_config()
   config.evaluation.update(
     {"networks": "inception", "weights": weights, "reference": files["inception"], "batch_size": 24}
@@ -57,11 +72,11 @@ def test_our_numbers_of_real_photographs_are_those_of_torch_fidelity(pytorch, tm
   ours = result["scores"]["inception"]
   assert ours["frechet_distance"] > 1 and ours["recall"] < 0.9
   for name, of_theirs, tolerance in (
-      ("frechet_distance", "frechet_inception_distance", 1e-3),
-      ("kid", "kernel_inception_distance_mean", 1e-3),
-      ("inception_score", "inception_score_mean", 1e-4),
-      ("inception_score_sd", "inception_score_std", 1e-2),
-  ):  # fmt: skip
+    ("frechet_distance", "frechet_inception_distance", 1e-3),
+    ("kid", "kernel_inception_distance_mean", 1e-3),
+    ("inception_score", "inception_score_mean", 1e-4),
+    ("inception_score_sd", "inception_score_std", 1e-2),
+  ):
     np.testing.assert_allclose(ours[name], theirs[of_theirs], rtol=tolerance, err_msg=name)
   for name in ("precision", "recall"):
     np.testing.assert_allclose(ours[name], theirs[name], atol=5e-3, err_msg=name)

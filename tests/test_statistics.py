@@ -88,9 +88,13 @@ def check_file(path, images):
 def make(images, out, networks=None, keep=100, batch_size=2, devices=None):
   networks = (network(),) if networks is None else networks
   return statistics.make(
-      images, networks, str(out), keep=keep, batch_size=batch_size,
-      devices=jax.devices()[:3] if devices is None else devices,
-  )  # fmt: skip
+    images,
+    networks,
+    str(out),
+    keep=keep,
+    batch_size=batch_size,
+    devices=jax.devices()[:3] if devices is None else devices,
+  )
 
 
 @pytest.mark.parametrize(("count", "batch_size", "devices"), [(30, 1, 1), (37, 2, 3), (37, 100, 8)])
@@ -145,18 +149,21 @@ def test_images_of_a_source_are_cropped_and_the_unreadable_ones_listed(tmp_path,
   source = images_lib.open_source(photos, "")
   bad = {"china/0.png", "flower/text.png"}
   readable = [i for i in range(source.size) if source.name(i) not in bad]
-  expected = np.stack([
-    images_lib.centre_crop(images_lib.decode(source.read(i)[0]), SIZE) for i in readable
-  ])  # fmt: skip
+  expected = np.stack(
+    [images_lib.centre_crop(images_lib.decode(source.read(i)[0]), SIZE) for i in readable]
+  )
   image_set = statistics.of_images(photos, "", SIZE, num_threads=2)
   arrays, protocol = check_file(make(image_set, tmp_path)["inception"], expected)
   assert len(arrays["features"]) == arrays["count"] == protocol["images"] == 39
   assert set(protocol["unreadable"]) == bad and "truncated" in protocol["unreadable"]["china/0.png"]
   said = {k: protocol[k] for k in ("source", "listing", "listed", "crop", "size")}
   assert said == {
-    "source": photos, "listing": source.listing, "listed": 41, "crop": images_lib.CROP,
+    "source": photos,
+    "listing": source.listing,
+    "listed": 41,
+    "crop": images_lib.CROP,
     "size": SIZE,
-  }  # fmt: skip
+  }
 
 
 def test_a_dataset_that_a_config_names_is_taken_as_it_is(tmp_path):
@@ -376,9 +383,14 @@ def test_the_command_makes_inceptions_statistics(tmp_path):
   for i, image in enumerate(images):
     (tmp_path / f"{i}.png").write_bytes(png(image))
   flags = (
-    "-m", "ism_jax.statistics", f"--samples={tmp_path}", f"--out={tmp_path / 'out'}",
-    "--weights=random", "--batch_size=4", "--keep_features=3",
-  )  # fmt: skip
+    "-m",
+    "ism_jax.statistics",
+    f"--samples={tmp_path}",
+    f"--out={tmp_path / 'out'}",
+    "--weights=random",
+    "--batch_size=4",
+    "--keep_features=3",
+  )
   said = run(flags).stderr
   assert "6/6 images" in said and "6 images do not determine the covariance of the 2048" in said
   loaded = inception.load("random")
