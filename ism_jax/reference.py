@@ -53,9 +53,18 @@ def read_protocol(path: str) -> dict:
   Raises:
     ValueError: it is no npz file, or damaged.
   """
+  return _protocol(_load(path, (_PROTOCOL,)))
+
+
+def _protocol(arrays) -> dict:
+  return json.loads(str(arrays[_PROTOCOL])) if _PROTOCOL in arrays else {}
+
+
+def _load(path, names=None) -> dict[str, np.ndarray]:
+  """The arrays of these names, or all, as far as an npz has them."""
   try:
     with np.load(path, allow_pickle=False) as file:
-      return json.loads(str(file[_PROTOCOL])) if _PROTOCOL in file else {}
+      return {name: file[name] for name in names or file.files if name in file}
   except Exception as error:  # zipfile and NumPy have many errors for damage
     raise ValueError(f"{path} is no npz file of statistics, or damaged ({error}).") from error
 
@@ -76,18 +85,14 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       f"there is no file of reference statistics {path}; make one with python -m "
       "ism_jax.statistics, or download that of ADM."
     )
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {name: file[name] for name in file.files}
-  except Exception as error:  # zipfile and NumPy have many errors for damage
-    raise ValueError(f"{path} is no npz file of statistics, or damaged ({error}).") from error
+  arrays = _load(path)
   names = next((names for names in _MOMENTS if all(n in arrays for n in names)), None)
   if names is None:
     raise ValueError(
       f"{path} holds {', '.join(sorted(arrays))}; needed are "
       f"{' or '.join(' and '.join(names) for names in _MOMENTS)}, a mean and a covariance."
     )
-  protocol = read_protocol(path)
+  protocol = _protocol(arrays)
   made_with = (protocol.get("network", network.name), protocol.get("weights", network.sha256))
   if made_with != (network.name, network.sha256):
     raise ValueError(
