@@ -6,18 +6,14 @@ is found here, before anything is compiled or written.
 """
 
 import dataclasses
-import itertools
 import typing
 
 from absl import logging
 
-from ism_jax import couplings, features, objectives, paths, sharding, wavelets
+from ism_jax import couplings, objectives, paths, protocol, sharding, wavelets
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import pipeline
-
-ROUNDINGS = ("nearest", "truncate")
-LABELS = ("balanced", "uniform")
 
 # What a checkpoint depends on: with another value it is another run's.
 _FIXED = {
@@ -104,90 +100,6 @@ class MonitorConfig:
   score: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-  """What `--mode=evaluate` measures, by which protocol.
-
-  Attributes:
-    num_images: samples per setting.
-    steps, w: every number of steps meets every w.
-    seeds: of noise, one evaluation each.
-    batch_size: images at a time, over all devices.
-    enlarge: pixels of a grid's PNG per image pixel.
-    labels: "balanced", all classes in turn, or "uniform", drawn.
-    rounding: from [-1, 1] to 0..255: "nearest", or "truncate" as ADM has it, see
-      `generate.to_uint8`.
-    networks: feature networks, comma-separated, see `features`; the first one's Fréchet distance is
-      the headline.
-    weights: of published networks, comma-separated NETWORK=FILE, or one FILE where there is one
-      network; for others the published ones are found or downloaded; "random" for checks.
-    reference: files of reference statistics, in the same form, one for each network; "" for the
-      dataset's own images.
-    reference_split: of the dataset, then.
-    save_samples: whether the samples are written, as npz for other evaluators.
-    at_end: whether training ends with an evaluation.
-  """
-
-  num_images: int
-  steps: tuple[int, ...]
-  w: tuple[float, ...]
-  seeds: tuple[int, ...]
-  batch_size: int
-  enlarge: int
-  labels: str
-  rounding: str
-  networks: str
-  weights: str
-  reference: str
-  reference_split: str
-  save_samples: bool
-  at_end: bool
-
-  def __post_init__(self):
-    for name, known in (("labels", LABELS), ("rounding", ROUNDINGS)):
-      if (value := getattr(self, name)) not in known:
-        raise ValueError(f"evaluation.{name}={value!r} is unknown; known are {', '.join(known)}.")
-    names = self.network_names()
-    if wrong := [name for name in names if name not in features.NAMES]:
-      raise ValueError(
-        f"evaluation.networks={self.networks!r}: {wrong[0]!r} is unknown; known are "
-        f"{', '.join(features.NAMES)}."
-      )
-    if len(set(names)) < len(names):
-      raise ValueError(f"evaluation.networks={self.networks!r} names a network twice.")
-    files = self.reference_files()
-    of_dataset = [name for name in names if name in features.OF_THE_DATASET]
-    if of_dataset and (wrong := of_dataset if files else self.weight_files().keys() & of_dataset):
-      raise ValueError(
-        f"evaluation.networks={self.networks!r}: {', '.join(wrong)} is made of the dataset and "
-        "takes no file of weights or reference statistics."
-      )
-    if files and (missing := [name for name in names if name not in files]):
-      raise ValueError(
-        f"evaluation.reference={self.reference!r} has no file for {', '.join(missing)}; add "
-        f"{missing[0]}=FILE."
-      )
-
-  def network_names(self) -> tuple[str, ...]:
-    """Those of `networks`."""
-    return tuple(self.networks.split(","))
-
-  def weight_files(self) -> dict[str, str]:
-    """{network: file} of `weights`."""
-    return self._files("weights")
-
-  def reference_files(self) -> dict[str, str]:
-    """{network: file} of `reference`."""
-    return self._files("reference")
-
-  def _files(self, field: str) -> dict[str, str]:
-    return features.parse_files(f"evaluation.{field}", getattr(self, field), self.network_names())
-
-  def settings(self) -> list[tuple[int, float]]:
-    """The (steps, w) pairs to measure."""
-    return list(itertools.product(self.steps, self.w))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
   """A whole config.
@@ -229,7 +141,7 @@ class Experiment:
   checkpoint: CheckpointConfig
   sample: SampleConfig
   monitor: MonitorConfig
-  evaluation: EvaluationConfig
+  evaluation: protocol.EvaluationConfig
 
   @property
   def image_shape(self) -> tuple[int, int, int]:

@@ -22,9 +22,7 @@ from ism_jax import sharding
 from ism_jax.pretrained import dinov2, inception
 from ism_jax.sharding import AXIS, P
 
-OF_THE_DATASET = ("classifier", "random")
 PUBLISHED = {"inception": inception, "dinov2": dinov2}
-NAMES = (*OF_THE_DATASET, *PUBLISHED)
 
 _BATCH = 512  # host images at a time, over all devices
 _TOGETHER = {"classifier": 256, "random": 256, "inception": 16, "dinov2": 16}  # on each device
@@ -35,7 +33,7 @@ class Network:
   """A feature network with weights.
 
   Attributes:
-    name: one of `NAMES`.
+    name: one of `protocol.NAMES`.
     what: its features in words.
     sha256: of its weights; "" for those made of the dataset.
     params: nested dict of arrays.
@@ -97,26 +95,6 @@ def published(name: str, weights: str = "") -> Network:
 
   what = module.WHAT + (" at random weights" if weights == "random" else "")
   return Network(name, what, loaded.sha256, loaded.params, apply)
-
-
-def parse_files(option: str, value: str, names) -> dict[str, str]:
-  """{network: file} of "NETWORK=FILE,...", or of one FILE where there is one network.
-
-  Args:
-    option: where the value is from, for errors. names: of the networks in use.
-  """
-  files = {}
-  for entry in filter(None, value.split(",")):
-    name, named, path = entry.partition("=")
-    if len(names) == 1 and not (named and name in NAMES):
-      name, path = names[0], entry
-    if name not in names or not path or name in files:
-      raise ValueError(
-        f"{option}={value!r}: {entry!r} is no NETWORK=FILE of one of the networks "
-        f"{', '.join(names)}, once each."
-      )
-    files[name] = path
-  return files
 
 
 @functools.lru_cache(maxsize=4)

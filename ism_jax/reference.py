@@ -19,6 +19,7 @@ from ism_jax import data, distances, features, files, generate, scores, spectra
 from ism_jax.experiment import Experiment
 from ism_jax.features import Network
 from ism_jax.moments import FeatureStatistics, feature_statistics
+from ism_jax.protocol import OF_THE_DATASET
 
 FLOOR_REPEATS = 20
 NEIGHBOURS = 512  # samples whose nearest real image is searched, among all
@@ -178,9 +179,7 @@ class Reference:
       self.statistics = self._see(real.reference)
       source = {"split": ev.reference_split, "images": len(real.reference)}
       self.sources = {n.name: source for n in self.networks}
-      self.floors = {
-        n.name: self._floor(n.name) for n in self.networks if n.name in features.OF_THE_DATASET
-      }
+      self.floors = {n.name: self._floor(n.name) for n in self.networks if n.name in OF_THE_DATASET}
     self.check_count(ev.num_images)
 
   def _see(self, images) -> dict[str, scores.Statistics]:

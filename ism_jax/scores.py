@@ -11,7 +11,8 @@ import dataclasses
 import numpy as np
 
 from ism_jax import distances, moments
-from ism_jax.features import PUBLISHED, Network
+from ism_jax.features import Network
+from ism_jax.protocol import PUBLISHED
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1_000

@@ -42,6 +42,7 @@ from ism_jax import (
 )
 from ism_jax.data import images as images_lib
 from ism_jax.data import pipeline
+from ism_jax.protocol import parse_files
 from ism_jax.samples import ImageSet
 
 SPLIT = "train"
@@ -306,7 +307,7 @@ def _network_files(named: str, weights: str) -> dict[str, str]:
     )
   if len(set(names)) < len(names):
     raise ValueError(f"--networks={named} names a network twice.")
-  return dict.fromkeys(names, "") | features.parse_files("--weights", weights, names)
+  return dict.fromkeys(names, "") | parse_files("--weights", weights, names)
 
 
 def main(argv):

@@ -12,23 +12,21 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
 # Each module may import those in the lines below its own.
 LAYERS = [
     {"main", "compare", "encode", "aot", "statistics", "api", "benchmark"},
-    {"stablehlo"},
+    {"summary", "stablehlo"},
     {"export"},
     {"evaluate"},
     {"train"},
     {"monitor"},
     {"reference", "figures"},
-    {"summary"},
     {"generate", "flops"},
     {"experiment", "scores"},
     {"features", "samples"},
-    {"judge", "spectra"},
     {"sampling", "diagnosis"},
     {"objectives", "state_dicts"},
     {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
-     "distances", "logs", "commands"},
-    {"pretrained", "moments"},
-    {"paths", "files", "chips", "hlo", "multihost", "pytorch"},
+     "metrics", "spectra", "judge", "logs", "commands"},
+    {"pretrained"},
+    {"paths", "files", "chips", "hlo", "multihost", "protocol", "pytorch"},
 ]  # fmt: skip
 MATHEMATICS = {
   "paths",

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import checkpoints, evaluate, experiment, files, generate, sharding, steps
+from ism_jax import (
+  checkpoints,
+  evaluate,
+  experiment,
+  files,
+  generate,
+  protocol,
+  sharding,
+  steps,
+)
 from ism_jax import reference as references
 from ism_jax import samples as samples_lib
 
@@ -131,7 +140,7 @@ def test_uniform_labels_are_drawn_and_balanced_ones_are_not():
 
 def test_truncation_is_half_a_level_darker_than_rounding():
   x = jnp.linspace(-1, 1, 10_001)
-  nearest, truncated = (np.asarray(generate.to_uint8(x, r), float) for r in experiment.ROUNDINGS)
+  nearest, truncated = (np.asarray(generate.to_uint8(x, r), float) for r in protocol.ROUNDINGS)
   levels = 127.5 * (np.asarray(x, float) + 1)
   assert np.abs(nearest - levels).max() < 0.501 and 0.49 < (levels - truncated).mean() < 0.51
   assert truncated.max() == 255

@@ -1,6 +1,9 @@
 """Configs: every variant builds and steps, and what is wrong is said before anything runs."""
 
+import pathlib
 import re
+import subprocess
+import sys
 
 from conftest import tiny_config
 import jax
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import base, digits, imagenet256, imagenet512
-from ism_jax import experiment, sharding, state, steps, wavelets
+from ism_jax import experiment, features, protocol, sharding, state, steps, wavelets
 
 # Those less one technique take what the cumulative rows take.
 VARIANTS = [
@@ -196,6 +199,20 @@ def test_a_batch_that_does_not_split_names_the_nearest_that_does():
   config.batch_size = 100
   with pytest.raises(ValueError, match="multiple of 32; the nearest is 96"):
     experiment.check_devices(experiment.parse(config), 8)
+
+
+def test_a_config_is_validated_without_importing_a_feature_network():
+  script = (
+    "import sys\n"
+    "from configs import digits\n"
+    "from ism_jax import experiment\n"
+    "experiment.parse(digits.get_config())\n"
+    "networks = {f'ism_jax.{m}' for m in "
+    "('features', 'judge', 'pretrained.inception', 'pretrained.dinov2')}\n"
+    "assert not networks & set(sys.modules), networks & set(sys.modules)\n"
+  )
+  subprocess.run([sys.executable, "-c", script], check=True, cwd=pathlib.Path(__file__).parents[1])
+  assert tuple(features.PUBLISHED) == protocol.PUBLISHED
 
 
 def test_equal_decays_make_one_ema():
