@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ism_jax import commands, export, generate, sampling, sharding, stablehlo, state_dicts, train
+from ism_jax import commands, generate, restore, sampling, sharding, stablehlo, state_dicts, train
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
@@ -54,14 +54,11 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
     FileNotFoundError: nothing of the kind is at `source`, or no such step.
     ValueError: it is damaged, or does not fit its config.
   """
-  if tree not in export.TREES:
-    raise ValueError(f"tree={tree!r} is unknown; known are {', '.join(export.TREES)}.")
   _log_as_commands_do()
   mesh, path = sharding.data_mesh(devices), epath.Path(source).expanduser()
   if (path / "checkpoints").is_dir():
-    found = export.restore(str(path), tree, step)
-    params = jax.device_put(found.params, sharding.replicated(mesh))
-    return Model(found.exp, params, mesh, export.name_of(tree, found.step))
+    trained = restore.read(str(path), tree, step=step, mesh=mesh)
+    return Model(trained.exp, trained.params, mesh, trained.about)
   if tree != "ema" or step is not None:
     raise ValueError(
       f"{source} is no workdir (it has no folder checkpoints), and an export holds one tree of one "
@@ -104,7 +101,7 @@ def _find_export(source) -> pathlib.Path:
 def _of_export(folder: pathlib.Path, mesh) -> "Model":
   try:
     details = json.loads((folder / state_dicts.CONFIG).read_text())
-    config, about = details["config"], export.name_of(details["tree"], details["step"])
+    config, about = details["config"], restore.describe(details["tree"], details["step"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{folder / state_dicts.CONFIG} is none that python -m ism_jax.export writes "
@@ -133,7 +130,7 @@ def fit(config, workdir: str, devices=None) -> "Model":
   state = train.train(config, workdir, devices)
   mesh = sharding.data_mesh(devices)
   params = jax.device_put(state.ema, sharding.replicated(mesh))
-  return Model(experiment_lib.parse(config), params, mesh, export.name_of("ema", int(state.step)))
+  return Model(experiment_lib.parse(config), params, mesh, restore.describe("ema", int(state.step)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 import scipy.optimize
 
-from ism_jax import commands, couplings, data, diagnosis, evaluate, figures, files, summary
+from ism_jax import commands, couplings, data, diagnosis, figures, files, restore, summary
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.summary import Run
@@ -38,7 +38,8 @@ LARGEST_ASSIGNMENT = 2048  # pairs whose optimum is computed: a minute at most
 def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
   """The effective CFG scale of the jumps `JUMPS` of a run's inference EMA at w."""
   config = ml_collections.ConfigDict(run.config)
-  exp, _, _, params = evaluate.restore_ema(config, run.workdir, jax.devices()[:1])
+  trained = restore.read(run.workdir, config=config)
+  exp, params = trained.exp, trained.params
   images, labels = data.all_images(data.load_source(exp.data))
   chosen = np.random.default_rng(0).permutation(len(images))[:examples]
   key_noise, key_start = jax.random.split(jax.random.key(0))

@@ -20,13 +20,13 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from ism_jax import (
-  checkpoints,
   diagnosis,
   features,
   figures,
   files,
   generate,
   guidance,
+  restore,
   sampling,
   scores,
   sharding,
@@ -38,7 +38,6 @@ from ism_jax import model as model_lib
 from ism_jax import reference as reference_lib
 from ism_jax import samples as samples_lib
 from ism_jax.experiment import Experiment
-from ism_jax.steps import abstract_state
 
 PARTIAL = "evaluation_partial.json"
 PATHS = 256  # paths whose straightness is measured
@@ -65,29 +64,6 @@ _COLUMNS = {
   ("classifier", "precision"): ("precision, classifier", "{:.3f}"),
   ("classifier", "recall"): ("recall, classifier", "{:.3f}"),
 }
-
-
-def restore_ema(config, workdir: str, devices=None):
-  """The newest checkpoint's inference EMA, without reading the rest of the state.
-
-  Returns:
-    (experiment, mesh of the devices, step, parameters)
-  """
-  exp, mesh = experiment_lib.parse(config), sharding.data_mesh(devices)
-  with checkpoints.open_manager(workdir, keep=exp.checkpoint.keep, read_only=True) as manager:
-
-    def read(step):
-      saved = checkpoints.read_config(manager, step)
-      experiment_lib.check_continues(saved, files.as_dict(config))
-      everywhere = sharding.replicated(mesh)
-      like = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-        abstract_state(exp, mesh).ema,
-      )
-      return checkpoints.restore_tree(manager, "ema", like, step)
-
-    step, params = checkpoints.restore_newest(manager, read)
-    return exp, mesh, step, params
 
 
 def straightness(exp: Experiment, params, w: float, seed: int) -> float:
@@ -127,14 +103,16 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   Returns:
     The contents of evaluation.json; None in processes but the first.
   """
-  exp, mesh, step, params = restore_ema(config, workdir, devices)
+  mesh = sharding.data_mesh(devices)
+  trained = restore.read(workdir, config=config, mesh=mesh)
+  exp, params = trained.exp, trained.params
   files.check_writable(workdir)
   generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)  # a VAE may be missing
   reference, ev = load_reference(exp, mesh), exp.evaluation
   header = {
     "variant": exp.variant,
-    "step": step,
-    "parameters": "inference EMA",
+    "step": trained.step,
+    "parameters": restore.TREES[trained.tree],
     "vae": exp.data.vae,
     "labels": ev.labels,
     "rounding": ev.rounding,
@@ -386,20 +364,3 @@ def _row(report: dict, result: dict, name: str = "") -> dict[str, str]:
     if report["vae"]:
       row["images/s, decoded"] = f"{speed['decoded']:.4g}"
   return row
-
-
-def sample(config, workdir: str, out: str, devices=None) -> None:
-  """Draws `config.sample` into an npz for other evaluators: images arr_0, labels arr_1."""
-  files.check_writable(os.path.dirname(out))
-  exp, mesh, step, params = restore_ema(config, workdir, devices)
-  s = exp.sample
-  labels = generate.class_labels(exp, s.num_images, s.seed)
-  if s.label != -1:
-    labels = np.full(s.num_images, s.label)
-  drawn = generate.batches(
-    exp, mesh, params, labels, steps=s.steps, w=s.w, seed=s.seed, batch_size=s.batch_size
-  )
-  with samples_lib.writer(out, s.num_images, generate.decoded_shape(exp)) as add:
-    for batch in drawn:
-      add(np.asarray(batch.images)[: len(batch.labels)], batch.labels)
-  logging.info("Wrote %d images of step %d to %s.", s.num_images, step, out)

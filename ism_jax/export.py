@@ -10,7 +10,6 @@ It is written whole or not at all, and replaces nothing. Training begins with it
 --config.init_from=DIR.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -23,17 +22,10 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import checkpoints, commands, evaluate, files, sharding, state_dicts
-from ism_jax import experiment as experiment_lib
-from ism_jax import model as model_lib
-from ism_jax.experiment import Experiment
+from ism_jax import commands, evaluate, files, restore, state_dicts
 from ism_jax.pretrained import vae as vae_lib
+from ism_jax.restore import TREES, Trained
 
-TREES = {  # of the train state
-  "ema": "inference EMA",
-  "target_ema": "target EMA",
-  "params": "online parameters",
-}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 CODE = "ism_pytorch.py"
 CARD = "README.md"
@@ -42,63 +34,18 @@ CARD = "README.md"
 _PATHS = (("init_from",), ("data", "dir"), ("evaluation", "weights"), ("evaluation", "reference"))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trained:
-  """One parameter tree of a checkpoint.
-
-  Attributes:
-    exp: the experiment. config: the same as the checkpoint has it, a nested dict.
-    step: of the checkpoint. tree: one of `TREES`. params: the tree.
-  """
-
-  exp: Experiment
-  config: dict
-  step: int
-  tree: str
-  params: dict
-
-
-def name_of(tree: str, step: int) -> str:
-  """What a reader calls these parameters: "inference EMA, step 8"."""
-  return f"{TREES[tree]}, step {step}"
-
-
-def restore(workdir: str, tree: str, step: int | None = None) -> Trained:
-  """Reads a parameter tree, and nothing else of the state, to one device.
-
-  Args:
-    tree: one of `TREES`. step: of the checkpoint; None for the newest that is whole.
-  Raises:
-    FileNotFoundError: no such checkpoint. ValueError: it is damaged.
-  """
-  place = sharding.replicated(sharding.data_mesh(jax.local_devices()[:1]))
-  with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
-
-    def read(step):
-      config = checkpoints.read_config(manager, step)
-      exp = experiment_lib.parse(config)
-      shapes = jax.eval_shape(
-        lambda: model_lib.init_params(jax.random.key(0), exp.network(), exp.image_shape)
-      )
-      like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
-      params = checkpoints.restore_tree(manager, tree, like, step)
-      return Trained(exp, config, step, tree, jax.device_get(params))
-
-    return read(step) if step is not None else checkpoints.restore_newest(manager, read)[1]
-
-
 def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = None) -> None:
   """Writes a checkpoint's parameters to a new folder; see the module's docstring.
 
   Args:
     out: a folder that is empty or not there. dtype: one of `DTYPES`, of the file.
   Raises:
-    OSError: `out` is not empty or cannot be written. Otherwise as `restore`.
+    OSError: `out` is not empty or cannot be written. Otherwise as `restore.read`.
   """
   files.check_empty(out)
-  trained = restore(workdir, tree, step)
+  trained = restore.read(workdir, tree, step=step)
   write(trained, out, dtype=dtype, evaluation=read_evaluation(workdir, trained))
-  logging.info("Wrote the %s to %s.", name_of(tree, trained.step), out)
+  logging.info("Wrote the %s to %s.", trained.about, out)
 
 
 def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = None) -> None:
@@ -115,7 +62,7 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
         "data.vae=%s is no name on the Hugging Face hub: whoever samples in PyTorch has to pass "
         "the autoencoder to to_pixels.", exp.data.vae,
     )  # fmt: skip
-  state = state_dicts.from_params(trained.params, exp.network(), exp.image_shape)
+  state = state_dicts.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
   with files.whole_folder(out) as folder:
     settings = json.dumps(describe(trained, dtype), indent=2) + "\n"

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import io
+import os
 import time
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from ism_jax import experiment as experiment_lib
+from ism_jax import files, paths, restore, samples, sampling, sharding
 from ism_jax import model as model_lib
-from ism_jax import paths, sampling, sharding
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.sharding import AXIS, P
@@ -197,6 +199,38 @@ def batches(
     yield Batch(
       images, labels[start : start + batch_size], drawn - began, time.perf_counter() - drawn
     )
+
+
+def write_samples(config, workdir: str, out: str, devices=None) -> None:
+  """Draws `config.sample` into an npz for other evaluators: images arr_0, labels arr_1.
+
+  Args:
+    config: a ConfigDict of the run.
+    workdir: its folder; the samples are of the inference EMA in the newest checkpoint.
+    out: the npz.
+    devices: that sample; default all.
+  """
+  files.check_writable(os.path.dirname(out))
+  mesh = sharding.data_mesh(devices)
+  trained = restore.read(workdir, config=config, mesh=mesh)
+  exp, cfg = trained.exp, trained.exp.sample
+  labels = class_labels(exp, cfg.num_images, cfg.seed)
+  if cfg.label != -1:
+    labels = np.full(cfg.num_images, cfg.label)
+  drawn = batches(
+    exp,
+    mesh,
+    trained.params,
+    labels,
+    steps=cfg.steps,
+    w=cfg.w,
+    seed=cfg.seed,
+    batch_size=cfg.batch_size,
+  )
+  with samples.writer(out, cfg.num_images, decoded_shape(exp)) as add:
+    for batch in drawn:
+      add(np.asarray(batch.images)[: len(batch.labels)], batch.labels)
+  logging.info("Wrote %d images of the %s to %s.", cfg.num_images, trained.about, out)
 
 
 def grid_png(images, enlarge: int) -> bytes:

@@ -46,17 +46,13 @@ def main(argv):
   commands.quiet_libraries()
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
-  from ism_jax import checkpoints, evaluate, train
+  from ism_jax import evaluate, generate, restore, train
 
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*_PLACE(), preemption=_MODE.value == "train")
     config = _CONFIG.value
     if config is None:
-      with checkpoints.open_manager(_WORKDIR.value, keep=1, read_only=True) as manager:
-        _, saved = checkpoints.restore_newest(
-          manager, lambda step: checkpoints.read_config(manager, step)
-        )
-      config = override(saved, argv)
+      config = override(restore.read_config(_WORKDIR.value), argv)
     if _MODE.value == "train":
       if config.evaluation.at_end:
         evaluate.check(config)  # what is missing is missed now
@@ -66,7 +62,7 @@ def main(argv):
     elif _MODE.value == "evaluate" or (_MODE.value == "train" and config.evaluation.at_end):
       evaluate.evaluate(config, _WORKDIR.value)
     elif _MODE.value == "sample":
-      evaluate.sample(config, _WORKDIR.value, _OUT.value)
+      generate.write_samples(config, _WORKDIR.value, _OUT.value)
 
 
 def override(saved: dict, argv) -> ml_collections.ConfigDict:

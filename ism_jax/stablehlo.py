@@ -26,7 +26,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import commands, experiment, files, generate
+from ism_jax import commands, experiment, files, generate, restore
 from ism_jax import export as export_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
@@ -181,10 +181,9 @@ def main(argv):
   given = flags.FLAGS
   with commands.one_line_errors():
     files.check_empty(given.out)
-    trained = export_lib.restore(given.workdir, given.tree, given.step)
-    about = export_lib.name_of(given.tree, trained.step)
-    write(trained.exp, trained.params, given.out, given.steps, about=about)
-    logging.info("Wrote the sampler of the %s to %s.", about, given.out)
+    trained = restore.read(given.workdir, given.tree, step=given.step)
+    write(trained.exp, trained.params, given.out, given.steps, about=trained.about)
+    logging.info("Wrote the sampler of the %s to %s.", trained.about, given.out)
 
 
 if __name__ == "__main__":

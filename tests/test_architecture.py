@@ -19,6 +19,7 @@ LAYERS = [
     {"monitor"},
     {"reference", "figures"},
     {"generate", "flops"},
+    {"restore"},
     {"experiment", "scores"},
     {"features", "samples"},
     {"sampling", "diagnosis"},

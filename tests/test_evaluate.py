@@ -105,7 +105,7 @@ def test_samples_in_a_file_are_judged_as_those_of_the_checkpoint(workdir, mesh, 
   assert "| samples |" in (tmp_path / "other" / "evaluation.md").read_text()
 
   config.sample.update({"num_images": IMAGES, "steps": "1", "w": 0.5, "batch_size": 40})
-  evaluate.sample(config, workdir, str(tmp_path / "x.npz"), list(mesh.devices.flat))
+  generate.write_samples(config, workdir, str(tmp_path / "x.npz"), list(mesh.devices.flat))
   with np.load(tmp_path / "x.npz") as drawn, np.load(path) as kept:
     # Other batches sum in another order, and may round to the next level.
     difference = np.abs(np.int32(drawn["arr_0"]) - kept["arr_0"])

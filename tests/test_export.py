@@ -22,6 +22,7 @@ from ism_jax import (
   generate,
   model,
   paths,
+  restore,
   sampling,
   sharding,
   state_dicts,
@@ -295,7 +296,7 @@ def test_an_export_says_what_it_is_and_keeps_the_machine_to_itself(workdir, tmp_
 
 def test_the_autoencoder_of_latents_is_named():
   config = imagenet256.get_config()
-  trained = export.Trained(experiment.parse(config), files.as_dict(config), 4, "ema", {})
+  trained = restore.Trained(experiment.parse(config), files.as_dict(config), 4, "ema", {})
   described = export.describe(trained, "float32")
   assert (described["vae"], described["vae_scale"]) == ("stabilityai/sd-vae-ft-mse", 0.18215)
   assert "32x32x4 latents of `stabilityai/sd-vae-ft-mse`" in export.card(trained, "float32", None)

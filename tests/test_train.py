@@ -266,12 +266,12 @@ def test_samples_are_written_for_adms_evaluator(run, tmp_path, one_device):
   config = tiny_config()
   config.sample.update({"num_images": 25, "steps": "1/2,1/4,1/4", "label": 3, "batch_size": 10})
   out = tmp_path / "samples.npz"
-  evaluate.sample(config, str(workdir), str(out), one_device)
+  generate.write_samples(config, str(workdir), str(out), one_device)
   with np.load(out) as archive:
     assert archive["arr_0"].shape == (25, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(archive["arr_1"], np.full(25, 3))
   config.sample.label = -1
-  evaluate.sample(config, str(workdir), str(out), one_device)
+  generate.write_samples(config, str(workdir), str(out), one_device)
   with np.load(out) as archive:
     np.testing.assert_array_equal(archive["arr_1"], np.arange(25) % 10)
 

@@ -1,0 +1,104 @@
+"""A trained network, read from the workdir of a run.
+
+Only the parameters are read: no optimizer is built, and nothing depends on where training had its
+state.
+"""
+
+import dataclasses
+
+import jax
+
+from ism_jax import checkpoints, files, sharding
+from ism_jax import experiment as experiment_lib
+from ism_jax import model as model_lib
+from ism_jax.experiment import Experiment
+
+TREES = {  # of the train state
+  "ema": "inference EMA",
+  "target_ema": "target EMA",
+  "params": "online parameters",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+  """One parameter tree of a checkpoint.
+
+  Attributes:
+    exp: the experiment.
+    config: the config in the checkpoint, a nested dict.
+    step: of the checkpoint.
+    tree: one of `TREES`.
+    params: the tree, a nested dict of arrays.
+  """
+
+  exp: Experiment
+  config: dict
+  step: int
+  tree: str
+  params: dict
+
+  @property
+  def about(self) -> str:
+    """What a reader calls these parameters: "inference EMA, step 8"."""
+    return describe(self.tree, self.step)
+
+
+def describe(tree: str, step: int) -> str:
+  """The name of a tree and its step, in words: "inference EMA, step 8"."""
+  return f"{TREES[tree]}, step {step}"
+
+
+def read(workdir: str, tree: str = "ema", *, step: int | None = None, config=None, mesh=None):
+  """Reads a parameter tree, and nothing else of the state.
+
+  Args:
+    workdir: folder of the run.
+    tree: one of `TREES`.
+    step: of the checkpoint; None for the newest that is whole.
+    config: a ConfigDict that the run is continued with, such as the checkpoint's own with other
+      settings of an evaluation; None for the checkpoint's own.
+    mesh: the parameters are on each of its devices; None for the first device of this process.
+  Returns:
+    `Trained`
+  Raises:
+    FileNotFoundError: no such checkpoint.
+    ValueError: it is damaged, or is one of another run than that of `config`.
+  """
+  if tree not in TREES:
+    raise ValueError(f"tree={tree!r} is unknown; known are {', '.join(TREES)}.")
+  if mesh is None:
+    mesh = sharding.data_mesh(jax.local_devices()[:1])
+  continued = None if config is None else experiment_lib.parse(config)
+  with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
+
+    def read_step(step):
+      saved = checkpoints.read_config(manager, step)
+      if continued is not None:
+        experiment_lib.check_continues(saved, files.as_dict(config))
+      exp = continued or experiment_lib.parse(saved)
+      params = checkpoints.restore_tree(manager, tree, _abstract_params(exp, mesh), step)
+      return Trained(exp, saved, step, tree, params)
+
+    if step is not None:
+      return read_step(step)
+    _, trained = checkpoints.restore_newest(manager, read_step)
+    return trained
+
+
+def read_config(workdir: str) -> dict:
+  """The config of the newest checkpoint whose config is whole; raises as `read` does."""
+  with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
+    _, config = checkpoints.restore_newest(
+      manager, lambda step: checkpoints.read_config(manager, step)
+    )
+    return config
+
+
+def _abstract_params(exp: Experiment, mesh):
+  """The parameters as shapes with shardings, made without a computation."""
+  shapes = jax.eval_shape(
+    lambda: model_lib.init_params(jax.random.key(0), exp.network(), exp.image_shape)
+  )
+  everywhere = sharding.replicated(mesh)
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)
