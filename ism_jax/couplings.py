@@ -41,7 +41,7 @@ class CouplingConfig:
   """
 
   coupling: str
-  pool_size: int
+  pool_size: int = dataclasses.field(metadata={"fixed": True})
   epsilon: float
   pairing: str
   class_penalty: float

@@ -15,23 +15,6 @@ from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import pipeline
 
-# What a checkpoint depends on: with another value it is another run's.
-_FIXED = {
-  "variant",
-  "seed",
-  "batch_size",
-  "coupling.pool_size",
-  "data.name",
-  "data.seed",
-  "data.image_size",
-  "data.channels",
-  "data.num_classes",
-  "data.flip",
-  "model.size",
-  "objective.guidance",
-  "objective.fixed_w",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
@@ -100,6 +83,28 @@ class MonitorConfig:
   score: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Marks:
+  """What a key of the config means to a run beside its value.
+
+  A field has them as its metadata. Those of a section hold for its fields but where these have
+  their own.
+
+  Attributes:
+    learnt: whether it changes what is learnt, so that runs that differ in it do not compare as
+      seeds of one; the others say how a run is computed, watched and judged.
+    fixed: whether a checkpoint depends on it: with another value it is another run's.
+    path: whether it names files of the machine that trained.
+  """
+
+  learnt: bool
+  fixed: bool = False
+  path: bool = False
+
+
+_LEARNT, _UNLEARNT = {"learnt": True}, {"learnt": False}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
   """A whole config.
@@ -121,27 +126,27 @@ class Experiment:
     profile_steps: how many steps are profiled, from the second pool of a run on; 0 for none.
   """
 
-  variant: str
-  seed: int
-  steps: int
-  batch_size: int
-  micro_batches: int
-  scan_steps: int
-  init_from: str
-  placement: str
-  profile_steps: int = 0
-  data: pipeline.DataConfig
-  model: model_lib.ModelConfig
-  objective: objectives.ObjectiveConfig
-  wavelet: wavelets.WaveletConfig
-  coupling: couplings.CouplingConfig
-  optimizer: state_lib.OptimizerConfig
-  ema: state_lib.EmaConfig
-  log: LogConfig
-  checkpoint: CheckpointConfig
-  sample: SampleConfig
-  monitor: MonitorConfig
-  evaluation: protocol.EvaluationConfig
+  variant: str = dataclasses.field(metadata=_LEARNT | {"fixed": True})
+  seed: int = dataclasses.field(metadata=_UNLEARNT | {"fixed": True})
+  steps: int = dataclasses.field(metadata=_LEARNT)
+  batch_size: int = dataclasses.field(metadata=_LEARNT | {"fixed": True})
+  micro_batches: int = dataclasses.field(metadata=_UNLEARNT)
+  scan_steps: int = dataclasses.field(metadata=_UNLEARNT)
+  init_from: str = dataclasses.field(metadata=_LEARNT | {"path": True})
+  placement: str = dataclasses.field(metadata=_UNLEARNT)
+  profile_steps: int = dataclasses.field(default=0, metadata=_UNLEARNT)
+  data: pipeline.DataConfig = dataclasses.field(metadata=_LEARNT)
+  model: model_lib.ModelConfig = dataclasses.field(metadata=_LEARNT)
+  objective: objectives.ObjectiveConfig = dataclasses.field(metadata=_LEARNT)
+  wavelet: wavelets.WaveletConfig = dataclasses.field(metadata=_LEARNT)
+  coupling: couplings.CouplingConfig = dataclasses.field(metadata=_LEARNT)
+  optimizer: state_lib.OptimizerConfig = dataclasses.field(metadata=_LEARNT)
+  ema: state_lib.EmaConfig = dataclasses.field(metadata=_LEARNT)
+  log: LogConfig = dataclasses.field(metadata=_UNLEARNT)
+  checkpoint: CheckpointConfig = dataclasses.field(metadata=_UNLEARNT)
+  sample: SampleConfig = dataclasses.field(metadata=_UNLEARNT)
+  monitor: MonitorConfig = dataclasses.field(metadata=_UNLEARNT)
+  evaluation: protocol.EvaluationConfig = dataclasses.field(metadata=_UNLEARNT)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -161,6 +166,24 @@ class Experiment:
   def network(self) -> model_lib.SiT:
     """The model; it has a w input where guidance is intrinsic."""
     return model_lib.SiT(self.model, self.data.num_classes, self.objective.intrinsic)
+
+
+def _marks(config_class, section: Marks | None = None, prefix: str = "") -> dict[str, Marks]:
+  """{"section.key": marks} of a dataclass of the config, within a section with these marks."""
+  marks = {}
+  for field in dataclasses.fields(config_class):
+    key = prefix + field.name
+    of_field = (
+      dataclasses.replace(section, **field.metadata) if section else Marks(**field.metadata)
+    )
+    if dataclasses.is_dataclass(field.type):
+      marks |= _marks(field.type, of_field, f"{key}.")
+    else:
+      marks[key] = of_field
+  return marks
+
+
+MARKS = _marks(Experiment)
 
 
 def _plain(value):
@@ -272,7 +295,7 @@ def check_continues(saved: dict, config: dict) -> None:
   before, now = flatten(saved), flatten(config)
   differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
   told = lambda keys: ", ".join(f"{k}={before.get(k)!r}, now {now.get(k)!r}" for k in keys)
-  if fixed := [k for k in differ if k in _FIXED]:
+  if fixed := [k for k in differ if k in MARKS and MARKS[k].fixed]:
     raise ValueError(
       f"the checkpoint was made with {told(fixed)}. Pass the --config and variant it was trained "
       "with, or another --workdir."

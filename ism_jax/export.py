@@ -23,15 +23,13 @@ import numpy as np
 import safetensors.numpy
 
 from ism_jax import commands, evaluate, files, restore, state_dicts
+from ism_jax.experiment import MARKS
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.restore import TREES, Trained
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 CODE = "ism_pytorch.py"
 CARD = "README.md"
-
-# Of the machine that trained: not for the reader of an export.
-_PATHS = (("init_from",), ("data", "dir"), ("evaluation", "weights"), ("evaluation", "reference"))
 
 
 def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = None) -> None:
@@ -80,7 +78,8 @@ def describe(trained: Trained, dtype: str) -> dict:
   exp = trained.exp
   depth, width, heads = exp.model.dimensions
   config = json.loads(json.dumps(trained.config))
-  for *sections, name in _PATHS:
+  for key in (key for key, marks in MARKS.items() if marks.path):
+    *sections, name = key.split(".")
     section = config
     for part in sections:
       section = section[part]

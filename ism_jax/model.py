@@ -46,11 +46,11 @@ class ModelConfig:
       computes, in bfloat16 only, and elsewhere is "xla".
   """
 
-  size: str
+  size: str = dataclasses.field(metadata={"fixed": True})
   dtype: str
-  remat: str
-  unroll: int
-  attention: str = "xla"
+  remat: str = dataclasses.field(metadata={"learnt": False})
+  unroll: int = dataclasses.field(metadata={"learnt": False})
+  attention: str = dataclasses.field(default="xla", metadata={"learnt": False})
 
   def __post_init__(self):
     name, _, patch = self.size.removeprefix("SiT-").partition("/")

@@ -56,8 +56,8 @@ class ObjectiveConfig:
   alpha: float
   beta: float
   gamma: float
-  guidance: str
-  fixed_w: float
+  guidance: str = dataclasses.field(metadata={"fixed": True})
+  fixed_w: float = dataclasses.field(metadata={"fixed": True})
   w_max: float
   w_spacing: float
   t_interval: float

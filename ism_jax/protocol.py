@@ -69,8 +69,8 @@ class EvaluationConfig:
   labels: str
   rounding: str
   networks: str
-  weights: str
-  reference: str
+  weights: str = dataclasses.field(metadata={"path": True})
+  reference: str = dataclasses.field(metadata={"path": True})
   reference_split: str
   save_samples: bool
   at_end: bool

@@ -25,18 +25,6 @@ COMPARABLE = (
   "evaluation.reference_split",
   "evaluation.num_images",
 )
-# What does not change what is learnt: the seed, and how a run is computed, watched and judged.
-_ONE_ROW = {
-  "seed",
-  "micro_batches",
-  "scan_steps",
-  "data.dir",
-  "data.num_threads",
-  "model.remat",
-  "model.unroll",
-  "model.attention",
-}
-_ONE_ROW_SECTIONS = ("log.", "checkpoint.", "sample.", "monitor.", "evaluation.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +140,8 @@ def check_comparable(reports: dict[str, dict]) -> None:
 
 def learnt(config: dict) -> dict:
   """A nested config as a flat one, of the keys that change what is learnt."""
-  flat = experiment_lib.flatten(config)
-  return {
-    k: v for k, v in flat.items() if k not in _ONE_ROW and not k.startswith(_ONE_ROW_SECTIONS)
-  }
+  unlearnt = {key for key, marks in experiment_lib.MARKS.items() if not marks.learnt}
+  return {k: v for k, v in experiment_lib.flatten(config).items() if k not in unlearnt}
 
 
 def row_names(configs: list[dict]) -> list[str]:

@@ -1,5 +1,6 @@
 """Configs: every variant builds and steps, and what is wrong is said before anything runs."""
 
+import dataclasses
 import pathlib
 import re
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import base, digits, imagenet256, imagenet512
-from ism_jax import experiment, features, protocol, sharding, state, steps, wavelets
+from ism_jax import experiment, features, protocol, sharding, state, steps, summary, wavelets
 
 # Those less one technique take what the cumulative rows take.
 VARIANTS = [
@@ -213,6 +214,46 @@ def test_a_config_is_validated_without_importing_a_feature_network():
   )
   subprocess.run([sys.executable, "-c", script], check=True, cwd=pathlib.Path(__file__).parents[1])
   assert tuple(features.PUBLISHED) == protocol.PUBLISHED
+
+
+def keys_marked(mark):
+  return {key for key, marks in experiment.MARKS.items() if getattr(marks, mark)}
+
+
+def test_every_key_says_what_it_means_to_a_run():
+  assert experiment.MARKS.keys() == experiment.flatten(tiny_config().to_dict()).keys()
+  assert keys_marked("fixed") == {
+    *("variant", "seed", "batch_size", "coupling.pool_size", "model.size"),
+    *("objective.guidance", "objective.fixed_w"),
+    *("data.name", "data.seed", "data.flip"),
+    *("data.image_size", "data.channels", "data.num_classes"),
+  }
+  assert keys_marked("path") == {
+    *("init_from", "data.dir", "evaluation.weights", "evaluation.reference"),
+  }
+  sections = ("log", "checkpoint", "sample", "monitor", "evaluation")
+  assert {
+    k for k in experiment.MARKS.keys() - keys_marked("learnt") if k.split(".")[0] not in sections
+  } == {
+    *("seed", "micro_batches", "scan_steps", "placement", "profile_steps"),
+    *("data.dir", "data.num_threads", "model.remat", "model.unroll", "model.attention"),
+  }
+  assert not keys_marked("learnt") & {k for k in experiment.MARKS if k.split(".")[0] in sections}
+
+
+def test_runs_that_are_computed_and_watched_in_other_ways_are_one_row():
+  config, other = tiny_config().to_dict(), tiny_config().to_dict()
+  other |= {"seed": 1, "placement": "sharded", "profile_steps": 8, "micro_batches": 2}
+  other["monitor"]["every"] = 3
+  assert len(set(summary.row_names([config, other]))) == 1
+  other["steps"] = 9
+  assert len(set(summary.row_names([config, other]))) == 2
+
+
+def test_a_key_without_a_mark_is_an_error():
+  unmarked = dataclasses.make_dataclass("Unmarked", [("seed", int)])
+  with pytest.raises(TypeError, match="learnt"):
+    experiment._marks(unmarked)
 
 
 def test_equal_decays_make_one_ema():

@@ -54,14 +54,14 @@ class DataConfig:
       has in their manifest, see `pretrained.vae.load`; "" where the data is pixels.
   """
 
-  name: str
-  dir: str
-  image_size: int
-  channels: int
-  num_classes: int
-  flip: bool
-  seed: int
-  num_threads: int
+  name: str = dataclasses.field(metadata={"fixed": True})
+  dir: str = dataclasses.field(metadata={"learnt": False, "path": True})
+  image_size: int = dataclasses.field(metadata={"fixed": True})
+  channels: int = dataclasses.field(metadata={"fixed": True})
+  num_classes: int = dataclasses.field(metadata={"fixed": True})
+  flip: bool = dataclasses.field(metadata={"fixed": True})
+  seed: int = dataclasses.field(metadata={"fixed": True})
+  num_threads: int = dataclasses.field(metadata={"learnt": False})
   vae: str
 
   def __post_init__(self):
