@@ -155,7 +155,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
   at_once = -(-exp.evaluation.batch_size // mesh.size) * mesh.size  # as `generate` rounds it
   x0 = jax.ShapeDtypeStruct((at_once, *exp.image_shape), jnp.float32, sharding=sharding.rows(mesh))
   per_sample = [everywhere((at_once,), kind) for kind in (jnp.int32, jnp.float32)]
-  sample = generate.sample_function(exp, mesh, exp.sample.steps)
+  sample = generate.sample_function(exp, mesh, exp.sample.schedule)
   programs = {
     "train_steps": (steps.steps_function(exp, mesh), (state, paired, keys, index)),
     "couple": (couple, (pool, keys, index)),
@@ -174,7 +174,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
   work = {  # FLOPs of a call: at the peak, element by element
     "train_steps": ((step.model + step.recomputed) * exp.scan_steps, 0),
     "couple": (_HIGHEST * pairing.matrix, pairing.elementwise),
-    "sample": (at_once * flops.sample(exp, exp.sample.steps), 0),
+    "sample": (at_once * flops.sample(exp, exp.sample.schedule), 0),
   }
   calls = {"train_steps": exp.scan_steps, "couple": 1, "sample": 1}
   reports = {}

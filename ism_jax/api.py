@@ -21,7 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ism_jax import commands, generate, restore, sampling, sharding, stablehlo, state_dicts, train
+from ism_jax import (
+  commands,
+  generate,
+  paths,
+  restore,
+  sampling,
+  sharding,
+  stablehlo,
+  state_dicts,
+  train,
+)
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
@@ -187,7 +197,7 @@ class Model:
     """
     exp = self.experiment
     n = _count(num_images, noise=noise, labels=labels, w=w) or exp.sample.num_images
-    steps = exp.sample.steps if steps is None else steps
+    schedule = exp.sample.schedule if steps is None else paths.parse_schedule(steps)
     w = _one_each("w", exp.sample.w if w is None else w, n)
     if noise is not None:
       noise = np.asarray(noise, np.float32)
@@ -199,11 +209,18 @@ class Model:
     batch_size = exp.sample.batch_size if batch_size is None else batch_size
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    drawn = generate.batches(
-        exp, self.mesh, self.params, self._labels(labels, n),
-        steps=str(steps), w=w, seed=seed, batch_size=batch_size, noise=noise,
-    )  # fmt: skip
-    parts = [(np.asarray(batch.images)[: len(batch.labels)], batch.labels) for batch in drawn]
+    batches = generate.batches(
+      exp,
+      self.mesh,
+      self.params,
+      self._labels(labels, n),
+      schedule=schedule,
+      w=w,
+      seed=seed,
+      batch_size=batch_size,
+      noise=noise,
+    )
+    parts = [(np.asarray(batch.images)[: len(batch.labels)], batch.labels) for batch in batches]
     images, labels = map(np.concatenate, zip(*parts, strict=True))
     return images, labels
 

@@ -45,6 +45,7 @@ from ism_jax import (
   generate,
   multihost,
   objectives,
+  paths,
   sharding,
   steps,
   timing,
@@ -277,7 +278,9 @@ def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], di
   inputs = (params, x0, numbers % exp.data.num_classes, np.full(n, exp.sample.w, np.float32))
   programs, calls = {}, {}
   for count in STEPS:
-    programs[count] = compiled(generate.sample_function(exp, mesh, count), *inputs)
+    programs[count] = compiled(
+      generate.sample_function(exp, mesh, paths.parse_schedule(count)), *inputs
+    )
     calls[count] = functools.partial(programs[count].call, *inputs)
   pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
   return calls, programs, functools.partial(pixels, x0), n

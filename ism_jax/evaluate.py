@@ -26,6 +26,7 @@ from ism_jax import (
   files,
   generate,
   guidance,
+  paths,
   restore,
   sampling,
   scores,
@@ -128,8 +129,15 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     name = f"samples_steps{steps}_w{w:g}"
     archive = path(f"{name}_seed{seed}.npz") if ev.save_samples else ""
     drawn = generate.batches(
-        exp, mesh, params, labels, steps=steps, w=w, seed=seed, batch_size=ev.batch_size
-    )  # fmt: skip
+      exp,
+      mesh,
+      params,
+      labels,
+      schedule=paths.parse_schedule(steps),
+      w=w,
+      seed=seed,
+      batch_size=ev.batch_size,
+    )
     result, grid, speed = _judge_drawn(exp, reference, extract, drawn, archive, steps in compiled)
     compiled.add(steps)
     if jax.process_index() == 0:

@@ -52,7 +52,8 @@ class SampleConfig:
   Attributes:
     num_images: how many.
     steps: a count or a schedule, see `paths.parse_schedule`.
-    w: guidance. label: a class, or -1 for all classes in turn.
+    w: guidance.
+    label: a class, or -1 for all classes in turn.
     seed: of noise; image i depends on the seed and i alone.
     batch_size: images at a time, over all devices.
   """
@@ -64,6 +65,11 @@ class SampleConfig:
   seed: int
   batch_size: int
 
+  @property
+  def schedule(self):
+    """The parsed `steps`."""
+    return paths.parse_schedule(self.steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
@@ -72,7 +78,8 @@ class MonitorConfig:
   Attributes:
     every: steps between them (there is one at the end too); 0 for none.
     num_images: samples per number of steps. The first 80 are a grid in TensorBoard and `grids/`.
-    steps: numbers of steps. w: guidance.
+    steps: numbers of steps.
+    w: guidance.
     score: whether the samples are scored as an evaluation's are, or looked at alone.
   """
 
@@ -263,18 +270,17 @@ def parse(config) -> Experiment:
       f"sample.label={exp.sample.label}: classes are 0..{exp.data.num_classes - 1}, "
       "or -1 for all in turn."
     )
-  check_guidance(exp, exp.sample.steps, exp.sample.w)
+  check_guidance(exp, exp.sample.schedule, exp.sample.w)
   if exp.monitor.every:
     for steps in exp.monitor.steps:
-      check_guidance(exp, steps, exp.monitor.w)
+      check_guidance(exp, paths.parse_schedule(steps), exp.monitor.w)
   for steps, w in exp.evaluation.settings():
-    check_guidance(exp, steps, w)
+    check_guidance(exp, paths.parse_schedule(steps), w)
   return exp
 
 
-def check_guidance(exp: Experiment, steps, w: float) -> None:
-  """Raises for steps or a w that the network can't sample; warns of a w beyond its training."""
-  schedule = paths.parse_schedule(steps)
+def check_guidance(exp: Experiment, schedule, w: float) -> None:
+  """Raises for a w that the network cannot sample in a schedule; warns of one beyond training."""
   if w < 0:
     raise ValueError(f"w={w} is negative; w = 0 is no guidance (a CFG scale of 1 + w).")
   objective = exp.objective
@@ -282,7 +288,7 @@ def check_guidance(exp: Experiment, steps, w: float) -> None:
     logging.warning("w=%g is beyond the trained maximum, w_max=%g.", w, objective.w_max)
   if not objective.intrinsic and w != objective.fixed_w and any(d > 0 for _, d in schedule):
     raise ValueError(
-      f"w={w} with steps={steps}: variant {exp.variant!r} has learnt the fixed guidance "
+      f"w={w} in {len(schedule)} steps: variant {exp.variant!r} has learnt the fixed guidance "
       f"w={objective.fixed_w} in its long steps. Use w={objective.fixed_w}, or 128 steps."
     )
 

@@ -13,7 +13,6 @@ Per image, with T tokens, width D, depth L, patches of P values and 256 sinusoid
 
 from typing import NamedTuple
 
-from ism_jax import paths
 from ism_jax.experiment import Experiment
 
 _SINUSOIDS = 256  # of `model.sinusoid`
@@ -102,9 +101,8 @@ def step(exp: Experiment) -> Step:
   return Step(3 * m * once.total, target_calls(exp) * m * once.total, m * again)
 
 
-def sample(exp: Experiment, steps) -> int:
-  """FLOPs of drawing one image in `steps`, a count or a schedule."""
-  schedule = paths.parse_schedule(steps)
+def sample(exp: Experiment, schedule) -> int:
+  """FLOPs of drawing one image in the steps of `paths.parse_schedule`."""
   twice = 0 if exp.objective.intrinsic else sum(d == 0 for _, d in schedule)
   return (len(schedule) + twice) * forward(exp).total
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import files, paths, restore, samples, sampling, sharding
+from ism_jax import files, restore, samples, sampling, sharding
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
@@ -42,9 +42,14 @@ def to_uint8(x, rounding: str = "nearest"):
   return jnp.clip(levels, 0, 255).astype(jnp.uint8)
 
 
-def sampler(exp: Experiment, steps) -> Callable:
-  """sample(params, x0 [B, H, W, C], c [B], w [B]) -> x1 [B, H, W, C], in one schedule's steps."""
-  schedule, network, integrate = paths.parse_schedule(steps), exp.network(), sampling.sample
+def sampler(exp: Experiment, schedule) -> Callable:
+  """sample(params, x0 [B, H, W, C], c [B], w [B]) -> x1 [B, H, W, C].
+
+  Args:
+    exp: the experiment.
+    schedule: the steps, as `paths.parse_schedule` returns them; so everywhere in this module.
+  """
+  network, integrate = exp.network(), sampling.sample
   if not exp.objective.intrinsic:
     integrate = functools.partial(
       sampling.sample_fixed, t_interval=exp.objective.t_interval, null_class=exp.null_class
@@ -55,12 +60,12 @@ def sampler(exp: Experiment, steps) -> Callable:
 
 
 @functools.lru_cache
-def sample_function(exp: Experiment, mesh, steps):
+def sample_function(exp: Experiment, mesh, schedule):
   """sample(params, x0 [B, H, W, C], c [B], w [B]) -> (x1 [B, H, W, C], whether all is finite).
 
   Compiled for one schedule; x0 and x1 are split over the mesh, the others whole everywhere.
   """
-  integrate = sampler(exp, steps)
+  integrate = sampler(exp, schedule)
 
   def sample(params, x0, *per_sample):
     x1 = integrate(params, x0, *jax.lax.with_sharding_constraint(per_sample, sharding.rows(mesh)))
@@ -122,18 +127,23 @@ def pixels_function(name: str, mesh, rounding: str = "nearest"):
   return functools.partial(decode, jax.device_put(vae.params, everywhere))
 
 
-def draw(exp: Experiment, mesh, params, *, numbers, labels, steps, w, seed):
+def draw(exp: Experiment, mesh, params, *, numbers, labels, schedule, w, seed):
   """Starts drawing the samples of these numbers [B], and does not wait for them.
 
   Args:
-    numbers, labels, w: [B], B a multiple of the mesh's size. steps: a count or schedule.
+    exp: the experiment.
+    mesh: the devices that draw.
+    params: of the network.
+    numbers, labels, w: [B], B a multiple of the mesh's size.
+    schedule: of `paths.parse_schedule`.
+    seed: of the noise.
   Returns:
     (uint8 [B, H, W, C], whether all is finite), device arrays.
   """
   pixels = pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
   params = jax.device_put(params, sharding.replicated(mesh))
   x0 = noise_function(exp.image_shape, mesh)(jax.random.key(seed), np.int32(numbers))
-  x1, finite = sample_function(exp, mesh, steps)(params, x0, np.int32(labels), np.float32(w))
+  x1, finite = sample_function(exp, mesh, schedule)(params, x0, np.int32(labels), np.float32(w))
   return pixels(x1), finite
 
 
@@ -161,22 +171,29 @@ class Batch:
 
 
 def batches(
-  exp: Experiment, mesh, params, labels, *, steps, w, seed, batch_size, noise=None
+  exp: Experiment, mesh, params, labels, *, schedule, w, seed, batch_size, noise=None
 ) -> Iterator[Batch]:
   """Draws samples of these labels [N], each batch when it is asked for.
 
   Args:
-    steps: a count or schedule. w: guidance, one number or one per image [N].
+    exp: the experiment.
+    mesh: the devices that draw.
+    params: of the network.
+    labels: a class for each image.
+    schedule: of `paths.parse_schedule`.
+    w: guidance, one number or one per image [N].
+    seed: of the noise.
+    batch_size: images at a time, over all devices.
     noise: float32 [N, h, w, c], instead of the seed's.
   Raises:
     FloatingPointError: samples are not finite.
   """
   for strength in np.unique(w):
-    experiment_lib.check_guidance(exp, steps, float(strength))
+    experiment_lib.check_guidance(exp, schedule, float(strength))
   num_images = len(labels)
   w = np.broadcast_to(np.asarray(w, np.float32), (num_images,))
   batch_size = -(-min(batch_size, num_images) // mesh.size) * mesh.size
-  draw_noise, sample = noise_function(exp.image_shape, mesh), sample_function(exp, mesh, steps)
+  draw_noise, sample = noise_function(exp.image_shape, mesh), sample_function(exp, mesh, schedule)
   pixels = pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
   params, key = jax.device_put(params, sharding.replicated(mesh)), jax.random.key(seed)
   for start in range(0, num_images, batch_size):
@@ -191,8 +208,9 @@ def batches(
     x1, finite = sample(params, x0, np.int32(labels[rows]), w[rows])
     if not finite:
       raise FloatingPointError(
-        f"samples {start} to {start + batch_size - 1} of {steps} steps at w={np.unique(w)} are not "
-        "finite: the parameters are, so the network has diverged; use an earlier checkpoint."
+        f"samples {start} to {start + batch_size - 1} of {len(schedule)} steps at w={np.unique(w)} "
+        "are not finite: the parameters are, so the network has diverged; use an earlier "
+        "checkpoint."
       )
     drawn = time.perf_counter()
     images = jax.block_until_ready(pixels(x1))
@@ -222,7 +240,7 @@ def write_samples(config, workdir: str, out: str, devices=None) -> None:
     mesh,
     trained.params,
     labels,
-    steps=cfg.steps,
+    schedule=cfg.schedule,
     w=cfg.w,
     seed=cfg.seed,
     batch_size=cfg.batch_size,

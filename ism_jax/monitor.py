@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 
-from ism_jax import files, generate, logs, sharding
+from ism_jax import files, generate, logs, paths, sharding
 from ism_jax.data import latents
 from ism_jax.experiment import Experiment
 from ism_jax.reference import Reference
@@ -48,7 +48,7 @@ class Monitor:
         params,
         numbers=np.arange(self._count),
         labels=self._labels,
-        steps=steps,
+        schedule=paths.parse_schedule(steps),
         w=np.full(self._count, self._exp.monitor.w),
         seed=0,
       )

@@ -26,7 +26,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import commands, experiment, files, generate, restore
+from ism_jax import commands, experiment, files, generate, paths, restore
 from ism_jax import export as export_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
@@ -40,37 +40,40 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
   """Writes the folder of a sampler.
 
   Args:
-    params: those that sample. schedules: one or more counts or schedules, each as
-      `paths.parse_schedule` takes it.
+    exp: the experiment.
+    params: those that sample.
+    out: a folder that is empty or not there.
+    schedules: one or more counts or schedules, each as `paths.parse_schedule` takes it.
     about: which parameters these are, for the reader.
   Raises:
     ValueError: the network cannot sample a schedule.
     OSError: `out` is not empty or cannot be written.
   """
-  one = isinstance(schedules, (str, int))
-  schedules = list(dict.fromkeys(str(s).strip() for s in ((schedules,) if one else schedules)))
-  if not schedules:
+  names = {}
+  for steps in (schedules,) if isinstance(schedules, (str, int)) else schedules:
+    names.setdefault(paths.parse_schedule(steps), str(steps).replace(" ", ""))
+  if not names:
     raise ValueError("there are no schedules: name numbers of steps, such as (1, 4).")
-  for steps in schedules:
-    experiment.check_guidance(exp, steps, exp.sample.w)
+  for schedule in names:
+    experiment.check_guidance(exp, schedule, exp.sample.w)
   # A program for all platforms has no kernel of one.
   exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, attention="xla"))
   with files.whole_folder(out) as folder:
-    _write_files(exp, params, folder, schedules, about)
+    _write_files(exp, params, folder, names, about)
 
 
-def _write_files(exp, params, folder, schedules, about):
+def _write_files(exp, params, folder, names, about):
   (b,) = export.symbolic_shape("b")
   of_batch = lambda shape, dtype: jax.ShapeDtypeStruct((b, *shape), dtype)
   x1 = of_batch(exp.image_shape, jnp.float32)
   flat = _flat(params)
   programs = {}
-  for steps in schedules:
-    sample = generate.sampler(exp, steps)
-    program = f"sampler_{steps.replace('/', '_').replace(',', '-')}.stablehlo"
+  for schedule, name in names.items():
+    sample = generate.sampler(exp, schedule)
+    program = f"sampler_{name.replace('/', '_').replace(',', '-')}.stablehlo"
     given = (x1, of_batch((), jnp.int32), of_batch((), jnp.float32))
     _write_program(folder / program, lambda flat, *rest: sample(_nested(flat), *rest), flat, *given)
-    programs[steps] = program
+    programs[name] = program
   _write_arrays(folder / _PARAMETERS, flat)
   if exp.data.vae:
     vae = generate.load_vae(exp.data.vae)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configs import imagenet256
-from ism_jax import commands, files, generate, pytorch, sharding, state_dicts, timing
+from ism_jax import commands, files, generate, paths, pytorch, sharding, state_dicts, timing
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.sharding import AXIS, P
@@ -90,7 +90,7 @@ def in_jax(exp, params, batches: list[dict], mesh):
 
   rows = P(None, AXIS)
   train = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(P(), rows), out_specs=P()))
-  sample = generate.sample_function(exp, mesh, 1)
+  sample = generate.sample_function(exp, mesh, paths.parse_schedule(1))
   first = jax.device_put(batches[0], sharding.replicated(mesh))
   x0 = jax.device_put(first["x"], sharding.rows(mesh))
   batches = jax.device_put(

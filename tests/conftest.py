@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ism_jax import generate, model
+from ism_jax import generate, model, paths
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -88,8 +88,10 @@ def random_params(network, shape, seed: int = 0):
   )
 
 
-def draw_samples(exp, mesh, params, *, num_images, **options):
+def draw_samples(exp, mesh, params, *, num_images, steps, **options):
   """(images [N, H, W, C], labels [N]) by `generate.batches`, all at once."""
   labels = generate.class_labels(exp, num_images)
-  drawn = generate.batches(exp, mesh, params, labels, **options)
+  drawn = generate.batches(
+    exp, mesh, params, labels, schedule=paths.parse_schedule(steps), **options
+  )
   return np.concatenate([np.asarray(b.images)[: len(b.labels)] for b in drawn]), labels

@@ -92,6 +92,17 @@ def test_samples_are_those_of_the_command_whatever_the_batch_size(model):
   assert not close(model.sample(13, steps=4, w=0.5, seed=7)[0], images)
 
 
+def test_one_schedule_is_compiled_once_however_it_is_written(model):
+  schedules = (4, "4", " 4", "1/4,1/4,1/4,1/4", "1/4, .25, 1/4, 1/4")
+  generate.sample_function.cache_clear()
+  images = [model.sample(4, steps=steps)[0] for steps in schedules]
+  assert generate.sample_function.cache_info().currsize == 1
+  sample = generate.sample_function(model.experiment, model.mesh, paths.parse_schedule(4))
+  assert sample._cache_size() == 1
+  for other in images[1:]:
+    np.testing.assert_array_equal(other, images[0])
+
+
 @pytest.mark.slow
 def test_noise_labels_and_guidance_are_each_images_own(model):
   noise, labels, w = model.noise(6, seed=3), np.array([4, 1, 9, 10, 0, 4]), np.linspace(0, 3, 6)

@@ -68,7 +68,7 @@ def test_an_interrupted_evaluation_ends_as_one_that_was_not(workdir, mesh, monke
   def watched(*args, **kwargs):
     if len(drawn) == 2:
       raise KeyboardInterrupt
-    drawn.append((kwargs["steps"], kwargs["w"]))
+    drawn.append((len(kwargs["schedule"]), kwargs["w"]))
     return draw(*args, **kwargs)
 
   monkeypatch.setattr(generate, "batches", watched)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import imagenet256
-from ism_jax import couplings, experiment, flops, model, objectives, sharding, steps
+from ism_jax import couplings, experiment, flops, model, objectives, paths, sharding, steps
 
 
 def small(variant="ism", remat="none", unroll=1):
@@ -128,9 +128,9 @@ def test_the_calls_without_gradient_are_those_that_the_losses_make(variant):
 
 def test_sampling_with_fixed_guidance_takes_two_passes_at_the_finest_steps():
   intrinsic, fixed = small(), small("sm")
-  assert flops.sample(intrinsic, 128) == 128 * flops.forward(intrinsic).total
-  assert flops.sample(fixed, 128) == 2 * 128 * flops.forward(fixed).total
-  assert flops.sample(fixed, 4) == 4 * flops.forward(fixed).total
+  assert flops.sample(intrinsic, paths.parse_schedule(128)) == 128 * flops.forward(intrinsic).total
+  assert flops.sample(fixed, paths.parse_schedule(128)) == 2 * 128 * flops.forward(fixed).total
+  assert flops.sample(fixed, paths.parse_schedule(4)) == 4 * flops.forward(fixed).total
 
 
 def test_the_coupling_costs_what_xla_counts():

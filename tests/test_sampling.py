@@ -128,13 +128,15 @@ def test_unit_range_maps_to_grey_values_as_the_data_does():
 )
 def test_what_a_network_cannot_sample_is_refused(variant, steps, w, message):
   with pytest.raises(ValueError, match=message):
-    experiment.check_guidance(experiment.parse(tiny_config(variant)), steps, w)
+    experiment.check_guidance(
+      experiment.parse(tiny_config(variant)), paths.parse_schedule(steps), w
+    )
 
 
 def test_sm_takes_any_guidance_in_its_finest_steps():
-  experiment.check_guidance(experiment.parse(tiny_config("sm")), 128, 2.0)
+  experiment.check_guidance(experiment.parse(tiny_config("sm")), paths.parse_schedule(128), 2.0)
 
 
 def test_guidance_beyond_training_is_a_warning(caplog):
-  experiment.check_guidance(experiment.parse(tiny_config()), 4, 9.0)
+  experiment.check_guidance(experiment.parse(tiny_config()), paths.parse_schedule(4), 9.0)
   assert "beyond the trained maximum" in caplog.text
