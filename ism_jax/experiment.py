@@ -2,10 +2,11 @@
 
 `ConfigDict` values cross into frozen dataclasses here and nowhere else, and whatever about them can
 be wrong together (batch and devices, image and patch, wavelets and image size, steps off the grid)
-is found here, before anything is compiled or written.
+is an error here, before anything is compiled or written.
 """
 
 import dataclasses
+import operator
 import typing
 
 from absl import logging
@@ -22,7 +23,7 @@ class LogConfig:
 
   Attributes:
     every: steps between entries of metrics.jsonl, TensorBoard and the progress line.
-    gradients_every: steps between measurements of the gradient norm of each loss alone, each of
+    gradients_every: steps between measurements of the gradient norm of each single loss, each of
       which costs about three steps; 0 for none.
   """
 
@@ -32,12 +33,12 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """When checkpoints are written and which are kept.
+  """When checkpoints are written and which stay.
 
   Attributes:
     every: steps between checkpoints (there is one at the end too).
-    keep: how many of the latest are kept.
-    keep_every: those of steps that are a multiple of it are kept as well; 0 for none.
+    keep: how many of the latest stay on disk.
+    keep_every: those of steps that are a multiple of it stay as well; 0 for none.
   """
 
   every: int
@@ -80,7 +81,7 @@ class MonitorConfig:
     num_images: samples per number of steps. The first 80 are a grid in TensorBoard and `grids/`.
     steps: numbers of steps.
     w: guidance.
-    score: whether the samples are scored as an evaluation's are, or looked at alone.
+    score: whether the samples are scored as an evaluation's are, or only shown.
   """
 
   every: int
@@ -191,44 +192,60 @@ def _marks(config_class, section: Marks | None = None, prefix: str = "") -> dict
 
 
 MARKS = _marks(Experiment)
+_LEAST = {
+  "steps": 1,
+  "batch_size": 1,
+  "micro_batches": 1,
+  "scan_steps": 1,
+  "profile_steps": 0,
+  "log.every": 1,
+  "checkpoint.every": 1,
+  "checkpoint.keep": 1,
+  "checkpoint.keep_every": 0,
+  "sample.num_images": 1,
+  "sample.batch_size": 1,
+  "monitor.num_images": 1,
+  "evaluation.num_images": 1,
+  "evaluation.batch_size": 1,
+  "evaluation.enlarge": 1,
+}
 
 
-def _plain(value):
+def _as_tuples(value):
   """Lists (of JSON, of ConfigDict) as tuples, so that dataclasses hash and compare."""
-  return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+  return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _build(cls, values, prefix: str = ""):
-  """cls(**values), section by section, naming whatever key is unknown or missing."""
-  defaults = {
-    field.name: field.default
-    for field in dataclasses.fields(cls)
-    if field.default is not dataclasses.MISSING
-  }
-  values = defaults | dict(values)
-  fields = {field.name: field.type for field in dataclasses.fields(cls)}
-  given = set(values.keys())
-  if unknown := sorted(given - set(fields)):
+def _build(config_class, values, prefix: str = ""):
+  """config_class(**values), section by section, naming whatever key is unknown or missing."""
+  fields = dataclasses.fields(config_class)
+  names = {field.name for field in fields}
+  if unknown := sorted(set(values.keys()) - names):
     raise ValueError(
       f"config has unknown key {', '.join(prefix + k for k in unknown)}; "
-      f"{prefix.rstrip('.') or 'it'} has {', '.join(sorted(fields))}."
+      f"{prefix.rstrip('.') or 'it'} has {', '.join(sorted(names))}."
     )
-  if missing := sorted(set(fields) - given):
+  required = {field.name for field in fields if field.default is dataclasses.MISSING}
+  if missing := sorted(required - set(values.keys())):
     raise ValueError(f"config lacks {', '.join(prefix + k for k in missing)}.")
-  for name, kind in fields.items():
-    if typing.get_origin(kind) is tuple:
-      element = typing.get_args(kind)[0]
-      kinds = (int, float) if element is float else element
-      if wrong := [v for v in values[name] if not isinstance(v, kinds)]:
-        raise ValueError(f"config.{prefix}{name}: {wrong[0]!r} is no {element.__name__}.")
-  return cls(
-    **{
-      name: _build(kind, values[name], f"{prefix}{name}.")
-      if dataclasses.is_dataclass(kind)
-      else _plain(values[name])
-      for name, kind in fields.items()
-    }
-  )
+  arguments = {}
+  for name, value in values.items():
+    key, kind = prefix + name, config_class.__annotations__[name]
+    if dataclasses.is_dataclass(kind):
+      arguments[name] = _build(kind, value, f"{key}.")
+    else:
+      arguments[name] = _as_tuples(value)
+      _check_elements(key, kind, arguments[name])
+  return config_class(**arguments)
+
+
+def _check_elements(key: str, kind, value) -> None:
+  """Raises ValueError for an element of another type than that of a tuple's."""
+  if typing.get_origin(kind) is tuple:
+    element = typing.get_args(kind)[0]
+    allowed = (int, float) if element is float else element
+    if wrong := [v for v in value if not isinstance(v, allowed)]:
+      raise ValueError(f"config.{key}: {wrong[0]!r} is no {element.__name__}.")
 
 
 def parse(config) -> Experiment:
@@ -238,22 +255,9 @@ def parse(config) -> Experiment:
     ValueError: naming the value and the remedy.
   """
   exp = _build(Experiment, config)
-  for name in ("steps", "batch_size", "micro_batches", "scan_steps"):
-    if getattr(exp, name) < 1:
-      raise ValueError(f"config.{name}={getattr(exp, name)} must be at least 1.")
-  for section, name in (
-      ("log", "every"), ("checkpoint", "every"), ("checkpoint", "keep"),
-      ("monitor", "num_images"), ("sample", "num_images"), ("sample", "batch_size"),
-      ("evaluation", "num_images"), ("evaluation", "batch_size"), ("evaluation", "enlarge"),
-  ):  # fmt: skip
-    if (value := getattr(getattr(exp, section), name)) < 1:
-      raise ValueError(f"config.{section}.{name}={value} must be at least 1.")
-  if exp.checkpoint.keep_every < 0:
-    raise ValueError(
-      f"config.checkpoint.keep_every={exp.checkpoint.keep_every} must not be negative; 0 is none."
-    )
-  if exp.profile_steps < 0:
-    raise ValueError(f"config.profile_steps={exp.profile_steps} must not be negative; 0 is none.")
+  for key, least in _LEAST.items():
+    if (value := operator.attrgetter(key)(exp)) < least:
+      raise ValueError(f"config.{key}={value} must be at least {least}.")
   if exp.placement not in sharding.PLACEMENTS:
     raise ValueError(
       f"placement={exp.placement!r} is unknown; known are {', '.join(sharding.PLACEMENTS)}."
@@ -300,14 +304,14 @@ def check_continues(saved: dict, config: dict) -> None:
   """
   before, now = flatten(saved), flatten(config)
   differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-  told = lambda keys: ", ".join(f"{k}={before.get(k)!r}, now {now.get(k)!r}" for k in keys)
+  describe = lambda keys: ", ".join(f"{k}={before.get(k)!r}, now {now.get(k)!r}" for k in keys)
   if fixed := [k for k in differ if k in MARKS and MARKS[k].fixed]:
     raise ValueError(
-      f"the checkpoint was made with {told(fixed)}. Pass the --config and variant it was trained "
-      "with, or another --workdir."
+      f"the checkpoint was made with {describe(fixed)}. Pass the --config and variant it was "
+      "trained with, or another --workdir."
     )
   if differ:
-    logging.info("Differs from the checkpoint's config: %s.", told(differ))
+    logging.info("Differs from the checkpoint's config: %s.", describe(differ))
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -315,7 +319,7 @@ def flatten(tree: dict, prefix: str = "") -> dict:
   flat = {}
   for name, value in tree.items():
     below = isinstance(value, dict)
-    flat |= flatten(value, f"{prefix}{name}.") if below else {prefix + name: _plain(value)}
+    flat |= flatten(value, f"{prefix}{name}.") if below else {prefix + name: _as_tuples(value)}
   return flat
 
 
