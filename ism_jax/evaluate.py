@@ -1,7 +1,7 @@
-"""From a checkpoint to samples, and from samples to numbers with the protocol that explains them.
+"""From samples to numbers, with the protocol that explains them.
 
-Samples come from the inference EMA, or from a file or folder that anything made. They are drawn,
-decoded, rounded and seen by the feature networks batch by batch, and not kept.
+Samples come from a checkpoint's inference EMA, or from a file or folder that anything made. They
+are drawn, decoded, rounded and seen by the feature networks batch by batch, and not stored.
 
 Axes: N images, B batch, H/W size, C channels.
 """
@@ -31,7 +31,6 @@ from ism_jax import (
   sampling,
   scores,
   sharding,
-  spectra,
   summary,
 )
 from ism_jax import experiment as experiment_lib
@@ -39,32 +38,10 @@ from ism_jax import model as model_lib
 from ism_jax import reference as reference_lib
 from ism_jax import samples as samples_lib
 from ism_jax.experiment import Experiment
+from ism_jax.report import SETTING, format_scores, write_report
 
 PARTIAL = "evaluation_partial.json"
 PATHS = 256  # paths whose straightness is measured
-_SETTING = ("steps", "w", "seed")
-# {(network, metric): (name in the field, format)}, in the order of the tables.
-_COLUMNS = {
-  ("inception", "frechet_distance"): ("FID", "{:.2f}"),
-  ("inception", "spatial_frechet_distance"): ("sFID", "{:.2f}"),
-  ("inception", "inception_score"): ("IS", "{:.1f}"),
-  ("inception", "kid"): ("KID", "{:.5f}"),
-  ("inception", "precision"): ("precision", "{:.3f}"),
-  ("inception", "recall"): ("recall", "{:.3f}"),
-  ("dinov2", "frechet_distance"): ("FD-DINOv2", "{:.1f}"),
-  ("dinov2", "kid"): ("KD-DINOv2", "{:.4f}"),
-  ("dinov2", "precision"): ("precision, DINOv2", "{:.3f}"),
-  ("dinov2", "recall"): ("recall, DINOv2", "{:.3f}"),
-  ("random", "frechet_distance"): ("FD, random network", "{:.3f}"),
-  ("random", "times_floor"): ("FD, random network, in floors", "{:.2f}"),
-  ("random", "precision"): ("precision, random network", "{:.3f}"),
-  ("random", "recall"): ("recall, random network", "{:.3f}"),
-  ("classifier", "frechet_distance"): ("FD, classifier", "{:.3f}"),
-  ("classifier", "times_floor"): ("FD, classifier, in floors", "{:.2f}"),
-  ("classifier", "accuracy"): ("accuracy", "{:.3f}"),
-  ("classifier", "precision"): ("precision, classifier", "{:.3f}"),
-  ("classifier", "recall"): ("recall, classifier", "{:.3f}"),
-}
 
 
 def straightness(exp: Experiment, params, w: float, seed: int) -> float:
@@ -83,8 +60,10 @@ def straightness(exp: Experiment, params, w: float, seed: int) -> float:
 
 def load_reference(exp: Experiment, mesh) -> reference_lib.Reference:
   """The reference, on this process's devices of the mesh: what it scores needs no other process."""
-  mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-  return reference_lib.Reference(exp, mesh if len(mine) == mesh.size else sharding.data_mesh(mine))
+  local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+  if len(local) < mesh.size:
+    mesh = sharding.data_mesh(local)
+  return reference_lib.Reference(exp, mesh)
 
 
 def check(config) -> None:
@@ -122,13 +101,13 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   path = functools.partial(os.path.join, workdir)
   settings = [(steps, w, seed) for seed in ev.seeds for steps, w in ev.settings()]
   fingerprint = header | {"evaluation": files.as_dict(config)["evaluation"]}
-  found = _read_partial(path(PARTIAL), fingerprint)
+  results = _read_partial(path(PARTIAL), fingerprint)
   extract, compiled = features.extractor(reference.networks, mesh), set()
-  for steps, w, seed in _unfinished(settings, found):
+  for steps, w, seed in _unfinished(settings, results):
     labels = generate.class_labels(exp, ev.num_images, seed)
     name = f"samples_steps{steps}_w{w:g}"
     archive = path(f"{name}_seed{seed}.npz") if ev.save_samples else ""
-    drawn = generate.batches(
+    batches = generate.batches(
       exp,
       mesh,
       params,
@@ -138,14 +117,16 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
       seed=seed,
       batch_size=ev.batch_size,
     )
-    result, grid, speed = _judge_drawn(exp, reference, extract, drawn, archive, steps in compiled)
+    result, grid, speed = _judge_batches(
+      exp, reference, extract, batches, archive, steps in compiled
+    )
     compiled.add(steps)
     if jax.process_index() == 0:
       if seed == ev.seeds[0]:
         files.write_whole(path(f"{name}.png"), generate.grid_png(grid, ev.enlarge))
-      found[steps, w, seed] = result | {"images_per_second": speed}
-      _write_partial(path(PARTIAL), fingerprint, found)
-      logging.info("%d steps, w=%g, seed %d: %s.", steps, w, seed, _told(result["scores"]))
+      results[steps, w, seed] = result | {"images_per_second": speed}
+      _write_partial(path(PARTIAL), fingerprint, results)
+      logging.info("%d steps, w=%g, seed %d: %s.", steps, w, seed, format_scores(result["scores"]))
   # 128 steps of all paths on every device: affordable for small networks.
   straight = [
     {"w": w, "deviation_from_chord": straightness(exp, params, w, ev.seeds[0])}
@@ -154,12 +135,12 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   if jax.process_index() != 0:
     return None
   report = header | {
-    "results": [dict(zip(_SETTING, key, strict=True)) | found[key] for key in settings],
+    "results": [dict(zip(SETTING, key, strict=True)) | results[key] for key in settings],
     "yardsticks": reference.yardsticks() if reference.images else {},
     "straightness": straight,
     "config": files.as_dict(config),
   }
-  _write_report(workdir, report)
+  write_report(workdir, report)
   figures.sweep(summary.as_run(report), path("evaluation.png"))
   epath.Path(path(PARTIAL)).unlink(missing_ok=True)
   return report
@@ -179,7 +160,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   reference.check_images(path, samples.image_shape, samples.labels)
   batches = samples.batches(exp.evaluation.batch_size)
   result = reference.judge(batches, samples.count, samples.labels)
-  logging.info("%s: %s.", path, _told(result["scores"]))
+  logging.info("%s: %s.", path, format_scores(result["scores"]))
   header = {"samples": path, "sha256": samples.protocol()["sha256"], "labels": "as given"}
   report = (
     header
@@ -190,7 +171,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
       "config": files.as_dict(config),
     }
   )
-  _write_report(workdir, report)
+  write_report(workdir, report)
   return report
 
 
@@ -224,18 +205,26 @@ def protocol(mesh, reference: reference_lib.Reference, num_images: int) -> dict:
   }
 
 
-def _judge_drawn(exp, reference, extract, drawn, archive, compiled):
-  """Judges the batches drawn of one setting.
+def _judge_batches(exp, reference, extract, batches, archive, compiled):
+  """Judges the samples of one setting.
 
   Host work on a batch goes on in a thread while the next one is drawn.
 
+  Args:
+    exp: the experiment.
+    reference: what they are judged against.
+    extract: of `features.extractor`.
+    batches: of `generate.batches`.
+    archive: where the samples are written; "" for nowhere.
+    compiled: whether the sampler has run before.
+
   Returns:
-    (`reference.Judging.result`, the first images, images per second); the result and images are
-    None in processes but the first. Speeds are of all batches but the first, unless the sampler
-    was `compiled` before, and None where there is no other.
+    (`reference.Judging.result`, the first images, images per second), all None in processes but the
+    first. Speeds leave out the first batch, unless the sampler was compiled before, and are None
+    where there is no other.
   """
   total, first_process = exp.evaluation.num_images, jax.process_index() == 0
-  judging, grid, seconds = reference_lib.Judging(reference, total), [], []
+  judging, grid, seconds = reference_lib.Judging(reference, total), None, []
   with contextlib.ExitStack() as stack:
     save = None
     if archive:
@@ -243,12 +232,12 @@ def _judge_drawn(exp, reference, extract, drawn, archive, compiled):
       save = stack.enter_context(samples_lib.writer(archive, total, shape))
     behind = stack.enter_context(futures.ThreadPoolExecutor(1))
     waiting = collections.deque()
-    for batch in drawn:
+    for batch in batches:
       seconds.append((len(batch.labels), batch.drawing, batch.drawing + batch.decoding))
       outputs = jax.block_until_ready(extract(batch.images))
       if first_process:
-        if not grid:
-          grid.append(np.asarray(batch.images)[: len(batch.labels)])
+        if grid is None:
+          grid = np.asarray(batch.images)[: len(batch.labels)]
         waiting.append(behind.submit(judging.add, outputs, batch.images, batch.labels))
         if save:
           save(np.asarray(batch.images)[: len(batch.labels)], batch.labels)
@@ -260,7 +249,7 @@ def _judge_drawn(exp, reference, extract, drawn, archive, compiled):
   speed = None
   if len(timed):
     speed = dict(zip(("drawn", "decoded"), timed[:, 0].sum() / timed[:, 1:].sum(0), strict=True))
-  return (judging.result(), grid[0], speed) if first_process else (None, None, None)
+  return (judging.result(), grid, speed) if first_process else (None, None, None)
 
 
 def _read_partial(path: str, fingerprint: dict) -> dict[tuple, dict]:
@@ -272,103 +261,19 @@ def _read_partial(path: str, fingerprint: dict) -> dict[tuple, dict]:
   if saved["fingerprint"] != json.loads(json.dumps(fingerprint)):
     logging.info("%s is of another evaluation: beginning anew.", path)
     return {}
-  return {tuple(result.pop(k) for k in _SETTING): result for result in saved["results"]}
+  return {tuple(result.pop(k) for k in SETTING): result for result in saved["results"]}
 
 
-def _write_partial(path: str, fingerprint: dict, found: dict[tuple, dict]) -> None:
-  results = [dict(zip(_SETTING, key, strict=True)) | result for key, result in found.items()]
-  files.write_whole(path, json.dumps({"fingerprint": fingerprint, "results": results}))
+def _write_partial(path: str, fingerprint: dict, results: dict[tuple, dict]) -> None:
+  rows = [dict(zip(SETTING, setting, strict=True)) | result for setting, result in results.items()]
+  files.write_whole(path, json.dumps({"fingerprint": fingerprint, "results": rows}))
 
 
-def _unfinished(settings: list[tuple], found: dict) -> list[tuple]:
-  """The settings that are not in `found` of the first process."""
-  done = np.array([setting in found for setting in settings])
+def _unfinished(settings: list[tuple], results: dict) -> list[tuple]:
+  """The settings that have no result in the first process."""
+  done = np.array([setting in results for setting in settings])
   if jax.process_count() > 1:
     done = multihost_utils.broadcast_one_to_all(done)
   if done.any():
     logging.info("%d of %d settings were evaluated before.", done.sum(), len(settings))
   return [setting for setting, is_done in zip(settings, done, strict=True) if not is_done]
-
-
-def _told(found: dict[str, dict]) -> str:
-  """All numbers, for the log."""
-  return ", ".join(
-    f"{column} {form.format(values[metric])}"
-    for network, values in found.items()
-    for (name, metric), (column, form) in _COLUMNS.items()
-    if name == network and metric in values
-  )
-
-
-def _write_report(workdir: str, report: dict) -> None:
-  files.write_whole(os.path.join(workdir, "evaluation.json"), json.dumps(report, indent=2))
-  files.write_whole(os.path.join(workdir, "evaluation.md"), as_markdown(report))
-
-
-def as_markdown(report: dict) -> str:
-  """The report as a table that a person reads, with the protocol above it."""
-  drawn = "step" in report
-  title = f"{report['variant']}, step {report['step']}" if drawn else report["samples"]
-  lines = [f"# {title}", "", f"{report['num_images']} samples, against:", ""]
-  for network in report["networks"]:
-    source, floor = network["reference"], network["floor"]
-    where = source.get("file") or f"{source['images']} images of split {source['split']}"
-    lines.append(f"- {network['name']}: {network['features']}. Reference: {where}.")
-    if floor:
-      lines[-1] += (
-        f" Floor: the Fréchet distance of {floor['is']}, {floor['mean']:.3f} ± {floor['sd']:.3f} "
-        f"(mean and standard deviation of {reference_lib.FLOOR_REPEATS})."
-      )
-  told = [f"{name}: {what}" for name, what in report["metrics"].items()]
-  if drawn:
-    told += [f"labels: {report['labels']}", f"rounding: {report['rounding']}"]
-  lines += ["", "; ".join(told) + "."]
-  if report["reference_spectrum"]:
-    lines += [
-      "",
-      f"Nearest neighbour: mean distance of the first {reference_lib.NEIGHBOURS} samples to the "
-      "nearest training image; far below that of real images means copying (a little below, "
-      "samples that are more typical than real ones, as class means are). High frequencies: power "
-      "of the finest octave of frequencies over that of the real images. Accuracy alone says "
-      "little: over-guided samples reach 1.",
-    ]
-  rows = [_row(report, result) for result in report["results"]]
-  rows += [_row(report, result, name) for name, result in report["yardsticks"].items()]
-  found = dict.fromkeys(column for row in rows for column in row)
-  columns = sorted(found, key=lambda column: column != "samples")  # names first, else as found
-  lines += [
-    "",
-    *files.markdown_table(columns, [[row.get(c, "–") for c in columns] for row in rows]),
-  ]
-  if drawn:
-    lines += ["The best w for each number of steps, by " + _headline(report) + ":", ""]
-    run = summary.as_run(report)
-    best = ((steps, summary.best_w([run], steps)) for steps in summary.step_counts([run]))
-    lines += [f"- NFE {steps}: w = {w:g}" for steps, w in best]
-    lines += [""]
-  return "\n".join(lines)
-
-
-def _headline(report: dict) -> str:
-  return _COLUMNS[report["networks"][0]["name"], "frechet_distance"][0]
-
-
-def _row(report: dict, result: dict, name: str = "") -> dict[str, str]:
-  """{column: cell} of a result."""
-  row = {"samples": name} if name or "steps" not in result else {}
-  row |= {k: f"{result[k]:g}" for k in _SETTING if k in result}
-  for (network, metric), (column, form) in _COLUMNS.items():
-    values = result["scores"].get(network, {})
-    if metric in values:
-      row[column] = form.format(values[metric])
-      if f"{metric}_sd" in values:
-        row[column] += f" ± {form.format(values[f'{metric}_sd'])}"
-  if "spectrum" in result:
-    octave = [spectra.finest_octave(s) for s in (result["spectrum"], report["reference_spectrum"])]
-    row["nearest neighbour"] = f"{result['nearest_neighbour']:.3f}"
-    row["high frequencies"] = f"{octave[0] / octave[1]:.2f}"
-  if speed := result.get("images_per_second"):
-    row["images/s"] = f"{speed['drawn']:.4g}"
-    if report["vae"]:
-      row["images/s, decoded"] = f"{speed['decoded']:.4g}"
-  return row

@@ -22,9 +22,10 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import commands, evaluate, files, restore, state_dicts
+from ism_jax import commands, files, restore, state_dicts
 from ism_jax.experiment import MARKS
 from ism_jax.pretrained import vae as vae_lib
+from ism_jax.report import as_markdown
 from ism_jax.restore import TREES, Trained
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -147,7 +148,7 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
   embedders = "`d_embedder.*` and `w_embedder.*`" if guided else "`d_embedder.*`"
   measured = ["Not measured for these parameters."]
   if evaluation is not None:
-    table = evaluate.as_markdown(evaluation).partition("\n")[2].strip()  # without its title
+    table = as_markdown(evaluation).partition("\n")[2].strip()  # without its title
     measured = ["Measured on the JAX network with these parameters in float32.", "", table]
   lines = [
     "---",

@@ -15,6 +15,7 @@ LAYERS = [
     {"summary", "stablehlo"},
     {"export"},
     {"evaluate"},
+    {"report"},
     {"train"},
     {"monitor"},
     {"reference", "figures"},
