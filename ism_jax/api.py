@@ -43,7 +43,7 @@ _PAPER, _INK = 255, 0
 
 @functools.cache
 def _log_as_commands_do() -> None:
-  """To stderr, the lines alone. A program of absl's has seen to it itself."""
+  """Logs bare lines to stderr. A program of absl's has set this up itself."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
@@ -186,7 +186,7 @@ class Model:
         the defaults of steps and w.
       labels: a class, or one for each image; default all in turn. As many as there are classes is
         the number of no class.
-      seed: of the noise: image i depends on the seed and on i alone.
+      seed: of the noise: image i depends only on the seed and on i.
       noise: [N, h, w, c], instead of the seed's; see `noise`.
       batch_size: images at a time; default that of config.sample.
     Returns:
@@ -233,8 +233,9 @@ class Model:
     """s(x_t, t, c, d, w), the network itself: x_{t+d} = x_t + d s.
 
     Args:
-      x_t: [N, h, w, c]. t, c, d, w: time, class, step size and guidance, numbers or one for each
-        image; see `paths` for d = 0.
+      x_t: [N, h, w, c].
+      t, c, d, w: time, class, step size and guidance, numbers or one for each image; see `paths`
+        for d = 0.
     Returns:
       A JAX array [N, h, w, c].
     May be called inside of jit, where the parameters become constants of the program; those of a
@@ -249,7 +250,8 @@ class Model:
     """Writes the sampler as StableHLO, a folder that samples without this package: `stablehlo`.
 
     Args:
-      out: a folder that is empty or not there. schedules: one or more, as `steps` of `sample`.
+      out: a folder that is empty or not there.
+      schedules: one or more, as `steps` of `sample`.
     """
     stablehlo.write(self.experiment, self.params, out, schedules, about=self.about)
 
@@ -266,13 +268,13 @@ class Model:
     return labels.astype(np.int64)
 
 
-def _count(num_images, **given) -> int | None:
+def _count(num_images, **arrays) -> int | None:
   """How many images are asked for; None where nothing says so."""
-  lengths = {name: len(a) for name, a in given.items() if np.ndim(a) > 0}
+  lengths = {name: len(a) for name, a in arrays.items() if np.ndim(a) > 0}
   counts = {"num_images": num_images} | lengths if num_images is not None else lengths
   if len(set(counts.values())) > 1 or min(counts.values(), default=1) < 1:
-    told = ", ".join(f"{name}: {count}" for name, count in counts.items())
-    raise ValueError(f"one number of images is needed, at least 1; given are {told}.")
+    listing = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    raise ValueError(f"one number of images is needed, at least 1; given are {listing}.")
   return next(iter(counts.values()), None)
 
 

@@ -51,11 +51,11 @@ class SampleConfig:
   """What `--mode=sample` draws.
 
   Attributes:
-    num_images: how many.
+    num_images: how many images.
     steps: a count or a schedule, see `paths.parse_schedule`.
     w: guidance.
     label: a class, or -1 for all classes in turn.
-    seed: of noise; image i depends on the seed and i alone.
+    seed: of noise; image i depends only on the seed and on i.
     batch_size: images at a time, over all devices.
   """
 

@@ -4,7 +4,7 @@
       [--dtype=float32|bfloat16] [--step=N]
 
 DIR works without this project. It gets `model.safetensors`, a state dict with the keys of SiT's
-code; `config.json`; `ism_pytorch.py`, the network and its sampler, which need PyTorch alone; and
+code; `config.json`; `ism_pytorch.py`, the network and its sampler, which need only PyTorch; and
 `README.md`, a model card, with the evaluation in the workdir where that is of the same parameters.
 It is written whole or not at all, and replaces nothing. Training begins with it by
 --config.init_from=DIR.
@@ -37,7 +37,11 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
   """Writes a checkpoint's parameters to a new folder; see the module's docstring.
 
   Args:
-    out: a folder that is empty or not there. dtype: one of `DTYPES`, of the file.
+    workdir: folder of the run.
+    out: a folder that is empty or not there.
+    tree: one of `restore.TREES`.
+    dtype: one of `DTYPES`, of the file.
+    step: of the checkpoint; None for the newest that is whole.
   Raises:
     OSError: `out` is not empty or cannot be written. Otherwise as `restore.read`.
   """
@@ -51,16 +55,20 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
   """Writes the folder of an export.
 
   Args:
-    out, dtype: as of `export`. evaluation: of these parameters, the report of `evaluate.evaluate`.
+    trained: the parameters.
+    out: a folder that is empty or not there.
+    dtype: one of `DTYPES`, of the file.
+    evaluation: of these parameters, the report of `evaluate.evaluate`.
   Raises:
     OSError: `out` is not empty or cannot be written.
   """
   exp = trained.exp
   if exp.data.vae and not _on_the_hub(exp.data.vae):
     logging.warning(
-        "data.vae=%s is no name on the Hugging Face hub: whoever samples in PyTorch has to pass "
-        "the autoencoder to to_pixels.", exp.data.vae,
-    )  # fmt: skip
+      "data.vae=%s is no name on the Hugging Face hub: whoever samples in PyTorch has to pass "
+      "the autoencoder to to_pixels.",
+      exp.data.vae,
+    )
   state = state_dicts.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
   with files.whole_folder(out) as folder:
@@ -117,9 +125,11 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   if measured == (trained.step, TREES[trained.tree]) and "networks" in report:
     return report
   logging.warning(
-      "%s is no evaluation of the %s at step %d: the model card has none.",
-      path, TREES[trained.tree], trained.step,
-  )  # fmt: skip
+    "%s is no evaluation of the %s at step %d: the model card has none.",
+    path,
+    TREES[trained.tree],
+    trained.step,
+  )
   return None
 
 
@@ -127,6 +137,8 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
   """The model card, in Markdown with the hub's header.
 
   Args:
+    trained: the parameters.
+    dtype: of the file.
     evaluation: as `read_evaluation` returns it.
   """
   exp, module = trained.exp, pathlib.Path(CODE).stem
@@ -137,11 +149,11 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
     f"`w` is the guidance, one number or one for each sample: 0 is none, {exp.objective.w_max:g} "
     "the most it was trained at."
     if guided
-    else f"The guidance is fixed at `w` = {w:g}; 128 steps alone take any other."
+    else f"The guidance is fixed at `w` = {w:g}; only 128 steps take any other."
   )
   decoding = (
     "`to_pixels` decodes with that autoencoder, which it gets through diffusers (`pip install "
-    "diffusers`), or with the AutoencoderKL that it is given as `vae`."
+    "diffusers`), or with the AutoencoderKL passed as `vae`."
     if vae
     else "Images come from the network as they are: `to_pixels` only rounds them."
   )
@@ -188,7 +200,7 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
     f"- `{state_dicts.WEIGHTS}`: a state dict with the keys of the official SiT code, and "
     f"{embedders}, added to its conditioning.",
     f"- `{state_dicts.CONFIG}`: the network, and under `config` all that it was trained with.",
-    f"- `{CODE}`: the network and its sampler, in one file that needs PyTorch alone.",
+    f"- `{CODE}`: the network and its sampler, in one file that needs only PyTorch.",
     "",
     "ism_jax trains on from them with `--config.init_from=FOLDER`.",
     "",
@@ -223,9 +235,9 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   commands.quiet_libraries()
-  given = flags.FLAGS
+  args = flags.FLAGS
   with commands.one_line_errors():
-    export(given.workdir, given.out, tree=given.tree, dtype=given.dtype, step=given.step)
+    export(args.workdir, args.out, tree=args.tree, dtype=args.dtype, step=args.step)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def published(name: str, weights: str = "") -> Network:
   """`inception` or `dinov2`.
 
   Args:
+    name: of the network.
     weights: a file, "" for the published ones (cached, else downloaded), or "random".
   Raises:
     FileNotFoundError, ValueError: as `pretrained.inception.load` and `pretrained.dinov2.load`.
@@ -106,13 +107,13 @@ def extractor(networks: tuple[Network, ...], mesh):
   """
 
   def on_device(params, images):
-    found = {}
+    outputs = {}
     for network in networks:
       one = lambda image, network=network: jax.tree.map(
         lambda a: a[0], network.apply(params[network.name], image[None])
       )
-      found[network.name] = jax.lax.map(one, images, batch_size=_TOGETHER[network.name])
-    return found
+      outputs[network.name] = jax.lax.map(one, images, batch_size=_TOGETHER[network.name])
+    return outputs
 
   extract = jax.shard_map(
     on_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False

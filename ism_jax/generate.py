@@ -1,6 +1,6 @@
 """From parameters to images: compiled sampling over the mesh, in batches, and grids to look at.
 
-Samples of latents are decoded. Sample i depends on the seed and on i alone, whatever the batch size
+Samples of latents are decoded. Sample i depends only on the seed and on i, whatever the batch size
 or the number of devices.
 
 Axes: N images, B batch, H/W size, C channels.
@@ -156,7 +156,7 @@ def class_labels(exp: Experiment, num_images: int, seed: int = 0) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-  """Samples, drawn.
+  """A batch of samples.
 
   Attributes:
     images: uint8 [B, H, W, C], on every device; those behind `labels` only fill the mesh.
@@ -212,10 +212,10 @@ def batches(
         "are not finite: the parameters are, so the network has diverged; use an earlier "
         "checkpoint."
       )
-    drawn = time.perf_counter()
+    sampled = time.perf_counter()
     images = jax.block_until_ready(pixels(x1))
     yield Batch(
-      images, labels[start : start + batch_size], drawn - began, time.perf_counter() - drawn
+      images, labels[start : start + batch_size], sampled - began, time.perf_counter() - sampled
     )
 
 
@@ -235,7 +235,7 @@ def write_samples(config, workdir: str, out: str, devices=None) -> None:
   labels = class_labels(exp, cfg.num_images, cfg.seed)
   if cfg.label != -1:
     labels = np.full(cfg.num_images, cfg.label)
-  drawn = batches(
+  parts = batches(
     exp,
     mesh,
     trained.params,
@@ -246,7 +246,7 @@ def write_samples(config, workdir: str, out: str, devices=None) -> None:
     batch_size=cfg.batch_size,
   )
   with samples.writer(out, cfg.num_images, decoded_shape(exp)) as add:
-    for batch in drawn:
+    for batch in parts:
       add(np.asarray(batch.images)[: len(batch.labels)], batch.labels)
   logging.info("Wrote %d images of the %s to %s.", cfg.num_images, trained.about, out)
 

@@ -19,16 +19,19 @@ from ml_collections import config_flags
 from ism_jax import commands, multihost
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with a variant behind a colon: configs/digits.py:sm.",
-    lock_config=True,
-)  # fmt: skip
+  "config",
+  None,
+  "Config file, with a variant behind a colon: configs/digits.py:sm.",
+  lock_config=True,
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
 _OUT = flags.DEFINE_string("out", None, "With --mode=sample: the npz file to write.")
 _SAMPLES = flags.DEFINE_string(
-    "samples", None,
-    "With --mode=evaluate: images to judge instead of the checkpoint's, an npz or a folder.",
-)  # fmt: skip
+  "samples",
+  None,
+  "With --mode=evaluate: images to judge instead of the checkpoint's, an npz or a folder.",
+)
 flags.mark_flag_as_required("workdir")
 _PLACE = multihost.define_flags()
 

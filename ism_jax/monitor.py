@@ -1,7 +1,7 @@
 """The small evaluation while training: samples of the same noise, labels and w each time.
 
-Drawing is started and not waited for, and the numbers are made in a thread of its own, so that the
-devices go on training.
+Drawing is started and not waited for, and a thread makes the numbers, so that the devices go on
+training.
 """
 
 from concurrent import futures
@@ -30,8 +30,8 @@ class Monitor:
     if exp.data.vae:
       latents.check_vae(exp.data.dir, generate.load_vae(exp.data.vae))
     # On one device: scores are made by the first process, without the others.
-    alone = sharding.data_mesh(jax.local_devices()[:1])
-    self._reference = Reference(exp, alone) if exp.monitor.score else None
+    one_device = sharding.data_mesh(jax.local_devices()[:1])
+    self._reference = Reference(exp, one_device) if exp.monitor.score else None
     # One call draws them all; samples beyond num_images fill the mesh and are dropped.
     self._count = -(-exp.monitor.num_images // mesh.size) * mesh.size
     self._labels = generate.class_labels(exp, self._count)
@@ -55,28 +55,28 @@ class Monitor:
       for steps in self._exp.monitor.steps
     }
 
-  def finish(self, step: int, drawn: dict, writer: logs.Writer) -> None:
-    """Starts scoring what was drawn at `step`, fetched, and writing numbers and grids."""
+  def finish(self, step: int, samples: dict, writer: logs.Writer) -> None:
+    """Starts scoring the fetched samples of `step`, and writing numbers and grids."""
     if jax.process_index() == 0:
-      self._scored.append(self._thread.submit(self._score, step, drawn, writer))
+      self._scored.append(self._thread.submit(self._score, step, samples, writer))
 
   def wait(self) -> None:
-    """Waits until all that was drawn is written; raises what went wrong."""
+    """Waits until all samples are scored and written; raises what went wrong."""
     while self._scored:
       self._scored.pop(0).result()
 
-  def _score(self, step, drawn, writer):
+  def _score(self, step, samples, writer):
     values = {}
-    for steps, (images, finite) in drawn.items():
+    for steps, (images, finite) in samples.items():
       if not finite:
         raise FloatingPointError(
           f"samples of {steps} steps at step {step} are not finite: lower optimizer.learning_rate."
         )
       images = images[: self._exp.monitor.num_images]
       if self._reference:
-        found = self._reference.score(images, self._labels[: len(images)])
-        for network, scores in found.items():
-          values |= {f"monitor/steps_{steps}/{network}_{k}": v for k, v in scores.items()}
+        scores = self._reference.score(images, self._labels[: len(images)])
+        for network, metrics in scores.items():
+          values |= {f"monitor/steps_{steps}/{network}_{k}": v for k, v in metrics.items()}
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
       files.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
       writer.image(step, f"samples/steps_{steps}", png)

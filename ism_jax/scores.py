@@ -1,6 +1,6 @@
 """Numbers of a set of images, from what feature networks see in them, in one pass.
 
-Features are added batch by batch. Moments and sums are kept of them; the features themselves only
+Features are added batch by batch. Moments and sums of them remain; the features themselves only
 where a metric compares single samples (KID, precision and recall).
 
 Axes: N images, B batch, F features, S spatial features, K kept features.
@@ -25,7 +25,8 @@ class Statistics:
   """What a network sees in a set of images.
 
   Attributes:
-    features, spatial: moments; spatial ones where the network has them.
+    features: moments.
+    spatial: moments of the spatial features, where the network has them.
     kept: float32 [K, F], features of single images, or None.
   """
 
@@ -38,7 +39,9 @@ class Tally:
   """What is added up of one network's outputs.
 
   Args:
-    total: images that will be added. keep: how many images' features are kept, evenly spread.
+    network: whose outputs they are.
+    total: images that will be added.
+    keep: how many images' features stay, evenly spread.
     inception_score: whether it is wanted; the network needs logits.
   """
 
@@ -89,23 +92,25 @@ class Tally:
       "spatial_frechet_distance" (sFID), "inception_score", "kid", "precision", "recall" and
       "accuracy". Beside means over splits or subsets is their deviation, with "_sd" in its name.
     """
-    seen = self.statistics()
-    found = {"frechet_distance": distances.frechet_distance(seen.features, real.features)}
-    if seen.spatial and real.spatial:
-      found["spatial_frechet_distance"] = distances.frechet_distance(seen.spatial, real.spatial)
+    generated = self.statistics()
+    values = {"frechet_distance": distances.frechet_distance(generated.features, real.features)}
+    if generated.spatial and real.spatial:
+      values["spatial_frechet_distance"] = distances.frechet_distance(
+        generated.spatial, real.spatial
+      )
     if self._score:
-      found["inception_score"], found["inception_score_sd"] = self._score.result()
-    single = seen.kept is not None and real.kept is not None
+      values["inception_score"], values["inception_score_sd"] = self._score.result()
+    single = generated.kept is not None and real.kept is not None
     if single and self._network.name in PUBLISHED:
       # An unbiased estimate: smaller subsets change its spread, not its mean.
-      size = min(KID_SUBSET_SIZE, len(seen.kept), len(real.kept))
-      found["kid"], found["kid_sd"] = distances.kernel_distance(
-        seen.kept, real.kept, subsets=KID_SUBSETS, subset_size=size
+      size = min(KID_SUBSET_SIZE, len(generated.kept), len(real.kept))
+      values["kid"], values["kid_sd"] = distances.kernel_distance(
+        generated.kept, real.kept, subsets=KID_SUBSETS, subset_size=size
       )
     if single:
-      found["precision"], found["recall"] = distances.precision_recall(
-        real.kept, seen.kept, k=NEIGHBOURHOOD
+      values["precision"], values["recall"] = distances.precision_recall(
+        real.kept, generated.kept, k=NEIGHBOURHOOD
       )
     if self._network.held_out_accuracy is not None and labelled:
-      found["accuracy"] = self._right / self._total
-    return found
+      values["accuracy"] = self._right / self._total
+    return values

@@ -71,8 +71,10 @@ def _write_files(exp, params, folder, names, about):
   for schedule, name in names.items():
     sample = generate.sampler(exp, schedule)
     program = f"sampler_{name.replace('/', '_').replace(',', '-')}.stablehlo"
-    given = (x1, of_batch((), jnp.int32), of_batch((), jnp.float32))
-    _write_program(folder / program, lambda flat, *rest: sample(_nested(flat), *rest), flat, *given)
+    inputs = (x1, of_batch((), jnp.int32), of_batch((), jnp.float32))
+    _write_program(
+      folder / program, lambda flat, *rest: sample(_nested(flat), *rest), flat, *inputs
+    )
     programs[name] = program
   _write_arrays(folder / _PARAMETERS, flat)
   if exp.data.vae:
@@ -121,13 +123,13 @@ def _nested(flat):
 
 def _readme(exp: Experiment, programs: dict[str, str], about: str) -> str:
   program = next(iter(programs.values()))
-  told = ", ".join(f"`{file}` (steps={name})" for name, file in programs.items())
+  listing = ", ".join(f"`{file}` (steps={name})" for name, file in programs.items())
   w = exp.sample.w
   guided = (
     f"`w` is the guidance, 0 to {exp.objective.w_max:g}, for each image (a CFG scale of 1 + w)"
     if exp.objective.intrinsic
-    else f"the guidance is the fixed one of training, w = {exp.objective.fixed_w:g}, and 128 steps "
-    "alone take any other"
+    else f"the guidance is the fixed one of training, w = {exp.objective.fixed_w:g}, and only 128 "
+    "steps take any other"
   )
   if exp.data.vae:
     images = f"""\
@@ -156,7 +158,7 @@ sample = export.deserialize(bytearray(pathlib.Path("{program}").read_bytes()))
 parameters = dict(np.load("{_PARAMETERS}"))
 
 n, seed = 8, 0
-# As ism_jax draws noise: image i depends on the seed and on i alone. Any normal numbers will do.
+# As ism_jax draws noise: image i depends only on the seed and on i. Any normal numbers will do.
 draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), {exp.image_shape})
 x0 = jax.vmap(draw)(jnp.arange(n))
 c = jnp.arange(n) % {exp.data.num_classes}  # classes
@@ -165,7 +167,7 @@ x1 = sample.call(parameters, x0, c, w)
 {images}```
 
 `images` are uint8 `[n, H, W, C]`; {guided}.
-There is a program for each schedule: {told}.
+There is a program for each schedule: {listing}.
 They run on {", ".join(PLATFORMS)} with any batch size, and `jax.jit` takes them.
 """
 
@@ -181,12 +183,12 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
   commands.quiet_libraries()
-  given = flags.FLAGS
+  args = flags.FLAGS
   with commands.one_line_errors():
-    files.check_empty(given.out)
-    trained = restore.read(given.workdir, given.tree, step=given.step)
-    write(trained.exp, trained.params, given.out, given.steps, about=trained.about)
-    logging.info("Wrote the sampler of the %s to %s.", trained.about, given.out)
+    files.check_empty(args.out)
+    trained = restore.read(args.workdir, args.tree, step=args.step)
+    write(trained.exp, trained.params, args.out, args.steps, about=trained.about)
+    logging.info("Wrote the sampler of the %s to %s.", trained.about, args.out)
 
 
 if __name__ == "__main__":
