@@ -55,8 +55,8 @@ def workdir(model, tmp_path_factory):
   return folder
 
 
-def assert_equal_trees(found, wanted):
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(wanted))
+def assert_equal_trees(actual, expected):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(actual), jax.device_get(expected))
 
 
 def close(images, others):
@@ -80,15 +80,21 @@ def test_importing_the_package_imports_nothing_else():
 @pytest.mark.slow
 def test_samples_are_those_of_the_command_whatever_the_batch_size(model):
   images, labels = draw_samples(
-    model.experiment, model.mesh, model.params,
-    num_images=13, steps="1/2,1/4,1/4", w=0.5, seed=7, batch_size=13,
-  )  # fmt: skip
+    model.experiment,
+    model.mesh,
+    model.params,
+    num_images=13,
+    steps="1/2,1/4,1/4",
+    w=0.5,
+    seed=7,
+    batch_size=13,
+  )
   for batch_size in (4, 100):
-    found, found_labels = model.sample(
+    others, other_labels = model.sample(
       13, steps="1/2,1/4,1/4", w=0.5, seed=7, batch_size=batch_size
     )
-    assert found.dtype == np.uint8 and close(found, images)
-    np.testing.assert_array_equal(found_labels, labels)
+    assert others.dtype == np.uint8 and close(others, images)
+    np.testing.assert_array_equal(other_labels, labels)
   assert not close(model.sample(13, steps=4, w=0.5, seed=7)[0], images)
 
 
@@ -109,10 +115,10 @@ def test_noise_labels_and_guidance_are_each_images_own(model):
   images, _ = model.sample(steps=2, noise=noise, labels=labels, w=w)
   assert len(np.unique(images.reshape(6, -1), axis=0)) == 6
   for i in (0, 3, 5):
-    alone, label = model.sample(
+    image, label = model.sample(
       1, steps=2, noise=noise[i : i + 1], labels=int(labels[i]), w=float(w[i])
     )
-    assert close(alone, images[i : i + 1]) and label == labels[i]
+    assert close(image, images[i : i + 1]) and label == labels[i]
   assert close(model.sample(steps=2, labels=labels, w=w, seed=3)[0], images)
   assert not close(model.sample(steps=2, labels=labels, w=0.0, seed=3)[0], images)
 
@@ -185,10 +191,10 @@ def test_an_export_samples_as_its_workdir_from_a_folder_a_file_or_the_hub(
 ):
   folder = tmp_path / "export"
   export.export(str(workdir), str(folder), tree="ema", dtype="float32")
-  found = ism_jax.load(str(folder))
-  assert_equal_trees(found.params, model.params)
-  assert found.experiment.model == model.experiment.model and "step 8" in found.about
-  assert close(found.sample(5, steps=2, w=1.0)[0], model.sample(5, steps=2, w=1.0)[0])
+  loaded = ism_jax.load(str(folder))
+  assert_equal_trees(loaded.params, model.params)
+  assert loaded.experiment.model == model.experiment.model and "step 8" in loaded.about
+  assert close(loaded.sample(5, steps=2, w=1.0)[0], model.sample(5, steps=2, w=1.0)[0])
   assert_equal_trees(ism_jax.load(folder / "model.safetensors").params, model.params)
   with pytest.raises(ValueError, match="leave tree and step out"):
     ism_jax.load(folder, step=8)

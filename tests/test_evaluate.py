@@ -63,32 +63,32 @@ def without_speed(report):
 def test_an_interrupted_evaluation_ends_as_one_that_was_not(workdir, mesh, monkeypatch):
   devices = list(mesh.devices.flat)
   whole = evaluate.evaluate(config_of(), workdir, devices)
-  drawn, draw = [], generate.batches
+  settings, draw = [], generate.batches
 
   def watched(*args, **kwargs):
-    if len(drawn) == 2:
+    if len(settings) == 2:
       raise KeyboardInterrupt
-    drawn.append((len(kwargs["schedule"]), kwargs["w"]))
+    settings.append((len(kwargs["schedule"]), kwargs["w"]))
     return draw(*args, **kwargs)
 
   monkeypatch.setattr(generate, "batches", watched)
   with pytest.raises(KeyboardInterrupt):
     evaluate.evaluate(config_of(), workdir, devices)
-  finished, drawn[:] = list(drawn), ["one"]
+  finished, settings[:] = list(settings), ["one"]
   with pytest.raises(KeyboardInterrupt):  # of another evaluation: nothing is taken over
     evaluate.evaluate(config_of(rounding="truncate"), workdir, devices)
-  assert drawn == ["one", (1, 0.0)]
+  assert settings == ["one", (1, 0.0)]
   monkeypatch.setattr(generate, "batches", draw)
   evaluate.evaluate(config_of(rounding="truncate", steps=(1,), w=(0.0,)), workdir, devices)
 
-  drawn.clear()
+  settings.clear()
   monkeypatch.setattr(generate, "batches", watched)
   with pytest.raises(KeyboardInterrupt):
     evaluate.evaluate(config_of(), workdir, devices)
-  assert drawn == finished == [(1, 0.0), (1, 0.5)]
-  drawn.clear()
+  assert settings == finished == [(1, 0.0), (1, 0.5)]
+  settings.clear()
   again = evaluate.evaluate(config_of(), workdir, devices)
-  assert drawn == [(2, 0.0), (2, 0.5)]
+  assert settings == [(2, 0.0), (2, 0.5)]
   assert without_speed(again) == without_speed(whole)
 
 
@@ -106,11 +106,11 @@ def test_samples_in_a_file_are_judged_as_those_of_the_checkpoint(workdir, mesh, 
 
   config.sample.update({"num_images": IMAGES, "steps": "1", "w": 0.5, "batch_size": 40})
   generate.write_samples(config, workdir, str(tmp_path / "x.npz"), list(mesh.devices.flat))
-  with np.load(tmp_path / "x.npz") as drawn, np.load(path) as kept:
+  with np.load(tmp_path / "x.npz") as sampled, np.load(path) as saved:
     # Other batches sum in another order, and may round to the next level.
-    difference = np.abs(np.int32(drawn["arr_0"]) - kept["arr_0"])
+    difference = np.abs(np.int32(sampled["arr_0"]) - saved["arr_0"])
     assert difference.max() <= 1 and difference.mean() < 1e-3
-    np.testing.assert_array_equal(drawn["arr_1"], kept["arr_1"])
+    np.testing.assert_array_equal(sampled["arr_1"], saved["arr_1"])
 
 
 def test_the_tally_of_batches_is_the_score_of_all_samples(workdir, mesh):

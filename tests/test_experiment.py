@@ -79,10 +79,10 @@ def test_the_step_for_a_gpu_has_its_fused_attention_forward_and_backward(monkeyp
   keys, index = jax.eval_shape(lambda: steps.base_keys(0)), jnp.zeros((), int)
   couple = steps.couple_function(exp, mesh)
   pool, _ = jax.eval_shape(couple, steps.abstract_pool(exp, mesh), keys, index)
-  given = (steps.abstract_state(exp, mesh), pool, keys, index)
+  arguments = (steps.abstract_state(exp, mesh), pool, keys, index)
   for backend, fused in (("gpu", True), ("cpu", False)):
     monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
-    lowered = steps.steps_function(exp, mesh).trace(*given).lower(lowering_platforms=("cuda",))
+    lowered = steps.steps_function(exp, mesh).trace(*arguments).lower(lowering_platforms=("cuda",))
     called = set(re.findall(r"@__cudnn\$(\w+)", lowered.as_text()))
     assert called == ({"fmhaSoftmax", "fmhaSoftmaxBackward"} if fused else set())
 
@@ -113,13 +113,13 @@ def test_rows_of_the_ablation_differ_by_the_techniques_they_are_named_for():
   rows = {v: digits.get_config(v).to_dict() for v in base.VARIANTS}
 
   def differences(a, b, prefix=""):
-    found = set()
+    changed = set()
     for name in a:
       if isinstance(a[name], dict):
-        found |= differences(a[name], b[name], f"{prefix}{name}.")
+        changed |= differences(a[name], b[name], f"{prefix}{name}.")
       elif a[name] != b[name] and name != "variant":
-        found.add(prefix + name)
-    return found
+        changed.add(prefix + name)
+    return changed
 
   assert differences(rows["interval"], rows["ig"]) == {"objective.t_interval"}
   assert differences(rows["wavelet"], rows["interval"]) == {"wavelet.form"}

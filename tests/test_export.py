@@ -49,8 +49,8 @@ def leaves(tree):
   return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def assert_equal(found, expected):
-  for (path, a), (other, b) in zip(leaves(found), leaves(expected), strict=True):
+def assert_equal(actual, expected):
+  for (path, a), (other, b) in zip(leaves(actual), leaves(expected), strict=True):
     assert path == other
     np.testing.assert_array_equal(a, b, err_msg=str(path))
 
@@ -257,8 +257,8 @@ def test_each_tree_is_exported_and_imported_bit_for_bit(workdir, tmp_path):
   folder, exp, state = workdir
   for tree in TREES:
     export.export(str(folder), str(tmp_path / tree), tree=tree, dtype="float32")
-    found = state_dicts.load(tmp_path / tree, exp.network(), exp.image_shape)
-    assert_equal(found, getattr(state, tree))
+    actual = state_dicts.load(tmp_path / tree, exp.network(), exp.image_shape)
+    assert_equal(actual, getattr(state, tree))
   export.export(str(folder), str(tmp_path / "earlier"), tree="ema", dtype="float32", step=2)
   with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in .*there are: \[2, 4\]"):
     export.export(str(folder), str(tmp_path / "new"), tree="ema", dtype="float32", step=3)
@@ -271,8 +271,8 @@ def test_bfloat16_is_the_nearest(workdir, tmp_path):
   export.export(str(folder), str(tmp_path / "half"), tree="ema", dtype="bfloat16")
   arrays = torch_files.read_state_dict(tmp_path / "half" / "model.safetensors")
   assert {a.dtype for a in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
-  found = state_dicts.load(tmp_path / "half", exp.network(), exp.image_shape)
-  assert_equal(found, jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype("f"), state.ema))
+  actual = state_dicts.load(tmp_path / "half", exp.network(), exp.image_shape)
+  assert_equal(actual, jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype("f"), state.ema))
 
 
 @BOTH
@@ -281,8 +281,11 @@ def test_an_export_says_what_it_is_and_keeps_the_machine_to_itself(workdir, tmp_
   out = tmp_path / "out"
   export.export(str(folder), str(out), tree="target_ema", dtype="float32")
   assert {p.name for p in out.iterdir()} == {
-    "model.safetensors", "config.json", "ism_pytorch.py", "README.md",
-  }  # fmt: skip
+    "model.safetensors",
+    "config.json",
+    "ism_pytorch.py",
+    "README.md",
+  }
   assert len({p.stat().st_mode for p in out.iterdir()}) == 1
   config = json.loads((out / "config.json").read_text())
   assert (config["step"], config["tree"], config["dtype"]) == (4, "target_ema", "float32")
@@ -305,18 +308,34 @@ def test_the_autoencoder_of_latents_is_named():
 def report(step, parameters="inference EMA"):
   """As `evaluate.evaluate` writes it."""
   network = {
-    "name": "classifier", "features": "a classifier", "weights_sha256": None,
-    "held_out_accuracy": 0.9, "reference": {"split": "train", "images": 9},
-    "reference_images": 9, "floor": None,
-  }  # fmt: skip
+    "name": "classifier",
+    "features": "a classifier",
+    "weights_sha256": None,
+    "held_out_accuracy": 0.9,
+    "reference": {"split": "train", "images": 9},
+    "reference_images": 9,
+    "floor": None,
+  }
   result = lambda steps, distance: {
-    "steps": steps, "w": 0.5, "seed": 0, "scores": {"classifier": {"frechet_distance": distance}},
-  }  # fmt: skip
+    "steps": steps,
+    "w": 0.5,
+    "seed": 0,
+    "scores": {"classifier": {"frechet_distance": distance}},
+  }
   return {
-    "variant": "ism", "step": step, "parameters": parameters, "vae": "", "labels": "balanced",
-    "rounding": "nearest", "num_images": 9, "networks": [network], "metrics": {"kid": "none"},
-    "reference_spectrum": None, "results": [result(1, 7.125), result(4, 3.5)], "yardsticks": {},
-  }  # fmt: skip
+    "variant": "ism",
+    "step": step,
+    "parameters": parameters,
+    "vae": "",
+    "labels": "balanced",
+    "rounding": "nearest",
+    "num_images": 9,
+    "networks": [network],
+    "metrics": {"kid": "none"},
+    "reference_spectrum": None,
+    "results": [result(1, 7.125), result(4, 3.5)],
+    "yardsticks": {},
+  }
 
 
 def test_the_card_has_the_evaluation_of_its_own_parameters_alone(workdir, tmp_path):
@@ -343,10 +362,10 @@ def test_the_card_has_the_evaluation_of_its_own_parameters_alone(workdir, tmp_pa
 def test_an_export_replaces_nothing_and_leaves_nothing_half_written(workdir, tmp_path, monkeypatch):
   folder, out = str(workdir[0]), tmp_path / "out"
   out.mkdir()
-  (out / "notes").write_text("mine")
+  (out / "notes").write_text("notes")
   with pytest.raises(FileExistsError, match=r"out is there and not empty; name another folder"):
     export.export(folder, str(out), tree="ema", dtype="float32")
-  assert (out / "notes").read_text() == "mine"
+  assert (out / "notes").read_text() == "notes"
   with pytest.raises(OSError, match="is no folder: name one"):
     export.export(folder, "gs://bucket/out", tree="ema", dtype="float32")
 
@@ -428,10 +447,20 @@ def pytorch_network(torch, ours, net, params, shape):
   """The network in PyTorch, loaded as state dicts are."""
   depth, width, heads = net.cfg.dimensions
   config = ours.Config(
-      depth=depth, width=width, heads=heads, patch=net.cfg.patch, image_size=shape[0],
-      channels=shape[2], num_classes=net.num_classes, guided=net.guided, w_max=3.5, fixed_w=0.5,
-      t_interval=0.3, vae="", vae_scale=1.0,
-  )  # fmt: skip
+    depth=depth,
+    width=width,
+    heads=heads,
+    patch=net.cfg.patch,
+    image_size=shape[0],
+    channels=shape[2],
+    num_classes=net.num_classes,
+    guided=net.guided,
+    w_max=3.5,
+    fixed_w=0.5,
+    t_interval=0.3,
+    vae="",
+    vae_scale=1.0,
+  )
   module = ours.SiT(config)
   state = state_dicts.from_params(params, net, shape)
   module.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in state.items()})
@@ -446,8 +475,8 @@ def to_numpy(x):
   return np.moveaxis(x.float().numpy(), 1, -1)
 
 
-def relative(found, expected):
-  return np.abs(found - expected).max() / np.abs(expected).max()
+def relative(actual, expected):
+  return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.slow
@@ -460,9 +489,9 @@ def test_the_networks_agree(pytorch, ours, monkeypatch, size, depth):
   x, *conditions = inputs(shape, 1000)
   expected = np.asarray(jax.jit(model.velocity_function(net, params))(x, *conditions))
   module = pytorch_network(pytorch, ours, net, params, shape)
-  found = module(to_torch(pytorch, x), *map(pytorch.from_numpy, conditions))
+  actual = module(to_torch(pytorch, x), *map(pytorch.from_numpy, conditions))
   assert np.abs(expected).max() > 0.1
-  assert relative(to_numpy(found), expected) < 1e-5
+  assert relative(to_numpy(actual), expected) < 1e-5
 
 
 @pytest.mark.slow
@@ -473,8 +502,8 @@ def test_it_compiles_whole_and_takes_either_memory_format(pytorch, ours):
   expected = ours.sample(module, x0, c, 0.5, 2)
   # All but the generation of machine code, which takes a compiler and a minute.
   compiled = pytorch.compile(module, fullgraph=True, backend="aot_eager")
-  found = ours.sample(compiled, x0, c, 0.5, 2)
-  assert relative(to_numpy(found), to_numpy(expected)) < 1e-6
+  actual = ours.sample(compiled, x0, c, 0.5, 2)
+  assert relative(to_numpy(actual), to_numpy(expected)) < 1e-6
   last = x0.to(memory_format=pytorch.channels_last)
   assert not last.is_contiguous()
   assert relative(to_numpy(ours.sample(module, last, c, 0.5, 2)), to_numpy(expected)) < 1e-6
@@ -520,17 +549,17 @@ def test_a_trained_network_and_its_samples_agree(pytorch, ours, trained):
   module = ours.load(folder)
   x, *conditions = inputs(exp.image_shape, 10)
   expected = model.velocity_function(exp.network(), state.ema)(x, *conditions)
-  found = module(to_torch(pytorch, x), *map(pytorch.from_numpy, conditions))
+  actual = module(to_torch(pytorch, x), *map(pytorch.from_numpy, conditions))
   assert np.abs(expected).max() > 0.1
-  assert relative(to_numpy(found), np.asarray(expected)) < 1e-5
+  assert relative(to_numpy(actual), np.asarray(expected)) < 1e-5
 
   c, w = np.array([3, 0, 10, 9]), np.float32([0.0, 0.5, 2.0, 3.5])
   for steps in (1, 2, 4, "1/2,1/4,1/4"):
     expected = np.asarray(jax_samples(exp, state.ema, x, c, w, steps))
-    found = ours.sample(module, to_torch(pytorch, x), c, w, steps)
-    assert relative(to_numpy(found), expected) < 1e-4
+    actual = ours.sample(module, to_torch(pytorch, x), c, w, steps)
+    assert relative(to_numpy(actual), expected) < 1e-4
     pixels, round_trip = (
-      ours.to_pixels(module, found).numpy(),
+      ours.to_pixels(module, actual).numpy(),
       np.asarray(generate.to_uint8(expected)),
     )
     assert pixels.shape == round_trip.shape and pixels.dtype == np.uint8
@@ -549,8 +578,8 @@ def test_guidance_of_either_kind_samples_alike(pytorch, ours, workdir, tmp_path)
   finest = "1/2,1/4,1/8," + ",".join(["1/128"] * 16)
   for w, steps in ((0.5, 4), (0.5, finest), (1.5, 128)):
     expected = np.asarray(jax_samples(exp, state.ema, x, c, np.full(4, w, np.float32), steps))
-    found = ours.sample(module, to_torch(pytorch, x), c, w, steps)
-    assert relative(to_numpy(found), expected) < 1e-4
+    actual = ours.sample(module, to_torch(pytorch, x), c, w, steps)
+    assert relative(to_numpy(actual), expected) < 1e-4
   if not exp.objective.intrinsic:
     assert not any(key.startswith("w_embedder") for key in module.state_dict())
     for steps in (4, finest):
@@ -590,15 +619,15 @@ def test_bfloat16_keeps_the_conditioning_in_float32(pytorch, ours, workdir, tmp_
   t = pytorch.tensor([127 / 128, 1.0])
   pytorch.testing.assert_close(half.t_embedder(t), full.t_embedder(t), rtol=0, atol=0)
   x, t, c, d, w = inputs(exp.image_shape, 10)
-  given = (to_torch(pytorch, x), *map(pytorch.from_numpy, (t, c, d, w)))
-  assert half(*given).dtype == pytorch.float32
-  found, expected = to_numpy(half(*given)), to_numpy(full(*given))
-  assert 1e-5 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.05
+  arguments = (to_torch(pytorch, x), *map(pytorch.from_numpy, (t, c, d, w)))
+  assert half(*arguments).dtype == pytorch.float32
+  actual, expected = to_numpy(half(*arguments)), to_numpy(full(*arguments))
+  assert 1e-5 < np.linalg.norm(actual - expected) / np.linalg.norm(expected) < 0.05
   rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype("f"), state.ema)
   theirs = model.velocity_function(exp.network(), rounded)(x, t, c, d, w)
   positions = state_dicts.from_params({}, exp.network(), exp.image_shape)["pos_embed"]
   full.pos_embed.copy_(pytorch.from_numpy(positions))  # which theirs does not round
-  expected = to_numpy(full(*given))
+  expected = to_numpy(full(*arguments))
   assert relative(expected, np.asarray(theirs)) < 1e-5
 
 
@@ -609,9 +638,13 @@ def test_latents_are_decoded_by_the_autoencoder_of_the_config(pytorch, ours, mon
   cfg = vae.VaeConfig(channels=(8, 16), blocks=1, groups=2)
   pytorch.manual_seed(0)
   autoencoder = diffusers.AutoencoderKL(
-      block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=2, latent_channels=4,
-      down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-  )  # fmt: skip
+    block_out_channels=cfg.channels,
+    layers_per_block=1,
+    norm_num_groups=2,
+    latent_channels=4,
+    down_block_types=["DownEncoderBlock2D"] * 2,
+    up_block_types=["UpDecoderBlock2D"] * 2,
+  )
   state = {key: a.numpy() for key, a in autoencoder.state_dict().items()}
   params = vae.params_from_state_dict(cfg, state)
   asked = []
@@ -625,10 +658,10 @@ def test_latents_are_decoded_by_the_autoencoder_of_the_config(pytorch, ours, mon
   x1 = np.random.default_rng(0).standard_normal((5, 4, 4, 4), np.float32)
   expected = np.asarray(generate.to_uint8(vae.decode(cfg, params, x1))).astype(int)
   assert expected.std() > 5
-  for given in (None, autoencoder):
-    found = ours.to_pixels(module, to_torch(pytorch, x1), given).numpy().astype(int)
-    assert found.shape == expected.shape == (5, 8, 8, 3)
-    assert np.abs(found - expected).max() <= 1 and (found == expected).mean() > 0.99
+  for decoder in (None, autoencoder):
+    actual = ours.to_pixels(module, to_torch(pytorch, x1), decoder).numpy().astype(int)
+    assert actual.shape == expected.shape == (5, 8, 8, 3)
+    assert np.abs(actual - expected).max() <= 1 and (actual == expected).mean() > 0.99
   assert asked == ["someone/vae"]
 
 
@@ -672,8 +705,10 @@ def test_pytorch_refuses_damaged_folders(pytorch, ours, trained, tmp_path):
   keys = [f"blocks.{i}.mlp.fc1.bias" for i in range(3)]
   refused(*keys, '"more"', "x_embedder.proj.bias", model=safetensors.numpy.save(other))
   refused("size mismatch", config=json.dumps(config | {"width": 48}).encode())
-  refused("lacks heads, vae", config=json.dumps(
-      {k: v for k, v in config.items() if k not in ("heads", "vae")}).encode())  # fmt: skip
+  refused(
+    "lacks heads, vae",
+    config=json.dumps({k: v for k, v in config.items() if k not in ("heads", "vae")}).encode(),
+  )
   refused("is damaged", config=files["config.json"][:-9])
 
 

@@ -17,10 +17,15 @@ import pytest
 from ism_jax import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = ("--config.steps=8", "--config.batch_size=16", "--config.scan_steps=2",
-         "--config.optimizer.schedule=constant",  # so that runs of any length compile once
-         "--config.log.every=4",
-         "--config.evaluation.num_images=100", "--config.evaluation.steps=(1,)")  # fmt: skip
+SMALL = (
+  "--config.steps=8",
+  "--config.batch_size=16",
+  "--config.scan_steps=2",
+  "--config.optimizer.schedule=constant",  # so that runs of any length compile once
+  "--config.log.every=4",
+  "--config.evaluation.num_images=100",
+  "--config.evaluation.steps=(1,)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def test_a_run_is_trained_continued_evaluated_sampled_and_compared(environment, 
 
 
 def saved_state(work, step):
-  """The arrays of a checkpoint, read by Orbax alone."""
+  """The arrays of a checkpoint, read only by Orbax."""
   with checkpoints.open_manager(work, keep=1, read_only=True) as manager:
     assert manager.latest_step() == step
     args = ocp.args.Composite(state=ocp.args.StandardRestore())
@@ -98,8 +103,16 @@ def test_a_run_that_is_killed_then_terminated_and_continued_is_the_same_run(envi
 
   def stop(number, when, *arguments):
     """Trains without end until when(), then sends a signal: (exit code, what it said)."""
-    command = [sys.executable, "-m", "ism_jax.main", "--config=configs/digits.py", *small,
-               f"--workdir={work}", "--config.steps=1000000", *arguments]  # fmt: skip
+    command = [
+      sys.executable,
+      "-m",
+      "ism_jax.main",
+      "--config=configs/digits.py",
+      *small,
+      f"--workdir={work}",
+      "--config.steps=1000000",
+      *arguments,
+    ]
     with open(log, "w") as file:
       process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
     try:
@@ -182,10 +195,13 @@ def test_a_workdir_that_cannot_be_written_is_said_first(environment):
 def test_a_short_training_makes_digits_that_the_judge_recognises(environment, tmp_path):
   """A fifth of the demo's steps: far from done, and far beyond noise, in one step."""
   code, said = ism(
-      environment, f"--workdir={tmp_path}", "--config.steps=1500",
-      "--config.evaluation.at_end=True", "--config.evaluation.steps=(1,)",
-      "--config.evaluation.w=(0.5,)",
-  )  # fmt: skip
+    environment,
+    f"--workdir={tmp_path}",
+    "--config.steps=1500",
+    "--config.evaluation.at_end=True",
+    "--config.evaluation.steps=(1,)",
+    "--config.evaluation.w=(0.5,)",
+  )
   assert code == 0, said
   (result,) = json.loads((tmp_path / "evaluation.json").read_text())["results"]
   scores = result["scores"]["classifier"]
@@ -195,8 +211,12 @@ def test_a_short_training_makes_digits_that_the_judge_recognises(environment, tm
 
 def test_an_evaluation_at_the_end_is_checked_at_the_beginning(environment, tmp_path):
   code, said = ism(
-      environment, f"--workdir={tmp_path}", *SMALL, "--config.evaluation.at_end=True",
-      "--config.evaluation.networks=inception", "--config.evaluation.weights=nowhere.pth",
-  )  # fmt: skip
+    environment,
+    f"--workdir={tmp_path}",
+    *SMALL,
+    "--config.evaluation.at_end=True",
+    "--config.evaluation.networks=inception",
+    "--config.evaluation.weights=nowhere.pth",
+  )
   assert code == 1 and "Error: no FID Inception weights: there is no file 'nowhere.pth'" in said
   assert "Traceback" not in said and not (tmp_path / "checkpoints").exists()
