@@ -181,13 +181,10 @@ def _marks(config_class, section: Marks | None = None, prefix: str = "") -> dict
   marks = {}
   for field in dataclasses.fields(config_class):
     key = prefix + field.name
-    of_field = (
-      dataclasses.replace(section, **field.metadata) if section else Marks(**field.metadata)
-    )
+    inherited = dataclasses.asdict(section) if section else {}
+    marks[key] = Marks(**inherited | field.metadata)
     if dataclasses.is_dataclass(field.type):
-      marks |= _marks(field.type, of_field, f"{key}.")
-    else:
-      marks[key] = of_field
+      marks |= _marks(field.type, marks.pop(key), f"{key}.")
   return marks
 
 

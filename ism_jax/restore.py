@@ -49,7 +49,9 @@ def describe(tree: str, step: int) -> str:
   return f"{TREES[tree]}, step {step}"
 
 
-def read(workdir: str, tree: str = "ema", *, step: int | None = None, config=None, mesh=None):
+def read(
+  workdir: str, tree: str = "ema", *, step: int | None = None, config=None, mesh=None
+) -> Trained:
   """Reads a parameter tree, and nothing else of the state.
 
   Args:
@@ -59,8 +61,6 @@ def read(workdir: str, tree: str = "ema", *, step: int | None = None, config=Non
     config: a ConfigDict that the run is continued with, such as the checkpoint's own with other
       settings of an evaluation; None for the checkpoint's own.
     mesh: the parameters are on each of its devices; None for the first device of this process.
-  Returns:
-    `Trained`
   Raises:
     FileNotFoundError: no such checkpoint.
     ValueError: it is damaged, or is one of another run than that of `config`.
