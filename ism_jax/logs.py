@@ -1,5 +1,6 @@
 """What a run says: a progress line, metrics.jsonl and TensorBoard events, of the same values."""
 
+import collections
 from concurrent import futures
 import datetime
 import fractions
@@ -57,8 +58,45 @@ class _Copies:
       logging.warning("Logs were not copied to %s, and will be later: %r", self._target, error)
 
 
+class _Pace:
+  """The rate of the last ten entries of what goes on to `total`, and the time left at that rate.
+
+  What comes before `start`, such as compilation, does not count.
+
+  Args:
+    total: what there is to do.
+    unit: of what, in the plural.
+  """
+
+  def __init__(self, total: int, unit: str):
+    self._total, self._unit = total, unit
+    self._entries = collections.deque(maxlen=10)
+
+  def start(self, done: int) -> None:
+    """Starts the clock, unless it runs."""
+    if not self._entries:
+      self.add(done)
+
+  def add(self, done: int) -> None:
+    """Adds an entry: `done` are done now."""
+    self._entries.append((time.monotonic(), done))
+
+  @property
+  def is_due(self) -> bool:
+    """Whether the last entry was long ago."""
+    return time.monotonic() - self._entries[-1][0] >= _SECONDS_BETWEEN_LINES
+
+  def __str__(self):
+    (start, done_before), (now, done) = self._entries[0], self._entries[-1]
+    if done == done_before or now == start:
+      return "ETA unknown yet"
+    rate = (done - done_before) / (now - start)
+    eta = datetime.timedelta(seconds=round((self._total - done) / rate))
+    return f"{rate:.1f} {self._unit}/s, ETA {eta}"
+
+
 class Writer:
-  """Averages the metrics of steps and writes them every so often, from the first process alone.
+  """Averages the metrics of steps and writes them every so often. Only the first process writes.
 
   An entry holds means since the entry before: the metrics, the diagnostics of the couplings as
   "coupling/..." (so "coupling/converged" is the share of solves that did), the consistency loss of
@@ -68,30 +106,33 @@ class Writer:
   temporary folder, which is copied there.
 
   Args:
-    start: steps done. state: of the writer then, as `state` returns it; None at the beginning.
-    total: steps of the whole run. every: steps between entries.
+    workdir: where the entries go.
+    start: steps done.
+    state: of the writer then, as `state` returns it; None at the beginning.
+    total: steps of the whole run.
+    every: steps between entries.
   """
 
   def __init__(self, workdir: str, *, start: int, state: dict | None, total: int, every: int):
     self._step, self._total, self._every = start, total, every
     self._sums = dict(state or {})
+    self._pace = _Pace(total, "steps")
     self._start_clock()
     self._bar = self._events = self._copies = None
     if jax.process_index() != 0:
       return
     folder = workdir = os.fspath(workdir)
-    lines = os.path.join(workdir, "metrics.jsonl")
+    metrics_path = os.path.join(workdir, "metrics.jsonl")
     if "://" in workdir:
       self._temporary = tempfile.TemporaryDirectory(prefix="ism_jax_logs_")
       folder = self._temporary.name
     self._lines_path = os.path.join(folder, "metrics.jsonl")
-    if epath.Path(lines).exists():
+    if epath.Path(metrics_path).exists():
       # A run that continues from step `start` writes what came after it anew.
-      with epath.Path(lines).open() as f:
-        kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-      files.write_whole(lines, "".join(kept))
-      if folder != workdir:
-        files.write_whole(self._lines_path, "".join(kept))
+      with epath.Path(metrics_path).open() as f:
+        lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
+      for path in {metrics_path, self._lines_path}:
+        files.write_whole(path, "".join(lines))
     if folder != workdir:
       self._copies = _Copies(folder, workdir)
     self._events = tensorboardX.SummaryWriter(folder, purge_step=start + 1, flush_secs=30)
@@ -129,6 +170,7 @@ class Writer:
     if self._bar is not None:
       self._bar.update(last_step - self._step)
     before, self._step = self._step, last_step
+    self._pace.start(last_step)
     if last_step // self._every == before // self._every and last_step < self._total:
       return
     seconds = time.perf_counter() - self._since
@@ -138,6 +180,7 @@ class Writer:
     self._sums = {}
     self._start_clock()
     self.write(last_step, entry)
+    self._pace.add(last_step)
     self._show_progress(last_step, entry)
 
   def _count(self, metrics: dict[str, np.ndarray]) -> None:
@@ -179,9 +222,7 @@ class Writer:
     if self._bar is not None:
       self._bar.set_postfix_str(losses)
       return
-    rate = entry["steps_per_second"]
-    eta = datetime.timedelta(seconds=round((self._total - step) / rate))
-    logging.info("step %d/%d: %s, %.1f steps/s, ETA %s", step, self._total, losses, rate, eta)
+    logging.info("step %d/%d: %s, %s", step, self._total, losses, self._pace)
 
 
 class Profile:
@@ -235,22 +276,16 @@ class Progress:
   def __init__(self, total: int):
     self._total = total
     self._done = self._unreadable = 0
-    self._start = self._last = self._first = None
+    self._pace = _Pace(total, "images")
 
   def add(self, done: int, unreadable: int = 0) -> None:
     """Counts images, among them unreadable ones."""
     self._done += done
     self._unreadable += unreadable
-    now = time.monotonic()
-    if self._start is None:  # without the compilation
-      self._start = self._last = now
-      self._first = self._done
-    if now - self._last < _SECONDS_BETWEEN_LINES and self._done < self._total:
+    self._pace.start(self._done)
+    if not self._pace.is_due and self._done < self._total:
       return
-    self._last = now
-    rate = (self._done - self._first) / max(now - self._start, 1e-9)
-    left = round((self._total - self._done) / rate) if rate else 0
+    self._pace.add(self._done)
     logging.info(
-        "%d/%d images, %d unreadable, %.1f images/s, ETA %s", self._done, self._total,
-        self._unreadable, rate, datetime.timedelta(seconds=left),
-    )  # fmt: skip
+      "%d/%d images, %d unreadable, %s", self._done, self._total, self._unreadable, self._pace
+    )

@@ -2,7 +2,9 @@
 
 import json
 import os
+import types
 
+from absl import logging
 from etils import epath
 from fsspec.implementations import memory
 import numpy as np
@@ -41,20 +43,20 @@ def write(workdir, calls, *, start=0, state=None, total=12, every=4):
 def test_an_entry_has_the_means_of_its_window(tmp_path):
   calls = steps(1, 12)
   write(tmp_path, calls)
-  found = entries(tmp_path)
-  assert [e["step"] for e in found] == [4, 8, 12]
+  lines = entries(tmp_path)
+  assert [e["step"] for e in lines] == [4, 8, 12]
   window = calls[2:4]
   loss = np.concatenate([m["loss"] for _, m, _ in window])
-  np.testing.assert_allclose(found[1]["loss"], loss.mean(), rtol=1e-6)
-  np.testing.assert_allclose(found[1]["coupling/converged"], 0.5)
+  np.testing.assert_allclose(lines[1]["loss"], loss.mean(), rtol=1e-6)
+  np.testing.assert_allclose(lines[1]["coupling/converged"], 0.5)
   sums, counts = np.concatenate([m["jumps"] for _, m, _ in window]).sum(0)
   names = ["1_64", "1_32", "1_16", "1_8", "1_4", "1_2", "1"]
-  assert {k for k in found[1] if k.startswith("consistency/")} == {
+  assert {k for k in lines[1] if k.startswith("consistency/")} == {
     f"consistency/d_{n}" for n, count in zip(names, counts, strict=True) if count
   }
   for name, total, count in zip(names, sums, counts, strict=True):
     if count:
-      np.testing.assert_allclose(found[1][f"consistency/d_{name}"], total / count, rtol=1e-6)
+      np.testing.assert_allclose(lines[1][f"consistency/d_{name}"], total / count, rtol=1e-6)
 
 
 @pytest.mark.parametrize("stop", [2, 4, 6, 10])
@@ -67,6 +69,46 @@ def test_a_run_stopped_anywhere_writes_the_same_entries(tmp_path, stop):
   write(parted, calls[stop // 2 :][:1], start=stop, state=state)  # killed before a checkpoint
   write(parted, calls[stop // 2 :], start=stop, state=state)
   assert entries(parted) == entries(whole)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """The time that logs.py reads, in seconds, which stands still."""
+  clock = types.SimpleNamespace(seconds=1_000.0)
+  read = lambda: clock.seconds
+  monkeypatch.setattr(logs, "time", types.SimpleNamespace(monotonic=read, perf_counter=read))
+  return clock
+
+
+@pytest.fixture
+def said(monkeypatch):
+  """The lines that were logged."""
+  lines = []
+  monkeypatch.setattr(logging, "info", lambda form, *values: lines.append(form % values))
+  return lines
+
+
+def test_the_eta_of_training_is_smooth_and_free_of_the_compilation(tmp_path, clock, said):
+  """The first call takes 60 s; then a step takes a second, but for a pause of 10 s every 4th."""
+  with logs.Writer(tmp_path, start=0, state=None, total=1_000, every=2) as writer:
+    for step in range(1, 101):
+      clock.seconds += 60 if step == 1 else 11 if step % 4 == 0 else 1
+      writer.add(step, {"loss": np.ones(1)}, {})
+  assert said[0].endswith("step 2/1000: loss 1.0000, 1.0 steps/s, ETA 0:16:38")
+  # 18 steps with 4 pauses, or with 5: 58 s, or 68 s.
+  assert said[-1].endswith("0.3 steps/s, ETA 0:56:40") and said[-2].endswith("ETA 0:48:26")
+
+
+def test_the_eta_of_a_command_follows_its_last_minutes(clock, said):
+  progress = logs.Progress(100_000)
+  clock.seconds += 500  # compilation
+  progress.add(100)
+  for images in [30] * 20 + [300] * 9:  # it waits for a slow disk at first
+    clock.seconds += 30
+    progress.add(images, unreadable=1)
+  assert len(said) == 29
+  assert said[0] == "130/100000 images, 1 unreadable, 1.0 images/s, ETA 1 day, 3:44:30"
+  assert said[-1] == "3400/100000 images, 29 unreadable, 10.0 images/s, ETA 2:41:00"
 
 
 class ObjectStore(memory.MemoryFileSystem):
