@@ -7,6 +7,7 @@ training.
 from concurrent import futures
 import os
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -80,5 +81,7 @@ class Monitor:
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
       files.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
       writer.image(step, f"samples/steps_{steps}", png)
+    grids = os.path.join(self._workdir, "grids", f"steps*_{step:08d}.png")
+    logging.info("Samples of step %d: %s", step, grids)
     if values:
       writer.write(step, values)
