@@ -36,7 +36,9 @@ class CouplingConfig:
       cost, where each noise has the class of its random initial partner. 0: labels play no part
       (the paper's), and each class then sees a skewed part of the noise.
     max_iterations: of Sinkhorn.
-    threshold: of Sinkhorn: l1 error of a marginal (total mass 1).
+    threshold: of Sinkhorn: l1 error of a marginal (total mass 1). The pairs hardly gain from a
+      tight one: on digits 1e-3 attains 99.5 % of the optimal gain, and 1e-2, in a fifth of the
+      iterations, 99.4 %.
     momentum: over-relaxation of Sinkhorn's updates; 1 is none.
   """
 
@@ -152,7 +154,9 @@ def attained_gain(cost, pairs, potential):
   forgive everything: in 4096 dimensions random pairs cost 5 % more than optimal ones.)
 
   Args:
-    cost: [N, N]. pairs: [N], the column of each row. potential: g [N].
+    cost: [N, N].
+    pairs: [N], the column of each row.
+    potential: g [N].
   """
   c_random = jnp.mean(cost)
   # Along rows: indexing both axes would gather rows that are split over devices.
@@ -186,10 +190,14 @@ def pair(
   """Pairs n noises with n images.
 
   Args:
-    x0, x1: [N, ...] noises in random order, and images.
+    x0: [N, ...] noises, in random order.
+    x1: [N, ...] images.
     c: [N] int, the class of each image.
     key: for pairing="rows".
-    dot_rows, take_rows: the two steps that need all noises, for rows that lie on many devices.
+    cfg: how to pair.
+    num_classes: classes that there are.
+    dot_rows: `dot_rows` for rows that lie on many devices.
+    take_rows: `take_rows` for rows that lie on many devices.
   Returns:
     (x0 [N, ...] in the order of the images, diagnostics: a dict of scalars)
   """
