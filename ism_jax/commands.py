@@ -118,7 +118,7 @@ def parse_flags(argv, known_only: bool = False) -> list[str]:
   """
   with one_line_flag_errors():
     arguments = flags.FLAGS(argv, known_only=known_only)
-    for flag in (flags.FLAGS[name] for name in flags.FLAGS):
+    for flag in (flags.FLAGS[name] for name in flags.FLAGS if flags.FLAGS[name].present):
       # A file that is not there is no error of the flag's own before somebody reads the config.
       file = getattr(flag, "config_filename", None)
       if file is not None and not os.path.exists(file.partition(":")[0]):
