@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()))
     print("\npython -m ism_jax COMMAND --help tells the flags of a command.")
     return
-  from ism_jax import commands
+  from ism_jax.runtime import commands
 
   if name not in COMMANDS:
     raise SystemExit(

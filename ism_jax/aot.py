@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from ism_jax import commands, files, flops, generate, hlo, sharding, steps
 from ism_jax import experiment as experiment_lib
+from ism_jax import flops, generate, hlo, steps
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
+from ism_jax.runtime import commands, files, sharding
 from ism_jax.topology import Topology, describe
 
 ASSUMPTIONS = """\

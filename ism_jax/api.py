@@ -21,21 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ism_jax import (
-  commands,
-  generate,
-  paths,
-  restore,
-  sampling,
-  sharding,
-  stablehlo,
-  state_dicts,
-  train,
-)
 from ism_jax import experiment as experiment_lib
+from ism_jax import generate, paths, restore, sampling, stablehlo, state_dicts, train
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained.weights import cause_of
+from ism_jax.runtime import commands, sharding
 
 _LETTERS = 14  # pixels
 _PAPER, _INK = 255, 0

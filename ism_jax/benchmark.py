@@ -37,16 +37,11 @@ import numpy as np
 
 from ism_jax import (
   benchmark_report,
-  chips,
-  commands,
   data,
-  files,
   flops,
   generate,
-  multihost,
   objectives,
   paths,
-  sharding,
   steps,
   timing,
   wavelets,
@@ -56,7 +51,8 @@ from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import latents
 from ism_jax.experiment import Experiment
-from ism_jax.sharding import AXIS, P
+from ism_jax.runtime import chips, commands, files, multihost, sharding
+from ism_jax.runtime.sharding import AXIS, P
 from ism_jax.timing import quartiles
 
 STEPS = (1, 2, 4, 8, 128)  # of sampling

@@ -4,7 +4,7 @@ import json
 import os
 
 from ism_jax import figures
-from ism_jax.files import markdown_table, write_whole
+from ism_jax.runtime.files import markdown_table, write_whole
 from ism_jax.timing import format_quartiles
 
 

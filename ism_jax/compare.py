@@ -25,9 +25,10 @@ import ml_collections
 import numpy as np
 import scipy.optimize
 
-from ism_jax import commands, couplings, data, diagnosis, figures, files, restore, summary
+from ism_jax import couplings, data, diagnosis, figures, restore, summary
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
+from ism_jax.runtime import commands, files
 from ism_jax.summary import Run
 
 JUMPS = tuple(2.0**-k for k in range(6, 0, -1))  # d = 1/64 ... 1/2

@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import commands, data, files, logs, multihost, sharding
+from ism_jax import data
 from ism_jax.data import images, latents
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.pretrained import weights
+from ism_jax.runtime import commands, files, logs, multihost, sharding
 
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the shards of other processes

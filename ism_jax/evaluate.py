@@ -23,14 +23,12 @@ from ism_jax import (
   diagnosis,
   features,
   figures,
-  files,
   generate,
   guidance,
   paths,
   restore,
   sampling,
   scores,
-  sharding,
   summary,
 )
 from ism_jax import experiment as experiment_lib
@@ -39,6 +37,7 @@ from ism_jax import reference as reference_lib
 from ism_jax import samples as samples_lib
 from ism_jax.experiment import Experiment
 from ism_jax.report import SETTING, format_scores, write_report
+from ism_jax.runtime import files, sharding
 
 PARTIAL = "evaluation_partial.json"
 PATHS = 256  # paths whose straightness is measured

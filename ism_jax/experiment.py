@@ -11,10 +11,11 @@ import typing
 
 from absl import logging
 
-from ism_jax import couplings, objectives, paths, protocol, sharding, wavelets
+from ism_jax import couplings, objectives, paths, protocol, wavelets
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import pipeline
+from ism_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)

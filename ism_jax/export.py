@@ -22,11 +22,12 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import commands, files, restore, state_dicts
+from ism_jax import restore, state_dicts
 from ism_jax.experiment import MARKS
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.report import as_markdown
 from ism_jax.restore import TREES, Trained
+from ism_jax.runtime import commands, files
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 CODE = "ism_pytorch.py"

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax import judge as judge_lib
-from ism_jax import sharding
 from ism_jax.pretrained import dinov2, inception
-from ism_jax.sharding import AXIS, P
+from ism_jax.runtime import sharding
+from ism_jax.runtime.sharding import AXIS, P
 
 PUBLISHED = {"inception": inception, "dinov2": dinov2}
 

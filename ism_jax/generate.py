@@ -20,11 +20,12 @@ import numpy as np
 from PIL import Image
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import files, restore, samples, sampling, sharding
 from ism_jax import model as model_lib
+from ism_jax import restore, samples, sampling
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
-from ism_jax.sharding import AXIS, P
+from ism_jax.runtime import files, sharding
+from ism_jax.runtime.sharding import AXIS, P
 
 GRID = (8, 10)  # rows and columns of a sample grid
 DECODED_TOGETHER = 4  # latents at a time on each device: 256x256 images take about 0.3 GB each

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ism_jax import files
 from ism_jax.data import to_unit_range
+from ism_jax.runtime import files
 
 # Raise it with every change that trains another judge: it is part of the cache's name.
 VERSION = 1

@@ -16,7 +16,7 @@ from absl import app, flags
 import ml_collections
 from ml_collections import config_flags
 
-from ism_jax import commands, multihost
+from ism_jax.runtime import commands, multihost
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",

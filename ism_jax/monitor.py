@@ -11,10 +11,11 @@ from absl import logging
 import jax
 import numpy as np
 
-from ism_jax import files, generate, logs, paths, sharding
+from ism_jax import generate, paths
 from ism_jax.data import latents
 from ism_jax.experiment import Experiment
 from ism_jax.reference import Reference
+from ism_jax.runtime import files, logs, sharding
 
 
 class Monitor:

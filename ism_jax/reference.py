@@ -15,11 +15,12 @@ from absl import logging
 import jax
 import numpy as np
 
-from ism_jax import data, distances, features, files, generate, scores, spectra
+from ism_jax import data, distances, features, generate, scores, spectra
 from ism_jax.experiment import Experiment
 from ism_jax.features import Network
 from ism_jax.moments import FeatureStatistics, feature_statistics
 from ism_jax.protocol import OF_THE_DATASET
+from ism_jax.runtime import files
 
 FLOOR_REPEATS = 20
 NEIGHBOURS = 512  # samples whose nearest real image is searched, among all

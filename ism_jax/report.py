@@ -3,7 +3,8 @@
 import json
 import os
 
-from ism_jax import files, reference, spectra, summary
+from ism_jax import reference, spectra, summary
+from ism_jax.runtime import files
 
 SETTING = ("steps", "w", "seed")  # what a result of a checkpoint's samples is of
 # {(network, metric): (name in the field, format)}, in the order of the tables.

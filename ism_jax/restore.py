@@ -8,10 +8,10 @@ import dataclasses
 
 import jax
 
-from ism_jax import checkpoints, files, sharding
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
+from ism_jax.runtime import checkpoints, files, sharding
 
 TREES = {  # of the train state
   "ema": "inference EMA",

@@ -28,8 +28,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ism_jax import files
 from ism_jax.data import images as images_lib
+from ism_jax.runtime import files
 
 _IMAGES, _LABELS = "arr_0", "arr_1"  # ADM's names
 _LABEL_NAMES = (_LABELS, "labels")

@@ -26,10 +26,11 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import commands, experiment, files, generate, paths, restore
+from ism_jax import experiment, generate, paths, restore
 from ism_jax import export as export_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
+from ism_jax.runtime import commands, files
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 DETAILS = "sampler.json"

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ism_jax import couplings, objectives, sharding, state_dicts
+from ism_jax import couplings, objectives, state_dicts
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae
-from ism_jax.sharding import AXIS, P
+from ism_jax.runtime import sharding
+from ism_jax.runtime.sharding import AXIS, P
 
 
 class Keys(NamedTuple):

@@ -9,7 +9,8 @@ import jax
 from jax.experimental import topologies
 import numpy as np
 
-from ism_jax import chips, hlo
+from ism_jax import hlo
+from ism_jax.runtime import chips
 
 _CHIPS = {chip.name: chip for chip in chips.CHIPS.values()}
 _HOP = 1e-6  # seconds, about, from a chip to its neighbour: what the smallest collectives cost

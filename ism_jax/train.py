@@ -11,9 +11,10 @@ from clu import parameter_overview
 import jax
 import numpy as np
 
-from ism_jax import checkpoints, data, experiment, files, logs, sharding, state_dicts, steps
+from ism_jax import data, experiment, state_dicts, steps
 from ism_jax.experiment import Experiment
 from ism_jax.monitor import Monitor
+from ism_jax.runtime import checkpoints, files, logs, sharding
 from ism_jax.state import TrainState
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code, as of a process that SIGTERM kills: 143

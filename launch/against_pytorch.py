@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from configs import imagenet256
-from ism_jax import commands, files, generate, paths, pytorch, sharding, state_dicts, timing
 from ism_jax import experiment as experiment_lib
+from ism_jax import generate, paths, pytorch, state_dicts, timing
 from ism_jax import model as model_lib
-from ism_jax.sharding import AXIS, P
+from ism_jax.runtime import commands, files, sharding
+from ism_jax.runtime.sharding import AXIS, P
 from ism_jax.timing import format_quartiles, quartiles
 
 SIT = flags.DEFINE_string("sit", None, "models.py of the official SiT code.")

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from ism_jax import aot, chips, experiment, hlo, sharding, topology
+from ism_jax import aot, experiment, hlo, topology
+from ism_jax.runtime import chips, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -15,9 +15,10 @@ from PIL import Image
 import pytest
 
 import ism_jax
-from ism_jax import api, checkpoints, experiment, export, files, generate, paths, sharding
+from ism_jax import api, experiment, export, generate, paths
 from ism_jax import state as state_lib
 from ism_jax.pretrained import vae as vae_lib
+from ism_jax.runtime import checkpoints, files, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import benchmark, chips, experiment, flops, sharding, timing
+from ism_jax import benchmark, experiment, flops, timing
 from ism_jax import state as state_lib
+from ism_jax.runtime import chips, sharding
 
 
 def test_everything_is_timed_in_turn_and_short_calls_several_times(monkeypatch):

@@ -17,7 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from ism_jax import checkpoints
+from ism_jax.runtime import checkpoints
 
 DATA = {"next_index": 7}
 CONFIG = {"model": {"depth": 2}, "variant": "ism"}

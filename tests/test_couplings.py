@@ -154,7 +154,7 @@ def test_images_that_are_all_alike_or_not_finite_still_end(pairing):
 
 
 def test_the_pairs_are_the_same_on_one_device_and_on_eight(pool):
-  from ism_jax import sharding
+  from ism_jax.runtime import sharding
 
   mesh = sharding.data_mesh()
   f = lambda *a: couplings.pair(*a, OT, 10)[0]

@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 import scipy.special
 
-from ism_jax import sharding
 from ism_jax.pretrained import dinov2
-from ism_jax.sharding import AXIS, P
+from ism_jax.runtime import sharding
+from ism_jax.runtime.sharding import AXIS, P
 
 # 3x3 patches of 4x4 pixels, interpolated from 5x5: every part of the network, quick to compile.
 TINY = dinov2.Dinov2Config(depth=2, width=8, heads=2, patch=4, positions=5, image_size=12)

@@ -15,20 +15,18 @@ import safetensors.numpy
 
 from configs import imagenet256
 from ism_jax import (
-  checkpoints,
   experiment,
   export,
-  files,
   generate,
   model,
   paths,
   restore,
   sampling,
-  sharding,
   state_dicts,
   train,
 )
 from ism_jax.pretrained import torch_files, vae
+from ism_jax.runtime import checkpoints, files, sharding
 from ism_jax.steps import abstract_state, init_function
 
 SHAPE = (8, 8, 2)  # of images; two channels, so that their order shows

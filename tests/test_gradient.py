@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from ism_jax import experiment, model, objectives, sharding, steps
+from ism_jax import experiment, model, objectives, steps
 from ism_jax import state as state_lib
+from ism_jax.runtime import sharding
 
 
 def randomised(params, key):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ism_jax import files, sharding
 from ism_jax.pretrained import inception, weights
-from ism_jax.sharding import AXIS, P
+from ism_jax.runtime import files, sharding
+from ism_jax.runtime.sharding import AXIS, P
 
 # torch-fidelity's names of our outputs; it has no sFID.
 NAMES = {"features": "2048", "logits": "logits_unbiased"}

@@ -10,7 +10,7 @@ from fsspec.implementations import memory
 import numpy as np
 import pytest
 
-from ism_jax import files, logs
+from ism_jax.runtime import files, logs
 
 WORKDIR = "gs://bucket/a run"
 

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ism_jax import checkpoints
+from ism_jax.runtime import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = (

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ism_jax import checkpoints, multihost
+from ism_jax.runtime import checkpoints, multihost
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLUSTERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_COORDINATOR_", "JAX_LOCAL_DEVICE_IDS")

@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import experiment, generate, guidance, model, paths, sampling, sharding
+from ism_jax import experiment, generate, guidance, model, paths, sampling
 from ism_jax.pretrained import vae
+from ism_jax.runtime import sharding
 
 
 def test_steps_of_the_mean_velocity_reach_the_exact_solution_of_an_ode(key):

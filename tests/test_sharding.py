@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import checkpoints, experiment, sharding, steps, train
+from ism_jax import experiment, steps, train
+from ism_jax.runtime import checkpoints, sharding
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import (
-  checkpoints,
-  data,
-  evaluate,
-  experiment,
-  files,
-  generate,
-  reference,
-  sharding,
-  steps,
-  train,
-)
+from ism_jax import data, evaluate, experiment, generate, reference, steps, train
+from ism_jax.runtime import checkpoints, files, sharding
 
 
 @pytest.fixture(scope="module")

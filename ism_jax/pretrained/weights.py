@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import files
 from ism_jax.pretrained import torch_files
+from ism_jax.runtime import files
 
 CACHE = "ISM_JAX_CACHE"
 _TIMEOUT = 30  # seconds without a byte

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from ism_jax import chips
+from ism_jax.runtime import chips
 
 AXIS = ("slice", "data")
 PLACEMENTS = ("auto", "replicated", "sharded")

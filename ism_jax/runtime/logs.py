@@ -20,7 +20,8 @@ from PIL import Image
 import tensorboardX
 import tqdm
 
-from ism_jax import files, paths
+from ism_jax import paths
+from ism_jax.runtime import files
 
 _SECONDS_BETWEEN_LINES = 30.0
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ism_jax import files
+from ism_jax.runtime import files
 
 _MAX_NAMED = 8  # differences spelt out in one error
 
