@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import generate, paths, restore, sampling, stablehlo, state_dicts, train
+from ism_jax import generate, paths, restore, sampling, stablehlo, train
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
+from ism_jax.pretrained import sit
 from ism_jax.pretrained.weights import cause_of
 from ism_jax.runtime import commands, sharding
 
@@ -71,19 +72,19 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
 def _find_export(source) -> pathlib.Path:
   """The folder of an export."""
   path = pathlib.Path(source).expanduser()
-  if path.name == state_dicts.WEIGHTS:
+  if path.name == sit.WEIGHTS:
     path = path.parent
-  if (path / state_dicts.CONFIG).is_file():
+  if (path / sit.CONFIG).is_file():
     return path
   needed = (
     "needed is the workdir of a run with checkpoints, a folder that python -m ism_jax.export "
-    f"wrote ({state_dicts.CONFIG}, {state_dicts.WEIGHTS}), or the name of one on the Hugging Face "
+    f"wrote ({sit.CONFIG}, {sit.WEIGHTS}), or the name of one on the Hugging Face "
     "hub"
   )
   if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
     raise FileNotFoundError(f"{source}: there is no such model; {needed}.")
   try:
-    files = [state_dicts.CONFIG, state_dicts.WEIGHTS]
+    files = [sit.CONFIG, sit.WEIGHTS]
     folder = pathlib.Path(snapshot_download(source, allow_patterns=files))
   # No network, no such repository: the hub's errors have no base in common, and the remedy is the
   # same for all.
@@ -101,15 +102,15 @@ def _find_export(source) -> pathlib.Path:
 
 def _of_export(folder: pathlib.Path, mesh) -> "Model":
   try:
-    details = json.loads((folder / state_dicts.CONFIG).read_text())
+    details = json.loads((folder / sit.CONFIG).read_text())
     config, about = details["config"], restore.describe(details["tree"], details["step"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
-      f"{folder / state_dicts.CONFIG} is none that python -m ism_jax.export writes "
+      f"{folder / sit.CONFIG} is none that python -m ism_jax.export writes "
       f"({type(error).__name__}: {error})."
     ) from error
   exp = experiment_lib.parse(config)
-  params = state_dicts.load(folder, exp.network(), exp.image_shape)
+  params = sit.load(folder, exp.network(), exp.image_shape)
   params = jax.device_put(params, sharding.replicated(mesh))
   return Model(exp, params, mesh, about)
 

@@ -22,8 +22,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import restore, state_dicts
+from ism_jax import restore
 from ism_jax.experiment import MARKS
+from ism_jax.pretrained import sit
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.report import as_markdown
 from ism_jax.restore import TREES, Trained
@@ -70,14 +71,14 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
       "the autoencoder to to_pixels.",
       exp.data.vae,
     )
-  state = state_dicts.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
+  state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
   with files.whole_folder(out) as folder:
     settings = json.dumps(describe(trained, dtype), indent=2) + "\n"
-    (folder / state_dicts.CONFIG).write_text(settings)
+    (folder / sit.CONFIG).write_text(settings)
     (folder / CODE).write_bytes(pathlib.Path(__file__).with_name("pytorch.py").read_bytes())
     (folder / CARD).write_text(card(trained, dtype, evaluation))
-    weights = folder / state_dicts.WEIGHTS
+    weights = folder / sit.WEIGHTS
     # Other readers ask the metadata whose arrays these are.
     safetensors.numpy.save_file(state, weights, {"format": "pt"})
     weights.chmod((folder / CARD).stat().st_mode)  # which is for the owner's eyes only
@@ -198,9 +199,9 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
     "",
     "## Files",
     "",
-    f"- `{state_dicts.WEIGHTS}`: a state dict with the keys of the official SiT code, and "
+    f"- `{sit.WEIGHTS}`: a state dict with the keys of the official SiT code, and "
     f"{embedders}, added to its conditioning.",
-    f"- `{state_dicts.CONFIG}`: the network, and under `config` all that it was trained with.",
+    f"- `{sit.CONFIG}`: the network, and under `config` all that it was trained with.",
     f"- `{CODE}`: the network and its sampler, in one file that needs only PyTorch.",
     "",
     "ism_jax trains on from them with `--config.init_from=FOLDER`.",

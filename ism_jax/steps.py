@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ism_jax import couplings, objectives, state_dicts
+from ism_jax import couplings, objectives
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.experiment import Experiment
-from ism_jax.pretrained import vae
+from ism_jax.pretrained import sit, vae
 from ism_jax.runtime import sharding
 from ism_jax.runtime.sharding import AXIS, P
 
@@ -161,7 +161,7 @@ def _create(exp: Experiment) -> Callable:
   def create(key, imported=None):
     params = model_lib.init_params(key, exp.network(), exp.image_shape)
     if imported is not None:
-      params = state_dicts.complete(imported, params)
+      params = sit.complete(imported, params)
     return state_lib.create(params, tx)
 
   return create
@@ -179,7 +179,7 @@ def _placed(exp: Experiment, mesh, shapes, parameters_too=False):
 def init_function(exp: Experiment, mesh) -> Callable:
   """init(key) -> TrainState, placed on the mesh.
 
-  init(key, params) begins with these parameters; see `state_dicts.complete`.
+  init(key, params) begins with these parameters; see `sit.complete`.
   """
   create = _create(exp)
   placed = _placed(exp, mesh, jax.eval_shape(create, jax.random.key(0)))

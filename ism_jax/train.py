@@ -11,9 +11,10 @@ from clu import parameter_overview
 import jax
 import numpy as np
 
-from ism_jax import data, experiment, state_dicts, steps
+from ism_jax import data, experiment, steps
 from ism_jax.experiment import Experiment
 from ism_jax.monitor import Monitor
+from ism_jax.pretrained import sit
 from ism_jax.runtime import checkpoints, files, logs, sharding
 from ism_jax.state import TrainState
 
@@ -147,7 +148,7 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
   if manager.latest_step() is None:
     imported = None
     if exp.init_from:
-      imported = state_dicts.load(exp.init_from, exp.network(), exp.image_shape)
+      imported = sit.load(exp.init_from, exp.network(), exp.image_shape)
     return steps.init_function(exp, mesh)(steps.base_keys(exp.seed).init, imported), None
   like = steps.abstract_state(exp, mesh)
 

@@ -23,8 +23,9 @@ import torch
 
 from configs import imagenet256
 from ism_jax import experiment as experiment_lib
-from ism_jax import generate, paths, pytorch, state_dicts, timing
+from ism_jax import generate, paths, pytorch, timing
 from ism_jax import model as model_lib
+from ism_jax.pretrained import sit
 from ism_jax.runtime import commands, files, sharding
 from ism_jax.runtime.sharding import AXIS, P
 from ism_jax.timing import format_quartiles, quartiles
@@ -142,7 +143,7 @@ def in_pytorch(exp, params, batches: list[dict], official: str | None):
         vae_scale=1.0,
       )
     )
-    state = state_dicts.from_params(params, exp.network(), exp.image_shape)
+    state = sit.from_params(params, exp.network(), exp.image_shape)
     network.load_state_dict({name: torch.tensor(a) for name, a in state.items()})
     velocity = network
 

@@ -14,18 +14,8 @@ import pytest
 import safetensors.numpy
 
 from configs import imagenet256
-from ism_jax import (
-  experiment,
-  export,
-  generate,
-  model,
-  paths,
-  restore,
-  sampling,
-  state_dicts,
-  train,
-)
-from ism_jax.pretrained import torch_files, vae
+from ism_jax import experiment, export, generate, model, paths, restore, sampling, train
+from ism_jax.pretrained import sit, torch_files, vae
 from ism_jax.runtime import checkpoints, files, sharding
 from ism_jax.steps import abstract_state, init_function
 
@@ -85,7 +75,7 @@ def sit_shapes(depth, width, patch, channels, tokens, classes, embedders):
 def test_the_keys_and_shapes_are_those_of_sits_code(guided, embedders):
   net, shape = network("SiT-XL/2", guided, 1000), (32, 32, 4)
   params = jax.eval_shape(lambda: model.init_params(jax.random.key(0), net, shape))
-  state = jax.eval_shape(lambda params: state_dicts.from_params(params, net, shape), params)
+  state = jax.eval_shape(lambda params: sit.from_params(params, net, shape), params)
   expected = sit_shapes(28, 1152, 2, 4, 256, 1000, embedders)
   assert {key: a.shape for key, a in state.items()} == expected
 
@@ -94,15 +84,15 @@ def test_the_keys_and_shapes_are_those_of_sits_code(guided, embedders):
 def test_parameters_come_back_bit_for_bit(guided):
   net = network(guided=guided)
   params = random_params(net, SHAPE)
-  state = state_dicts.from_params(params, net, SHAPE)
-  assert_equal(state_dicts.to_params(state, net, SHAPE, "it"), params)
+  state = sit.from_params(params, net, SHAPE)
+  assert_equal(sit.to_params(state, net, SHAPE, "it"), params)
 
 
 def published(net, learn_sigma=False):
   """A state dict as SiT's own code has it, with the parameters that make it."""
   params = random_params(net, SHAPE)
-  params = {k: v for k, v in params.items() if k not in state_dicts.EMBEDDERS}
-  state = state_dicts.from_params(params, net, SHAPE)
+  params = {k: v for k, v in params.items() if k not in sit.EMBEDDERS}
+  state = sit.from_params(params, net, SHAPE)
   if learn_sigma:  # of each pixel of a patch, the velocity's channels come first
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
       pixels = state[key].reshape(4, SHAPE[-1], *state[key].shape[1:])
@@ -115,14 +105,14 @@ def published(net, learn_sigma=False):
 def test_of_a_published_network_all_is_taken_but_its_variances(learn_sigma):
   net = network()
   state, params = published(net, learn_sigma)
-  assert_equal(state_dicts.to_params(state, net, SHAPE, "it"), params)
+  assert_equal(sit.to_params(state, net, SHAPE, "it"), params)
 
 
 def with_new_embedders(net):
   """The parameters that a run begins with, after those of a published network."""
   state, _ = published(net)
   fresh = random_params(net, SHAPE, seed=1)
-  return state_dicts.complete(state_dicts.to_params(state, net, SHAPE, "it"), fresh), fresh
+  return sit.complete(sit.to_params(state, net, SHAPE, "it"), fresh), fresh
 
 
 def test_a_published_network_begins_as_itself_at_every_step_size_and_guidance():
@@ -131,7 +121,7 @@ def test_a_published_network_begins_as_itself_at_every_step_size_and_guidance():
   x, t, c, _, _ = inputs()
   velocity = jax.jit(lambda params, d, w: net.apply({"params": params}, x, t, c, d, w))
   # Itself has no embedders of d and w: zeros altogether.
-  absent = jax.tree.map(np.zeros_like, {name: fresh[name] for name in state_dicts.EMBEDDERS})
+  absent = jax.tree.map(np.zeros_like, {name: fresh[name] for name in sit.EMBEDDERS})
   expected = velocity(params | absent, np.zeros(4, "f"), np.zeros(4, "f"))
   assert np.abs(expected).max() > 0.1
   for d in (0, 1 / 64, 1 / 2, 1):
@@ -147,7 +137,7 @@ def test_new_embedders_learn_from_the_first_step_on():
   x, t, c, d, w = inputs()
   loss = lambda params: jnp.mean(model.velocity_function(net, params)(x, t, c, d, w) ** 2)
   gradient = jax.jit(jax.grad(loss))(params)
-  for name in state_dicts.EMBEDDERS:
+  for name in sit.EMBEDDERS:
     for a in gradient[name]["mlp_2"].values():
       assert jnp.abs(a).max() > 1e-6
 
@@ -161,12 +151,12 @@ def test_an_average_is_preferred_and_files_are_told_apart(tmp_path, monkeypatch)
     ({"a": 3}, ({"a": 3}, str(path))),
   ):
     monkeypatch.setattr(torch_files, "read_state_dict", lambda path: saved)
-    assert state_dicts.read(path) == expected
+    assert sit.read(path) == expected
 
 
 def test_everything_that_is_wrong_is_listed():
   net = network()
-  state = state_dicts.from_params(random_params(net, SHAPE), net, SHAPE)
+  state = sit.from_params(random_params(net, SHAPE), net, SHAPE)
   del state["blocks.2.mlp.fc1.bias"], state["w_embedder.mlp.0.weight"]
   state["blocks.3.mlp.fc1.bias"] = np.zeros(384, np.float32)
   state["y_embedder.embedding_table.weight"] = np.zeros((1001, 96), np.float32)
@@ -176,7 +166,7 @@ def test_everything_that_is_wrong_is_listed():
   with pytest.raises(
     ValueError, match=r"it does not hold the network of model\.size='SiT-XXS/2'"
   ) as e:
-    state_dicts.to_params(state, net, SHAPE, "it")
+    sit.to_params(state, net, SHAPE, "it")
   assert str(e.value).split("\n")[1:-1] == [
     "  missing: blocks.2.mlp.fc1.bias (384,)",
     "  unexpected: blocks.3.mlp.fc1.bias (384,)",
@@ -190,31 +180,31 @@ def test_everything_that_is_wrong_is_listed():
 
 
 def test_a_w_input_that_the_network_lacks_is_named():
-  state = state_dicts.from_params(random_params(network(), SHAPE), network(), SHAPE)
+  state = sit.from_params(random_params(network(), SHAPE), network(), SHAPE)
   with pytest.raises(
     ValueError, match=r"without a w input:\n  unexpected: w_embedder\.mlp\.0\.bias"
   ):
-    state_dicts.to_params(state, network(guided=False), SHAPE, "it")
+    sit.to_params(state, network(guided=False), SHAPE, "it")
   with pytest.raises(ValueError, match="It is no state dict of SiT"):
-    state_dicts.to_params({3: np.ones(2)}, network(), SHAPE, "it")
+    sit.to_params({3: np.ones(2)}, network(), SHAPE, "it")
 
 
 def test_positions_may_be_rounded_and_not_others():
   net = network()
-  state = state_dicts.from_params(random_params(net, SHAPE), net, SHAPE)
+  state = sit.from_params(random_params(net, SHAPE), net, SHAPE)
   rounded = state | {"pos_embed": state["pos_embed"].astype(ml_dtypes.bfloat16)}
-  state_dicts.to_params(rounded, net, SHAPE, "it")
+  sit.to_params(rounded, net, SHAPE, "it")
   rows_first = state["pos_embed"].reshape(4, 4, 2, -1)[:, :, ::-1].reshape(1, 16, -1)
   with pytest.raises(ValueError, match="another pos_embed than SiT's sinusoids"):
-    state_dicts.to_params(state | {"pos_embed": rows_first}, net, SHAPE, "it")
+    sit.to_params(state | {"pos_embed": rows_first}, net, SHAPE, "it")
 
 
 def test_files_that_hold_no_state_dict_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no file .*nosuch\.pt; name a state dict of SiT"):
-    state_dicts.read(tmp_path / "nosuch.pt")
+    sit.read(tmp_path / "nosuch.pt")
   (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
   with pytest.raises(ValueError, match=r"model\.safetensors .*damaged safetensors file"):
-    state_dicts.read(tmp_path)  # a folder's
+    sit.read(tmp_path)  # a folder's
 
 
 TREES = ("params", "ema", "target_ema")
@@ -255,12 +245,12 @@ def test_each_tree_is_exported_and_imported_bit_for_bit(workdir, tmp_path):
   folder, exp, state = workdir
   for tree in TREES:
     export.export(str(folder), str(tmp_path / tree), tree=tree, dtype="float32")
-    actual = state_dicts.load(tmp_path / tree, exp.network(), exp.image_shape)
+    actual = sit.load(tmp_path / tree, exp.network(), exp.image_shape)
     assert_equal(actual, getattr(state, tree))
   export.export(str(folder), str(tmp_path / "earlier"), tree="ema", dtype="float32", step=2)
   with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in .*there are: \[2, 4\]"):
     export.export(str(folder), str(tmp_path / "new"), tree="ema", dtype="float32", step=3)
-  earlier = state_dicts.load(tmp_path / "earlier", exp.network(), exp.image_shape)
+  earlier = sit.load(tmp_path / "earlier", exp.network(), exp.image_shape)
   assert_equal(earlier, random_params(exp.network(), exp.image_shape, seed=21))
 
 
@@ -269,7 +259,7 @@ def test_bfloat16_is_the_nearest(workdir, tmp_path):
   export.export(str(folder), str(tmp_path / "half"), tree="ema", dtype="bfloat16")
   arrays = torch_files.read_state_dict(tmp_path / "half" / "model.safetensors")
   assert {a.dtype for a in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
-  actual = state_dicts.load(tmp_path / "half", exp.network(), exp.image_shape)
+  actual = sit.load(tmp_path / "half", exp.network(), exp.image_shape)
   assert_equal(actual, jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype("f"), state.ema))
 
 
@@ -383,7 +373,7 @@ def test_an_export_replaces_nothing_and_leaves_nothing_half_written(workdir, tmp
 def test_a_run_begins_with_what_is_imported(workdir, tmp_path):
   folder, exp, state = workdir
   export.export(str(folder), str(tmp_path / "out"), tree="ema", dtype="float32")
-  imported = state_dicts.load(tmp_path / "out", exp.network(), exp.image_shape)
+  imported = sit.load(tmp_path / "out", exp.network(), exp.image_shape)
   init = init_function(exp, sharding.data_mesh())
   begun = init(jax.random.key(1), imported)
   for name in TREES:
@@ -460,7 +450,7 @@ def pytorch_network(torch, ours, net, params, shape):
     vae_scale=1.0,
   )
   module = ours.SiT(config)
-  state = state_dicts.from_params(params, net, shape)
+  state = sit.from_params(params, net, shape)
   module.load_state_dict({key: torch.from_numpy(np.array(a)) for key, a in state.items()})
   return module.requires_grad_(False)
 
@@ -623,7 +613,7 @@ def test_bfloat16_keeps_the_conditioning_in_float32(pytorch, ours, workdir, tmp_
   assert 1e-5 < np.linalg.norm(actual - expected) / np.linalg.norm(expected) < 0.05
   rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype("f"), state.ema)
   theirs = model.velocity_function(exp.network(), rounded)(x, t, c, d, w)
-  positions = state_dicts.from_params({}, exp.network(), exp.image_shape)["pos_embed"]
+  positions = sit.from_params({}, exp.network(), exp.image_shape)["pos_embed"]
   full.pos_embed.copy_(pytorch.from_numpy(positions))  # which theirs does not round
   expected = to_numpy(full(*arguments))
   assert relative(expected, np.asarray(theirs)) < 1e-5
@@ -727,6 +717,6 @@ def test_what_sits_training_saves_is_read(pytorch, ours, tmp_path):
     "args": argparse.Namespace(model="SiT-XXS/2"),
   }
   torch.save(saved, tmp_path / "0100000.pt")
-  assert_equal(state_dicts.load(tmp_path / "0100000.pt", net, SHAPE), params)
+  assert_equal(sit.load(tmp_path / "0100000.pt", net, SHAPE), params)
   torch.save(tensors, tmp_path / "bare.pt")
-  assert_equal(state_dicts.load(tmp_path / "bare.pt", net, SHAPE), params)
+  assert_equal(sit.load(tmp_path / "bare.pt", net, SHAPE), params)
