@@ -1,6 +1,6 @@
 """iSM on ImageNet 256x256, as 32x32x4 latents of sd-vae-ft-mse: SiT-XL/2 with the paper's values.
 
-  python -m ism_jax.encode --images=IMAGENET --out=DIR
+  python -m ism_jax encode --images=IMAGENET --out=DIR
   python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=DIR --workdir=W
 
 Behind a colon, comma-separated: a row of the ablation (see `base.VARIANTS`; ism), a size (xl2, l2,

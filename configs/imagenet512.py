@@ -1,6 +1,6 @@
 """iSM on ImageNet 512x512, as 64x64x4 latents of sd-vae-ft-mse: SiT-XL/2, six wavelet levels.
 
-  python -m ism_jax.encode --images=IMAGENET --size=512 --out=DIR
+  python -m ism_jax encode --images=IMAGENET --size=512 --out=DIR
   python -m ism_jax.main --config=configs/imagenet512.py --config.data.dir=DIR --workdir=W
 
 Variants, sizes and lengths: as `imagenet256.py`. Compiled ahead of time for 64 chips it fits v4,

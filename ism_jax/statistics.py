@@ -4,7 +4,7 @@
   python -m ism_jax.statistics --samples=FILE_OR_FOLDER --out=DIR
   python -m ism_jax.statistics --config=configs/cifar10.py [--split=train] --out=DIR
 
-IMAGES is what `ism_jax.encode` takes; its images are cropped as ADM does, and those that cannot be
+IMAGES is what `ism_jax encode` takes; its images are cropped as ADM does, and those that cannot be
 read are left out, and listed in the files. Samples are images of one size, taken as they are: an
 npz or npy file or a folder, see `samples.open`. A config names a dataset of small images, which are
 taken as they are, too.
@@ -234,7 +234,7 @@ def _is_done(path, wanted) -> bool:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("images", None, "Images to crop: a source that ism_jax.encode takes.")
+  flags.DEFINE_string("images", None, "Images to crop: a source that ism_jax.data.encode takes.")
   flags.DEFINE_string("samples", None, "Images as they are: an npz or npy file, or a folder.")
   text = "Config file that names a dataset of images, taken as they are."
   config_flags.DEFINE_config_file("config", None, text, lock_config=True)

@@ -54,7 +54,7 @@ PYTHON
 
 # Of several machines each sees all of it for itself, without the devices that start together.
 alone=(--coordinator=localhost:1 --processes=1 --process=0)
-JAX_PLATFORMS=cpu python -m ism_jax.encode --images="$scratch/photographs" \
+JAX_PLATFORMS=cpu python -m ism_jax encode --images="$scratch/photographs" \
   --out="$scratch/latents" --vae=random-small --images_per_shard=16 "${alone[@]}"
 JAX_PLATFORMS=cpu python -m ism_jax.statistics --images="$scratch/photographs" \
   --out="$scratch/statistics" --weights=random "${alone[@]}"

@@ -18,4 +18,4 @@ echo
 # As they are printed, these work in any folder, without the environment's activation.
 echo "Open $workdir/samples_steps1_w0.5.png (one step), evaluation.png beside it, and grids/ (while it trained)."
 echo "Another w, other steps: $(quoted "$VENV/bin/${run[0]}" "${run[@]:1}" --mode=sample --out="$workdir/samples.npz" --config.sample.w=1 --config.sample.steps=2)"
-echo "Your own images, in a folder for each class: $(quoted "$VENV/bin/python" -m ism_jax.encode) --images=FOLDER --out=LATENTS; README.md, \"ImageNet on a pod\", goes on from there."
+echo "Your own images, in a folder for each class: $(quoted "$VENV/bin/python" -m ism_jax encode) --images=FOLDER --out=LATENTS; README.md, \"ImageNet on a pod\", goes on from there."

@@ -21,8 +21,8 @@ import pytest
 from sklearn.datasets import load_sample_images
 import tensorflow_datasets as tfds
 
-from ism_jax import data, encode
-from ism_jax.data import images, latents
+from ism_jax import data
+from ism_jax.data import encode, images, latents
 from ism_jax.pretrained import vae as vae_lib
 
 PHOTOS = dict(zip(("china", "flower"), load_sample_images().images, strict=True))
@@ -579,7 +579,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, photos, vae):
 
 def command(*arguments):
   return subprocess.Popen(
-    [sys.executable, "-m", "ism_jax.encode", *arguments],
+    [sys.executable, "-m", "ism_jax", "encode", *arguments],
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     stderr=subprocess.PIPE,
     text=True,

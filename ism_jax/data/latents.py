@@ -252,7 +252,7 @@ def read_manifest(directory: str) -> dict:
   Raises:
     ValueError: there is none.
   """
-  command = "python -m ism_jax.encode --images=IMAGES --out=DIR"
+  command = "python -m ism_jax encode --images=IMAGES --out=DIR"
   if not directory:
     raise ValueError(
       f"data.name={NAME!r} needs data.dir: the folder of an encoded dataset, which `{command}` "

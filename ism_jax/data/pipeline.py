@@ -2,7 +2,7 @@
 
 A dataset is ArrayRecord files, prepared once by a TFDS builder and read at random; no TensorFlow
 anywhere. Our own datasets are prepared here, on first use; TFDS's are only read, because preparing
-them (encoding an image, for one) does need TensorFlow. Latents are made by `ism_jax.encode`.
+them (encoding an image, for one) does need TensorFlow. Latents are made by `ism_jax encode`.
 
 A source is what the stream is drawn from: `len(source)` images, of which source.read(keys, mirror)
 gives ({name: array [N, ...]}, labels int32 [N]) for int keys [N] and, bool [N], which of them are
@@ -41,7 +41,7 @@ class DataConfig:
   Attributes:
     name: of the dataset: one of ours, or any of TFDS's ("cifar10", "imagenet_resized/32x32") that
       has uint8 images of one size in "image" and classes in "label"; or "latents", which
-      `python -m ism_jax.encode` makes.
+      `python -m ism_jax encode` makes.
     dir: of latents, their folder. Otherwise where TFDS datasets are kept; "" for TFDS's default,
       TFDS_DATA_DIR or else ~/tensorflow_datasets.
     image_size: height and width, in pixels, or of a latent.

@@ -1,6 +1,6 @@
 """Encodes classified images to latents, once, for training.
 
-  python -m ism_jax.encode --images=IMAGES --out=DIR [--size=256] [--vae=stabilityai/sd-vae-ft-mse]
+  python -m ism_jax encode --images=IMAGES --out=DIR [--size=256] [--vae=stabilityai/sd-vae-ft-mse]
 
 IMAGES is a folder of class folders, a folder of class tar files, ImageNet's
 ILSVRC2012_img_train.tar, or tfds:NAME with --tfds_dir, a dataset of TFDS prepared as ArrayRecord.
