@@ -25,9 +25,10 @@ import ml_collections
 import numpy as np
 import scipy.optimize
 
-from ism_jax import couplings, data, diagnosis, figures, restore, summary
+from ism_jax import couplings, data, figures, restore, summary
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
+from ism_jax.metrics import diagnosis
 from ism_jax.runtime import commands, files
 from ism_jax.summary import Run
 

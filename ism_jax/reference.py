@@ -15,10 +15,11 @@ from absl import logging
 import jax
 import numpy as np
 
-from ism_jax import data, distances, features, generate, scores, spectra
+from ism_jax import data, generate, scores
 from ism_jax.experiment import Experiment
-from ism_jax.features import Network
-from ism_jax.moments import FeatureStatistics, feature_statistics
+from ism_jax.metrics import distances, features, spectra
+from ism_jax.metrics.features import Network
+from ism_jax.metrics.moments import FeatureStatistics, feature_statistics
 from ism_jax.protocol import OF_THE_DATASET
 from ism_jax.runtime import files
 

@@ -3,7 +3,8 @@
 import json
 import os
 
-from ism_jax import reference, spectra, summary
+from ism_jax import reference, summary
+from ism_jax.metrics import spectra
 from ism_jax.runtime import files
 
 SETTING = ("steps", "w", "seed")  # what a result of a checkpoint's samples is of

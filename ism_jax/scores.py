@@ -10,8 +10,8 @@ import dataclasses
 
 import numpy as np
 
-from ism_jax import distances, moments
-from ism_jax.features import Network
+from ism_jax.metrics import distances, moments
+from ism_jax.metrics.features import Network
 from ism_jax.protocol import PUBLISHED
 
 KID_SUBSETS = 100

@@ -28,9 +28,10 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import data, features, reference, samples, scores
+from ism_jax import data, reference, samples, scores
 from ism_jax.data import images as images_lib
 from ism_jax.data import pipeline
+from ism_jax.metrics import features
 from ism_jax.protocol import parse_files
 from ism_jax.runtime import commands, files, logs, multihost, sharding
 from ism_jax.samples import ImageSet

@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from ism_jax import experiment as experiment_lib
-from ism_jax.spectra import finest_octave
+from ism_jax.metrics.spectra import finest_octave
 
 # What decides whether Fréchet distances of two runs are distances to the same thing.
 COMPARABLE = (

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import diagnosis, guidance, paths
+from ism_jax import guidance, paths
+from ism_jax.metrics import diagnosis
 
 NULL = 3
 

@@ -13,8 +13,8 @@ import scipy.signal
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from ism_jax import distances, moments
-from ism_jax import judge as judges
+from ism_jax.metrics import classifier as judges
+from ism_jax.metrics import distances, moments
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import scipy.linalg
 import scipy.spatial
 import scipy.special
 
-from ism_jax import distances, moments
+from ism_jax.metrics import distances, moments
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ism_jax import spectra
+from ism_jax.metrics import spectra
 
 
 @pytest.fixture

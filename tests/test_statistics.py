@@ -16,8 +16,9 @@ from PIL import Image
 import pytest
 from sklearn.datasets import load_sample_images
 
-from ism_jax import data, distances, features, moments, reference, samples, statistics
+from ism_jax import data, reference, samples, statistics
 from ism_jax.data import images as images_lib
+from ism_jax.metrics import distances, features, moments
 from ism_jax.runtime import sharding
 
 SIZE = 16

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import judge as judge_lib
+from ism_jax.metrics import classifier as judge_lib
 from ism_jax.pretrained import dinov2, inception
 from ism_jax.runtime import sharding
 from ism_jax.runtime.sharding import AXIS, P

@@ -14,7 +14,7 @@ Axes: N, M samples, F (or D) features.
 import numpy as np
 import scipy.linalg
 
-from ism_jax.moments import feature_statistics, finite_rows
+from ism_jax.metrics.moments import feature_statistics, finite_rows
 
 # Rows and columns of one tile of pairwise distances in `precision_recall`.
 _TILE = 4096
