@@ -3,7 +3,7 @@
 import json
 import os
 
-from ism_jax import figures
+from ism_jax.evaluation import figures
 from ism_jax.runtime.files import markdown_table, write_whole
 from ism_jax.timing import format_quartiles
 

@@ -23,10 +23,10 @@ import numpy as np
 import safetensors.numpy
 
 from ism_jax import restore
+from ism_jax.evaluation.report import as_markdown
 from ism_jax.experiment import MARKS
 from ism_jax.pretrained import sit
 from ism_jax.pretrained import vae as vae_lib
-from ism_jax.report import as_markdown
 from ism_jax.restore import TREES, Trained
 from ism_jax.runtime import commands, files
 

@@ -49,7 +49,8 @@ def main(argv):
   commands.quiet_libraries()
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
-  from ism_jax import evaluate, generate, restore, train
+  from ism_jax import generate, restore, train
+  from ism_jax.evaluation import evaluate
 
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize(*_PLACE(), preemption=_MODE.value == "train")

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from ism_jax import data, experiment, steps
+from ism_jax.evaluation.monitor import Monitor
 from ism_jax.experiment import Experiment
-from ism_jax.monitor import Monitor
 from ism_jax.pretrained import sit
 from ism_jax.runtime import checkpoints, files, logs, sharding
 from ism_jax.state import TrainState

@@ -56,7 +56,7 @@ PYTHON
 alone=(--coordinator=localhost:1 --processes=1 --process=0)
 JAX_PLATFORMS=cpu python -m ism_jax encode --images="$scratch/photographs" \
   --out="$scratch/latents" --vae=random-small --images_per_shard=16 "${alone[@]}"
-JAX_PLATFORMS=cpu python -m ism_jax.statistics --images="$scratch/photographs" \
+JAX_PLATFORMS=cpu python -m ism_jax statistics --images="$scratch/photographs" \
   --out="$scratch/statistics" --weights=random "${alone[@]}"
 # Four rows for each device, so that all three losses have some on each.
 devices="$(python -c 'from ism_jax import multihost

@@ -112,5 +112,5 @@ printf '%s\0' "${todo[@]}" |
   echo "Error: the study is not complete; the runs that failed are named above." >&2
   exit 1
 }
-python -m ism_jax.compare --out="$out" "${workdirs[@]}"
+python -m ism_jax compare --out="$out" "${workdirs[@]}"
 cat "$out/comparison.md"

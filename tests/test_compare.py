@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from ism_jax import compare, couplings, figures, summary
+from ism_jax import couplings
+from ism_jax.evaluation import compare, figures, summary
 from ism_jax.runtime import files
 
 NETWORK = {

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import evaluate, experiment, generate, protocol, steps
-from ism_jax import reference as references
-from ism_jax import samples as samples_lib
+from ism_jax import experiment, generate, protocol, steps
+from ism_jax.evaluation import evaluate
+from ism_jax.evaluation import reference as references
+from ism_jax.evaluation import samples as samples_lib
 from ism_jax.runtime import checkpoints, files, sharding
 
 IMAGES = 120

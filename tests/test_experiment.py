@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from configs import base, digits, imagenet256, imagenet512
-from ism_jax import experiment, protocol, state, steps, summary, wavelets
+from ism_jax import experiment, protocol, state, steps, wavelets
+from ism_jax.evaluation import summary
 from ism_jax.metrics import features
 from ism_jax.runtime import sharding
 

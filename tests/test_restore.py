@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from ism_jax import evaluate, experiment, generate, restore
+from ism_jax import experiment, generate, restore
 from ism_jax import state as state_lib
+from ism_jax.evaluation import evaluate
 from ism_jax.runtime import checkpoints, files, sharding
 
 TREES = {"params": 1.0, "ema": 2.0, "target_ema": 3.0}  # times the random parameters

@@ -16,8 +16,9 @@ from PIL import Image
 import pytest
 from sklearn.datasets import load_sample_images
 
-from ism_jax import data, reference, samples, statistics
+from ism_jax import data
 from ism_jax.data import images as images_lib
+from ism_jax.evaluation import reference, samples, statistics
 from ism_jax.metrics import distances, features, moments
 from ism_jax.runtime import sharding
 
@@ -319,7 +320,7 @@ def test_files_that_are_no_reference_are_refused(tmp_path):
       reference.read(path, network(), mesh())
 
   good = dict(mu=np.zeros(24), sigma=np.eye(24))
-  refused(FileNotFoundError, "no file of reference statistics .*ism_jax.statistics")
+  refused(FileNotFoundError, "no file of reference statistics .*ism_jax.evaluation.statistics")
   refused(ValueError, r"holds arr_0; needed are mu and sigma or ref_mu and ref_sigma", arr_0=[1])
   refused(ValueError, r"mu of .* has shape \(3,\).*inception has 24", **good | {"mu": np.zeros(3)})
   refused(ValueError, r"sigma \(24, 3\)", **good | {"sigma": np.zeros((24, 3))})
@@ -386,7 +387,7 @@ def test_the_command_makes_inceptions_statistics(tmp_path):
     (tmp_path / f"{i}.png").write_bytes(png(image))
   flags = (
     "-m",
-    "ism_jax.statistics",
+    "ism_jax.evaluation.statistics",
     f"--samples={tmp_path}",
     f"--out={tmp_path / 'out'}",
     "--weights=random",

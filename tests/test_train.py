@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import data, evaluate, experiment, generate, reference, steps, train
+from ism_jax import data, experiment, generate, steps, train
+from ism_jax.evaluation import evaluate, reference
 from ism_jax.runtime import checkpoints, files, sharding
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from ism_jax import generate, paths
 from ism_jax.data import latents
+from ism_jax.evaluation.reference import Reference
 from ism_jax.experiment import Experiment
-from ism_jax.reference import Reference
 from ism_jax.runtime import files, logs, sharding
 
 

@@ -1,6 +1,6 @@
 """What samples are judged against: real images as feature networks see them.
 
-Either the dataset's own images, or files of statistics: those of `python -m ism_jax.statistics`,
+Either the dataset's own images, or files of statistics: those of `python -m ism_jax statistics`,
 ADM's, jax-fid's or MeanFlow's, as they are. With the images at hand there is more: a floor and
 yardsticks beside the distances, frequencies, and how near samples are to what was trained on.
 
@@ -15,7 +15,8 @@ from absl import logging
 import jax
 import numpy as np
 
-from ism_jax import data, generate, scores
+from ism_jax import data, generate
+from ism_jax.evaluation import scores
 from ism_jax.experiment import Experiment
 from ism_jax.metrics import distances, features, spectra
 from ism_jax.metrics.features import Network
@@ -86,7 +87,7 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
   if not os.path.exists(path):
     raise FileNotFoundError(
       f"there is no file of reference statistics {path}; make one with python -m "
-      "ism_jax.statistics, or download that of ADM."
+      "ism_jax.evaluation.statistics, or download that of ADM."
     )
   arrays = _load(path)
   names = next((names for names in _MOMENTS if all(n in arrays for n in names)), None)
@@ -154,7 +155,7 @@ class Reference:
     if not reference_files and exp.data.vae:
       raise ValueError(
         "evaluation.reference is empty, and latents hold no images to compare with: make "
-        f"statistics with python -m ism_jax.statistics --images=IMAGES --networks={ev.networks} "
+        f"statistics with python -m ism_jax statistics --images=IMAGES --networks={ev.networks} "
         "--out=DIR, or download ADM's, and pass --config.evaluation.reference=FILE."
       )
     self.images = None if reference_files else DatasetImages(exp)

@@ -3,7 +3,7 @@
 import json
 import os
 
-from ism_jax import reference, summary
+from ism_jax.evaluation import reference, summary
 from ism_jax.metrics import spectra
 from ism_jax.runtime import files
 

@@ -1,6 +1,6 @@
 """Tables and figures of several evaluated runs of one dataset.
 
-  python -m ism_jax.compare --out=DIR [--against=CONFIG_KEY] [--pools=1,2,4] WORKDIR [WORKDIR ...]
+  python -m ism_jax compare --out=DIR [--against=CONFIG_KEY] [--pools=1,2,4] WORKDIR [WORKDIR ...]
 
 Runs whose configs differ only in the seed are one row. Writes comparison.md, the numbers of all
 tables and figures as comparison.json, and
@@ -25,12 +25,13 @@ import ml_collections
 import numpy as np
 import scipy.optimize
 
-from ism_jax import couplings, data, figures, restore, summary
+from ism_jax import couplings, data, restore
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
+from ism_jax.evaluation import figures, summary
+from ism_jax.evaluation.summary import Run
 from ism_jax.metrics import diagnosis
 from ism_jax.runtime import commands, files
-from ism_jax.summary import Run
 
 JUMPS = tuple(2.0**-k for k in range(6, 0, -1))  # d = 1/64 ... 1/2
 POOLS = 3  # of each size

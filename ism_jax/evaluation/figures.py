@@ -12,9 +12,10 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 import numpy as np
 from PIL import Image
 
-from ism_jax import paths, summary
+from ism_jax import paths
+from ism_jax.evaluation import summary
+from ism_jax.evaluation.summary import Run
 from ism_jax.runtime import files
-from ism_jax.summary import Run
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours: none comes with the same colour twice

@@ -1,8 +1,8 @@
 """Reference statistics: what feature networks see in a set of images, one file for each network.
 
-  python -m ism_jax.statistics --images=IMAGES [--size=256] --out=DIR
-  python -m ism_jax.statistics --samples=FILE_OR_FOLDER --out=DIR
-  python -m ism_jax.statistics --config=configs/cifar10.py [--split=train] --out=DIR
+  python -m ism_jax statistics --images=IMAGES [--size=256] --out=DIR
+  python -m ism_jax statistics --samples=FILE_OR_FOLDER --out=DIR
+  python -m ism_jax statistics --config=configs/cifar10.py [--split=train] --out=DIR
 
 IMAGES is what `ism_jax encode` takes; its images are cropped as ADM does, and those that cannot be
 read are left out, and listed in the files. Samples are images of one size, taken as they are: an
@@ -28,13 +28,14 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import data, reference, samples, scores
+from ism_jax import data
 from ism_jax.data import images as images_lib
 from ism_jax.data import pipeline
+from ism_jax.evaluation import reference, samples, scores
+from ism_jax.evaluation.samples import ImageSet
 from ism_jax.metrics import features
 from ism_jax.protocol import parse_files
 from ism_jax.runtime import commands, files, logs, multihost, sharding
-from ism_jax.samples import ImageSet
 
 SPLIT = "train"
 SIZE = 256
