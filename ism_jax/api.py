@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import generate, paths, restore, sampling, stablehlo, train
+from ism_jax import generate, paths, restore, sampling, train
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
+from ism_jax.export import stablehlo
 from ism_jax.pretrained import sit
 from ism_jax.pretrained.weights import cause_of
 from ism_jax.runtime import commands, sharding

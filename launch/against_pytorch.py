@@ -7,7 +7,7 @@ Training is the forward and backward passes of a mean squared error on --steps b
 another: in JAX one program, as `scan_steps` of a config are. Sampling is one step of one batch.
 Both in float32, with all cores of this process, on latents 32x32x4. JAX splits a batch over
 --devices, which share the cores' threads and keep them busier than one device does: by default
-the most that divide --rows, up to one for each core. PyTorch runs ism_jax/pytorch.py, or the
+the most that divide --rows, up to one for each core. PyTorch runs ism_jax/export/ism_pytorch.py, or the
 official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
 """
 
@@ -23,8 +23,9 @@ import torch
 
 from configs import imagenet256
 from ism_jax import experiment as experiment_lib
-from ism_jax import generate, paths, pytorch, timing
+from ism_jax import generate, paths, timing
 from ism_jax import model as model_lib
+from ism_jax.export import ism_pytorch
 from ism_jax.pretrained import sit
 from ism_jax.runtime import commands, files, sharding
 from ism_jax.runtime.sharding import AXIS, P
@@ -126,8 +127,8 @@ def in_pytorch(exp, params, batches: list[dict], official: str | None):
     velocity = lambda x, t, c, **_: network(x, t, c)
   else:
     depth, width, heads = exp.model.dimensions
-    network = pytorch.SiT(
-      pytorch.Config(
+    network = ism_pytorch.SiT(
+      ism_pytorch.Config(
         depth=depth,
         width=width,
         heads=heads,
@@ -194,7 +195,7 @@ def main(argv):
     f"{exp.model.size}, float32, {ROWS.value} latents 32x32x4 at a time, {STEPS.value} steps "
     f"of training a call, {cores} CPU cores (JAX devices: {devices}), jax "
     f"{jax.__version__}, torch {torch.__version__} "
-    f"({'official SiT code' if SIT.value else 'ism_jax/pytorch.py'}). Medians of {REPEATS.value} "
+    f"({'official SiT code' if SIT.value else 'ism_jax/export/ism_pytorch.py'}). Medians of {REPEATS.value} "
     "rounds, in which everything is timed in turn, and in brackets their quartiles.\n"
   )
   rows = []

@@ -15,8 +15,9 @@ from PIL import Image
 import pytest
 
 import ism_jax
-from ism_jax import api, experiment, export, generate, paths
+from ism_jax import api, experiment, generate, paths
 from ism_jax import state as state_lib
+from ism_jax.export import pytorch
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.runtime import checkpoints, files, sharding
 
@@ -191,7 +192,7 @@ def test_an_export_samples_as_its_workdir_from_a_folder_a_file_or_the_hub(
   model, workdir, tmp_path, monkeypatch
 ):
   folder = tmp_path / "export"
-  export.export(str(workdir), str(folder), tree="ema", dtype="float32")
+  pytorch.export(str(workdir), str(folder), tree="ema", dtype="float32")
   loaded = ism_jax.load(str(folder))
   assert_equal_trees(loaded.params, model.params)
   assert loaded.experiment.model == model.experiment.model and "step 8" in loaded.about
@@ -274,7 +275,7 @@ def test_the_exported_sampler_samples_without_this_project_as_its_readme_says(
   model, workdir, tmp_path
 ):
   folder = tmp_path / "sampler"
-  command = ["-m", "ism_jax.stablehlo", f"--workdir={workdir}", f"--out={folder}"]
+  command = ["-m", "ism_jax", "stablehlo", f"--workdir={workdir}", f"--out={folder}"]
   command += ["--steps=1/2,1/4,1/4", "--steps=1"]
   subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
   details = json.loads((folder / "sampler.json").read_text())
@@ -283,7 +284,7 @@ def test_the_exported_sampler_samples_without_this_project_as_its_readme_says(
   script = readme_code(folder) + (
     "np.save('images.npy', images)\n"
     # Another batch size, no class, and each image with its own guidance.
-    f"one = export.deserialize(bytearray(open({details['programs']['1']!r}, 'rb').read()))\n"
+    f"one = pytorch.deserialize(bytearray(open({details['programs']['1']!r}, 'rb').read()))\n"
     "assert set(one.platforms) == {'cpu', 'tpu', 'cuda'}\n"
     "c, w = jnp.array([3, 10, 0]), jnp.array([0.0, 0.5, 3.5])\n"
     "np.save('x1.npy', one.call(parameters, x0[:3], c, w))\n"

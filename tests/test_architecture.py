@@ -81,7 +81,7 @@ def test_the_mathematics_knows_no_flags_files_configs_or_devices(module):
 def test_no_module_imports_tensorflow_or_torch(path):
   found = {name.split(".")[0] for name in imports(path)}
   assert not found & {"tensorflow", "torch"} - ({"torch"} if path == IN_PYTORCH else set())
-  assert "ism_jax.pytorch" not in imports(path)
+  assert "ism_jax.export.ism_pytorch" not in imports(path)
 
 
 def test_the_pytorch_module_needs_nothing_but_pytorch():

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import export
+from ism_jax.export import pytorch
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "launch" / "colab"
@@ -158,7 +158,7 @@ def test_the_notebook_that_samples_trains_and_exports_what_samples_the_same(kern
 def test_the_notebook_that_samples_takes_an_exported_shortcut_model(trained, kernels):
   exported = str(kernels / "exported")
   workdir = str(trained[0] / "runs" / "sm_compounding")
-  export.export(workdir, exported, tree="ema", dtype="float32")
+  pytorch.export(workdir, exported, tree="ema", dtype="float32")
   before = sorted(p.name for p in pathlib.Path(exported).iterdir())
   parameters = OVERRIDES["sample"].replace("''", repr(exported))
   cells, values = run("sample", kernels / "sample_export", parameters, OF_SAMPLE)

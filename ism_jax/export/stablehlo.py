@@ -1,6 +1,6 @@
 """Exports the sampler of a checkpoint as StableHLO, which samples without this package.
 
-  python -m ism_jax.stablehlo --workdir=W --out=DIR [--steps=1 --steps=1/2,1/4,1/4 ...]
+  python -m ism_jax stablehlo --workdir=W --out=DIR [--steps=1 --steps=1/2,1/4,1/4 ...]
       [--tree=ema|target_ema|params] [--step=N]
 
 DIR is written whole or not at all, and replaces nothing:
@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax import experiment, generate, paths, restore
-from ism_jax import export as export_lib
 from ism_jax.experiment import Experiment
+from ism_jax.export import pytorch as export_lib
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.runtime import commands, files
 
