@@ -23,13 +23,14 @@ import torch
 
 from configs import imagenet256
 from ism_jax import experiment as experiment_lib
-from ism_jax import generate, paths, timing
+from ism_jax import generate, paths
 from ism_jax import model as model_lib
 from ism_jax.export import ism_pytorch
+from ism_jax.performance import timing
+from ism_jax.performance.timing import format_quartiles, quartiles
 from ism_jax.pretrained import sit
 from ism_jax.runtime import commands, files, sharding
 from ism_jax.runtime.sharding import AXIS, P
-from ism_jax.timing import format_quartiles, quartiles
 
 SIT = flags.DEFINE_string("sit", None, "models.py of the official SiT code.")
 SIZE = flags.DEFINE_string("size", "SiT-S/2", "Of the network.")

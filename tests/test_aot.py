@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from ism_jax import aot, experiment, hlo, topology
+from ism_jax import experiment
+from ism_jax.performance import aot, hlo, topology
 from ism_jax.runtime import chips, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -392,7 +393,7 @@ def command(tmp_path_factory):
     arguments = ["--config=configs/digits.py", f"--out={out}", "--topology=v5e:3x5,v5e:2x2"]
     arguments += [f"--config.{key}={value}" for key, value in smaller.items()]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "ism_jax.aot", *arguments]
+    command = [sys.executable, "-m", "ism_jax", "aot", *arguments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (out / "aot.json").exists(), run.stderr
     runs[placement] = run, json.loads((out / "aot.json").read_text()), out

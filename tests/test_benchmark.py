@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import benchmark, experiment, flops, timing
+from ism_jax import experiment
 from ism_jax import state as state_lib
+from ism_jax.performance import benchmark, flops, timing
 from ism_jax.runtime import chips, sharding
 
 
@@ -215,7 +216,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, asked, message):
 
 
 def test_a_wrong_flag_is_one_line(tmp_path):
-  command = [sys.executable, "-m", "ism_jax.benchmark", "--config=configs/digits.py"]
+  command = [sys.executable, "-m", "ism_jax", "benchmark", "--config=configs/digits.py"]
   ran = subprocess.run(
     [*command, f"--out={tmp_path}", "--pools=1,two"], capture_output=True, text=True
   )

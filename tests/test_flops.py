@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import imagenet256
-from ism_jax import couplings, experiment, flops, model, objectives, paths, steps
+from ism_jax import couplings, experiment, model, objectives, paths, steps
+from ism_jax.performance import flops
 from ism_jax.runtime import sharding
 
 

@@ -9,7 +9,7 @@ import jax
 from jax.experimental import topologies
 import numpy as np
 
-from ism_jax import hlo
+from ism_jax.performance import hlo
 from ism_jax.runtime import chips
 
 _CHIPS = {chip.name: chip for chip in chips.CHIPS.values()}

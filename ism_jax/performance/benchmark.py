@@ -1,6 +1,6 @@
 """Measures training, pairing, reading and sampling on the devices that are there, in one run.
 
-  python -m ism_jax.benchmark --config=configs/imagenet256.py --out=DIR [--config.KEY=VALUE ...]
+  python -m ism_jax benchmark --config=configs/imagenet256.py --out=DIR [--config.KEY=VALUE ...]
       [--rows=N] [--pools=1,2,4] [--repeats=5]
 
 Any config, and any devices that JAX finds; several processes are one run, see `multihost`. Latents
@@ -35,25 +35,16 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import (
-  benchmark_report,
-  data,
-  flops,
-  generate,
-  objectives,
-  paths,
-  steps,
-  timing,
-  wavelets,
-)
+from ism_jax import data, generate, objectives, paths, steps, wavelets
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import latents
 from ism_jax.experiment import Experiment
+from ism_jax.performance import benchmark_report, flops, timing
+from ism_jax.performance.timing import quartiles
 from ism_jax.runtime import chips, commands, files, multihost, sharding
 from ism_jax.runtime.sharding import AXIS, P
-from ism_jax.timing import quartiles
 
 STEPS = (1, 2, 4, 8, 128)  # of sampling
 SHARES = (0.01, 0.04)  # of a pool's time: the report has the sizes at which pairing reaches them

@@ -1,6 +1,6 @@
 """Compiles a config's training, coupling and sampling for TPUs that are not there, and reports.
 
-  python -m ism_jax.aot --config=configs/imagenet256.py --topology=v5e:8x8,v4:4x4x4 [--out=DIR]
+  python -m ism_jax aot --config=configs/imagenet256.py --topology=v5e:8x8,v4:4x4x4 [--out=DIR]
 
 Needs libtpu (`pip install "ism_jax[aot]"`) and no TPU. The functions are those that training runs,
 with the shapes and shardings it gives them; minutes for each topology and SiT-XL/2. A topology is
@@ -28,11 +28,12 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import flops, generate, hlo, steps
+from ism_jax import generate, steps
 from ism_jax import model as model_lib
 from ism_jax.experiment import Experiment
+from ism_jax.performance import flops, hlo
+from ism_jax.performance.topology import Topology, describe
 from ism_jax.runtime import commands, files, sharding
-from ism_jax.topology import Topology, describe
 
 ASSUMPTIONS = """\
 Compute: matrix products at the peak for bfloat16 (the cost matrix of the coupling, in float32, in

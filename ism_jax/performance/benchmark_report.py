@@ -4,8 +4,8 @@ import json
 import os
 
 from ism_jax.evaluation import figures
+from ism_jax.performance.timing import format_quartiles
 from ism_jax.runtime.files import markdown_table, write_whole
-from ism_jax.timing import format_quartiles
 
 
 def write(report: dict, out: str, *, scaling: bool) -> None:
