@@ -29,7 +29,7 @@ def get_base() -> ml_collections.ConfigDict:
       "profile_steps": 0,
       "data": {
         "name": "latents",
-        "dir": "",  # that of ism_jax.data.encode; of TFDS's datasets "" is TFDS's default
+        "dir": "",  # that `ism_jax encode` made; of TFDS's datasets "" is TFDS's default
         "image_size": 32,  # latents of sd-vae-ft-mse
         "channels": 4,
         "num_classes": 1000,

@@ -23,13 +23,13 @@ COMMANDS = {
   "train": Command("main", "trains a network, or continues", "train"),
   "evaluate": Command("main", "measures a trained network, or any images", "evaluate"),
   "sample": Command("main", "draws images from a trained network", "sample"),
-  "encode": Command("encode", "turns images into latents to train on"),
-  "statistics": Command("statistics", "makes the statistics of real images that FID needs"),
-  "compare": Command("compare", "puts evaluated runs side by side, in tables and figures"),
-  "export": Command("export", "writes a checkpoint for PyTorch"),
-  "stablehlo": Command("stablehlo", "writes a sampler that needs JAX and nothing of this project"),
-  "aot": Command("aot", "compiles training for TPUs that are not there: memory, time, traffic"),
-  "benchmark": Command("benchmark", "measures how fast this machine trains and samples"),
+  "encode": Command("data.encode", "turns images into latents to train on"),
+  "statistics": Command("evaluation.statistics", "makes the statistics of real images, for FID"),
+  "compare": Command("evaluation.compare", "puts evaluated runs side by side"),
+  "export": Command("export.pytorch", "writes a checkpoint for PyTorch"),
+  "stablehlo": Command("export.stablehlo", "writes a sampler that needs JAX alone"),
+  "aot": Command("performance.aot", "compiles training for TPUs that are not there"),
+  "benchmark": Command("performance.benchmark", "measures how fast this machine is"),
 }
 
 

@@ -1,84 +1,121 @@
 """Trains, evaluates or samples.
 
-  python -m ism_jax.main --config=configs/digits.py --workdir=W
-  python -m ism_jax.main --mode=evaluate --workdir=W
-  python -m ism_jax.main --mode=sample --workdir=W --out=FILE.npz --config.sample.steps=4
+  python -m ism_jax train --config=configs/digits.py [--workdir=W]
+  python -m ism_jax evaluate --workdir=W [--samples=FILE_OR_FOLDER]
+  python -m ism_jax sample --workdir=W --out=FILE.npz --config.sample.steps=4
+
+`python -m ism_jax.main --mode=train`, which may be left out, `--mode=evaluate` and `--mode=sample`
+are the same.
 
 --config.KEY=VALUE overrides a value of --config; without --config, which only training needs, of
-the config in the newest checkpoint. The same training command continues a run. Several processes
-are one run, on the same --workdir: see `multihost`. Exit codes: 0 done, 1 an error, 143 training
-that SIGTERM stopped after saving a checkpoint.
+the config in the newest checkpoint. Without --workdir it is runs/ and the config's name and words:
+runs/digits-sm for configs/digits.py:sm. The same training command continues a run. Several
+processes are one run, on the same --workdir: see `multihost`. Exit codes: 0 done, 1 an error, 143
+training that SIGTERM stopped after saving a checkpoint.
 """
 
+import os
 import re
+import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
 from ism_jax.runtime import commands, multihost
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  None,
-  "Config file, with a variant behind a colon: configs/digits.py:sm.",
-  lock_config=True,
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "sample"], "What to do.")
-_OUT = flags.DEFINE_string("out", None, "With --mode=sample: the npz file to write.")
-_SAMPLES = flags.DEFINE_string(
-  "samples",
-  None,
-  "With --mode=evaluate: images to judge instead of the checkpoint's, an npz or a folder.",
-)
-flags.mark_flag_as_required("workdir")
-_PLACE = multihost.define_flags()
+ARGUMENTS = "overrides of the checkpoint's config"
+MODES = ("train", "evaluate", "sample")
 
 
-def main(argv):
-  """Runs the mode; without --config, `argv` holds the overrides of the checkpoint's config."""
-  if _CONFIG.value is not None and len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  if (_MODE.value == "sample") != (_OUT.value is not None):
-    raise app.UsageError("--mode=sample needs --out=FILE.npz, and no other mode takes it.")
-  if _SAMPLES.value is not None and _MODE.value != "evaluate":
+def define_flags(mode: str | None = None) -> None:
+  """Defines the flags of a mode; without one, those of all."""
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, with a variant behind a colon: configs/digits.py:sm.",
+    lock_config=True,
+  )
+  flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
+  flags.DEFINE_enum("mode", mode or "train", [mode] if mode else MODES, "What to do.")
+  if mode in (None, "sample"):
+    flags.DEFINE_string("out", None, "When sampling: the npz file to write.")
+  if mode in (None, "evaluate"):
+    flags.DEFINE_string(
+      "samples",
+      None,
+      "When evaluating: images to judge instead of the checkpoint's, an npz or a folder.",
+    )
+  multihost.define_flags()
+
+
+def main(arguments):
+  """Runs the mode; without --config, `arguments` holds the overrides of the checkpoint's config."""
+  args = flags.FLAGS
+  value = lambda name: args[name].value if name in args else None  # a mode has not all flags
+  mode, config, workdir, out, samples = map(value, ("mode", "config", "workdir", "out", "samples"))
+  if config is not None and len(arguments) > 1:
+    raise app.UsageError(f"unknown arguments: {' '.join(arguments[1:])}.")
+  if mode == "sample" and out is None:
+    raise app.UsageError("--out is missing: sampling needs --out=FILE.npz.")
+  if mode != "sample" and out is not None:
+    raise app.UsageError("--out goes with --mode=sample.")
+  if mode != "evaluate" and samples is not None:
     raise app.UsageError("--samples goes with --mode=evaluate.")
-  if _CONFIG.value is None and _MODE.value == "train":
-    raise SystemExit("Error: --mode=train needs --config, such as --config=configs/digits.py.")
-  commands.quiet_libraries()
+  if mode == "train" and config is None:
+    raise app.UsageError("training needs --config, such as --config=configs/digits.py.")
+  if workdir is None:
+    if config is None:
+      raise app.UsageError("--workdir is missing: name the folder of a run, or its --config.")
+    workdir = default_workdir(args["config"].config_filename)
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
   from ism_jax import generate, restore, train
   from ism_jax.evaluation import evaluate
 
   with multihost.shared_fate(), commands.one_line_errors():
-    multihost.initialize(*_PLACE(), preemption=_MODE.value == "train")
-    config = _CONFIG.value
+    multihost.initialize_from_flags(preemption=mode == "train")
+    logging.info("Workdir: %s", workdir)
     if config is None:
-      config = override(restore.read_config(_WORKDIR.value), argv)
-    if _MODE.value == "train":
+      config = override(restore.read_config(workdir), arguments)
+    if mode == "train":
       if config.evaluation.at_end:
         evaluate.check(config)  # what is missing is missed now
-      train.train(config, _WORKDIR.value)
-    if _SAMPLES.value is not None:
-      evaluate.evaluate_samples(config, _WORKDIR.value, _SAMPLES.value)
-    elif _MODE.value == "evaluate" or (_MODE.value == "train" and config.evaluation.at_end):
-      evaluate.evaluate(config, _WORKDIR.value)
-    elif _MODE.value == "sample":
-      generate.write_samples(config, _WORKDIR.value, _OUT.value)
+      train.train(config, workdir)
+    if samples is not None:
+      evaluate.evaluate_samples(config, workdir, samples)
+    elif mode == "evaluate" or (mode == "train" and config.evaluation.at_end):
+      evaluate.evaluate(config, workdir)
+    elif mode == "sample":
+      generate.write_samples(config, workdir, out)
 
 
-def override(saved: dict, argv) -> ml_collections.ConfigDict:
-  """A checkpoint's config with the --config.KEY=VALUE of `argv`, as a --config of these values."""
+def default_workdir(config: str) -> str:
+  """Where a run of a config is by default: configs/imagenet256.py:sm,b2 -> runs/imagenet256-sm-b2.
+
+  Args:
+    config: the value of --config.
+  """
+  path, _, words = config.partition(":")
+  name, _ = os.path.splitext(os.path.basename(path))
+  return os.path.join("runs", "-".join([name, *filter(None, words.split(","))]))
+
+
+def override(saved: dict, arguments) -> ml_collections.ConfigDict:
+  """A checkpoint's config with the --config.KEY=VALUE of the arguments, as --config holds one.
+
+  Args:
+    saved: the checkpoint's config, a nested dict.
+    arguments: the name of the command, and what is no flag of it.
+  """
   as_tuples = lambda v: tuple(map(as_tuples, v)) if isinstance(v, list) else v  # JSON has lists
   nested = lambda d: {k: nested(v) if isinstance(v, dict) else as_tuples(v) for k, v in d.items()}
   values = flags.FlagValues()
   with commands.one_line_flag_errors():
     config = config_flags.DEFINE_config_dict(
-      "config", ml_collections.ConfigDict(nested(saved)), flag_values=values, sys_argv=argv
+      "config", ml_collections.ConfigDict(nested(saved)), flag_values=values, sys_argv=arguments
     )
-    if rest := values(argv)[1:]:
+    if rest := values(arguments)[1:]:
       raise flags.Error(f"Unknown arguments: {' '.join(rest)}.")
   return config.value
 
@@ -87,12 +124,17 @@ def parse_flags(argv):
   """The flags; what is wrong with them is one line.
 
   Returns:
-    The arguments that are no flags. Without --config, the flags that are unknown are among them,
-    since overrides are.
+    The arguments that are no flags. Without --config, the overrides of the checkpoint's are among
+    them.
   """
   has_config = any(re.match("--?config(=|$)", argument) for argument in argv)
-  return commands.parse_flags(argv, known_only=not has_config)
+  arguments = commands.parse_flags(argv, known_only=not has_config)
+  for argument in arguments[1:]:
+    if match := re.match(r"--?(?!config\.)([a-z]\w*)", argument):
+      with commands.one_line_flag_errors():
+        raise flags.UnrecognizedFlagError(match[1])
+  return arguments
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  commands.run(sys.modules[__name__])

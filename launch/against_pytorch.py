@@ -7,8 +7,8 @@ Training is the forward and backward passes of a mean squared error on --steps b
 another: in JAX one program, as `scan_steps` of a config are. Sampling is one step of one batch.
 Both in float32, with all cores of this process, on latents 32x32x4. JAX splits a batch over
 --devices, which share the cores' threads and keep them busier than one device does: by default
-the most that divide --rows, up to one for each core. PyTorch runs ism_jax/export/ism_pytorch.py, or the
-official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
+the most that divide --rows, up to one for each core. PyTorch runs
+ism_jax/export/ism_pytorch.py, or the official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
 """
 
 import functools
@@ -196,7 +196,7 @@ def main(argv):
     f"{exp.model.size}, float32, {ROWS.value} latents 32x32x4 at a time, {STEPS.value} steps "
     f"of training a call, {cores} CPU cores (JAX devices: {devices}), jax "
     f"{jax.__version__}, torch {torch.__version__} "
-    f"({'official SiT code' if SIT.value else 'ism_jax/export/ism_pytorch.py'}). Medians of {REPEATS.value} "
+    f"({'official SiT code' if SIT.value else 'ism_pytorch.py'}). Medians of {REPEATS.value} "
     "rounds, in which everything is timed in turn, and in brackets their quartiles.\n"
   )
   rows = []

@@ -1,6 +1,7 @@
-"""Imports point down, and importing touches no device."""
+"""Imports point down, through the rooms in their order, and importing touches no device."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -8,40 +9,34 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
+PAPER = ["paths", "guidance", "wavelets", "couplings", "objectives", "model", "state", "sampling"]
+# From the bottom up: each may import those on the lines before it, and from its own.
+ORDER = [
+  PAPER,
+  ["runtime"],
+  ["pretrained", "metrics"],
+  ["data"],
+  ["protocol", "experiment"],
+  ["steps", "restore", "generate"],
+  ["evaluation"],
+  ["export", "performance", "train"],
+  ["api", "main"],
+]
+IN_PYTORCH = PACKAGE / "export" / "ism_pytorch.py"  # nothing here imports it
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
-# Each module may import those in the lines below its own.
-LAYERS = [
-    {"main", "compare", "encode", "aot", "statistics", "api", "benchmark"},
-    {"summary", "stablehlo"},
-    {"export"},
-    {"evaluate"},
-    {"report"},
-    {"train"},
-    {"monitor"},
-    {"reference", "figures"},
-    {"generate", "flops"},
-    {"restore"},
-    {"experiment", "scores"},
-    {"features", "samples"},
-    {"sampling", "diagnosis"},
-    {"objectives", "state_dicts"},
-    {"couplings", "guidance", "wavelets", "model", "state", "sharding", "data", "checkpoints",
-     "metrics", "spectra", "judge", "logs", "commands"},
-    {"pretrained"},
-    {"paths", "files", "chips", "hlo", "multihost", "protocol", "pytorch"},
-]  # fmt: skip
-MATHEMATICS = {
-  "paths",
-  "guidance",
-  "wavelets",
-  "couplings",
-  "objectives",
-  "sampling",
-  "diagnosis",
-}
+
+def name_of(path) -> str:
+  """ism_jax/data/latents.py -> "data.latents"."""
+  return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {name_of(path): path for path in FILES if path.name != "__main__.py"}
+ROOMS = {name.partition(".")[0] for name in MODULES}
 
 
 def imports(path):
+  """Dotted names of all that a file imports."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom):
       yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -49,54 +44,84 @@ def imports(path):
       yield from (alias.name for alias in node.names)
 
 
-def layer_of(module):
-  return next((i for i, layer in enumerate(LAYERS) if module in layer), None)
+def imported_modules(path) -> set[str]:
+  """The modules of ours that a file imports, by their names in `MODULES`."""
+  names = {name.removeprefix("ism_jax.") for name in imports(path) if name.startswith("ism_jax.")}
+  known = lambda name: (
+    name if name in MODULES or "." not in name else known(name.rpartition(".")[0])
+  )
+  return set(map(known, names))
 
 
-IN_PYTORCH = PACKAGE / "pytorch.py"  # the one module that is; nothing here imports it
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
-MODULES += ["data", "pretrained"]
+def rank(module: str) -> int:
+  """The line of `ORDER` on which a module's room stands."""
+  room = module.partition(".")[0]
+  ranks = [i for i, rooms in enumerate(ORDER) if room in rooms]
+  assert len(ranks) == 1, f"{room} has no place in ORDER"
+  return ranks[0]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_what_lies_below_it(module):
-  assert layer_of(module) is not None, f"{module} has no layer in this test"
-  files = sorted((PACKAGE / module).glob("*.py")) or [PACKAGE / f"{module}.py"]
-  for path in files:
-    for name in imports(path):
-      parts = name.split(".")
-      if parts[0] == "ism_jax" and parts[1] != module:
-        assert layer_of(parts[1]) > layer_of(module), f"{path.name} imports {name}"
+def test_no_import_points_up(module):
+  for imported in imported_modules(MODULES[module]):
+    assert rank(imported) <= rank(module), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("module", sorted(MATHEMATICS))
+def test_no_imports_form_a_circle():
+  graph = {module: imported_modules(path) for module, path in MODULES.items()}
+  tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_top_of_the_package_can_be_taken_in_at_a_glance():
+  assert len(list(PACKAGE.glob("*.py"))) <= 20
+  assert not set(PAPER) - {path.stem for path in PACKAGE.glob("*.py")}
+
+
+@pytest.mark.parametrize("module", [*PAPER, "metrics.diagnosis"])
 def test_the_mathematics_knows_no_flags_files_configs_or_devices(module):
-  for name in imports(PACKAGE / f"{module}.py"):
-    assert name.split(".")[0] not in {"os", "pathlib", "ml_collections", "orbax", "clu"}, name
-    assert not name.startswith("absl.flags") and name != "absl.flags", name
-    assert "sharding" not in name and "experiment" not in name and "TrainState" not in name, name
+  for name in imports(MODULES[module]):
+    top = name.partition(".")[0]
+    assert top not in {"os", "pathlib", "io", "ml_collections", "orbax", "clu", "etils"}, name
+    assert not name.startswith("absl.flags"), name
+    if top == "ism_jax":
+      assert name.split(".")[1] in PAPER, name
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_what_judges_samples_or_exports_does_not_train():
+  allowed = {"train", "steps"}
+  graph = {module: imported_modules(path) for module, path in MODULES.items()}
+
+  def reached(module, seen):
+    for imported in graph.get(module, ()):
+      if imported not in seen:
+        seen.add(imported)
+        reached(imported, seen)
+    return seen
+
+  for module in MODULES:
+    if module in ("restore", "generate") or module.startswith(("evaluation.", "export.")):
+      assert not reached(module, set()) & allowed, f"{module} reaches {allowed}"
+    if module.startswith("performance."):
+      assert "train" not in reached(module, set()), f"{module} reaches the training loop"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_module_imports_tensorflow_or_torch(path):
-  found = {name.split(".")[0] for name in imports(path)}
-  assert not found & {"tensorflow", "torch"} - ({"torch"} if path == IN_PYTORCH else set())
-  assert "ism_jax.export.ism_pytorch" not in imports(path)
+  packages = {name.partition(".")[0] for name in imports(path)}
+  assert not packages & {"tensorflow", "torch"} - ({"torch"} if path == IN_PYTORCH else set())
+  assert "export.ism_pytorch" not in imported_modules(path)
 
 
 def test_the_pytorch_module_needs_nothing_but_pytorch():
-  found = {name.split(".")[0] for name in imports(IN_PYTORCH)}
+  packages = {name.partition(".")[0] for name in imports(IN_PYTORCH)}
   # diffusers where latents are decoded, and no sooner.
-  assert found - sys.stdlib_module_names == {"torch", "diffusers"}
+  assert packages - sys.stdlib_module_names == {"torch", "diffusers"}
   top = ast.parse(IN_PYTORCH.read_text()).body
   assert not any(isinstance(node, ast.ImportFrom) and node.module == "diffusers" for node in top)
 
 
 def test_everything_is_imported_without_tensorflow_and_torch_and_touches_no_device():
-  # Two commands in one process would define the flag --out twice.
-  modules = [f"ism_jax.{m}" for m in MODULES if m not in ("compare", "pytorch")] + [
-    "ism_jax.pretrained.vae"
-  ]
+  modules = [f"ism_jax.{name}" for name in MODULES if MODULES[name] != IN_PYTORCH]
   script = (
     # As where they are not installed: tensorboardX takes torch where it is.
     "import importlib, sys\n"
@@ -107,5 +132,12 @@ def test_everything_is_imported_without_tensorflow_and_torch_and_touches_no_devi
     f"for m in {modules!r}: importlib.import_module(m)\n"
     "from jax._src import xla_bridge\n"
     "assert not xla_bridge._backends, 'a backend was initialised'\n"
+  )
+  subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)
+
+
+def test_the_list_of_commands_imports_nothing_heavy():
+  script = (
+    "import sys, ism_jax.__main__ as door; door.main(['ism_jax']); assert 'jax' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)

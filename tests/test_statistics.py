@@ -320,7 +320,7 @@ def test_files_that_are_no_reference_are_refused(tmp_path):
       reference.read(path, network(), mesh())
 
   good = dict(mu=np.zeros(24), sigma=np.eye(24))
-  refused(FileNotFoundError, "no file of reference statistics .*ism_jax.evaluation.statistics")
+  refused(FileNotFoundError, "no file of reference statistics .*ism_jax statistics")
   refused(ValueError, r"holds arr_0; needed are mu and sigma or ref_mu and ref_sigma", arr_0=[1])
   refused(ValueError, r"mu of .* has shape \(3,\).*inception has 24", **good | {"mu": np.zeros(3)})
   refused(ValueError, r"sigma \(24, 3\)", **good | {"sigma": np.zeros((24, 3))})

@@ -22,7 +22,7 @@ import functools
 import os
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,12 +227,9 @@ def define_flags() -> None:
 
 def main(argv):
   """Encodes; see the module's docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  commands.quiet_libraries()
   values = flags.FLAGS
   with multihost.shared_fate(), commands.one_line_errors():
-    multihost.initialize(*multihost.define_flags()())
+    multihost.initialize_from_flags()
     latents.check_size(values.size)
     make_folder(values.out)
     source = images.open_source(values.images, values.tfds_dir)
@@ -250,8 +247,3 @@ def main(argv):
     if jax.process_index() == 0:
       wait_for_shards(values.out, settings)
       write_manifest(source, values.out, settings)
-
-
-if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=commands.parse_flags)

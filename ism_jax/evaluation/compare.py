@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -332,7 +332,6 @@ def define_flags() -> None:
 
 def main(argv):
   """Compares the runs named on the command line."""
-  commands.quiet_libraries()
   matplotlib.use("Agg")
   args = flags.FLAGS
   with commands.one_line_errors():
@@ -347,8 +346,3 @@ def main(argv):
       against=args.against,
       pools=[int(size) for size in args.pools],
     )
-
-
-if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=commands.parse_flags)

@@ -87,7 +87,7 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
   if not os.path.exists(path):
     raise FileNotFoundError(
       f"there is no file of reference statistics {path}; make one with python -m "
-      "ism_jax.evaluation.statistics, or download that of ADM."
+      "ism_jax statistics, or download that of ADM."
     )
   arrays = _load(path)
   names = next((names for names in _MOMENTS if all(n in arrays for n in names)), None)

@@ -23,7 +23,7 @@ import contextlib
 import functools
 import os
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 from ml_collections import config_flags
 import numpy as np
@@ -236,7 +236,7 @@ def _is_done(path, wanted) -> bool:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("images", None, "Images to crop: a source that ism_jax.data.encode takes.")
+  flags.DEFINE_string("images", None, "Images to crop: a source that `encode` takes.")
   flags.DEFINE_string("samples", None, "Images as they are: an npz or npy file, or a folder.")
   text = "Config file that names a dataset of images, taken as they are."
   config_flags.DEFINE_config_file("config", None, text, lock_config=True)
@@ -304,12 +304,9 @@ def _network_files(named: str, weights: str) -> dict[str, str]:
 
 def main(argv):
   """Makes statistics; see the module's docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  commands.quiet_libraries()
   args = flags.FLAGS
   with multihost.shared_fate(), commands.one_line_errors():
-    multihost.initialize(*multihost.define_flags()())
+    multihost.initialize_from_flags()
     if jax.process_index() != 0:
       return  # and wait for the first
     weights = _network_files(args.networks, args.weights)
@@ -317,8 +314,3 @@ def main(argv):
     images = _image_set(args)
     networks = tuple(features.published(name, file) for name, file in weights.items())
     make(images, networks, args.out, keep=args.keep_features, batch_size=args.batch_size)
-
-
-if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=commands.parse_flags)

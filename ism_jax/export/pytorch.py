@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 import jax
 import ml_dtypes
@@ -76,7 +76,7 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
   with files.whole_folder(out) as folder:
     settings = json.dumps(describe(trained, dtype), indent=2) + "\n"
     (folder / sit.CONFIG).write_text(settings)
-    (folder / CODE).write_bytes(pathlib.Path(__file__).with_name("pytorch.py").read_bytes())
+    (folder / CODE).write_bytes(pathlib.Path(__file__).with_name("ism_pytorch.py").read_bytes())
     (folder / CARD).write_text(card(trained, dtype, evaluation))
     weights = folder / sit.WEIGHTS
     # Other readers ask the metadata whose arrays these are.
@@ -234,14 +234,6 @@ def define_common_flags() -> None:
 
 def main(argv):
   """Exports; see the module's docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  commands.quiet_libraries()
   args = flags.FLAGS
   with commands.one_line_errors():
     export(args.workdir, args.out, tree=args.tree, dtype=args.dtype, step=args.step)
-
-
-if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=commands.parse_flags)

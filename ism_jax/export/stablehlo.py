@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import json
 
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import traverse_util
 import jax
 from jax import export
@@ -181,17 +181,9 @@ def define_flags() -> None:
 
 def main(argv):
   """Exports; see the module's docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  commands.quiet_libraries()
   args = flags.FLAGS
   with commands.one_line_errors():
     files.check_empty(args.out)
     trained = restore.read(args.workdir, args.tree, step=args.step)
     write(trained.exp, trained.params, args.out, args.steps, about=trained.about)
     logging.info("Wrote the sampler of the %s to %s.", trained.about, args.out)
-
-
-if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=commands.parse_flags)

@@ -22,7 +22,7 @@ import os
 import re
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
@@ -405,9 +405,6 @@ def define_flags() -> None:
 
 def main(argv):
   """Reports on the topologies of the flags."""
-  if argv[1:]:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  commands.quiet_libraries()
   jax.config.update("jax_platforms", "cpu")
   args = flags.FLAGS
   with commands.one_line_errors():
@@ -422,8 +419,3 @@ def main(argv):
   print(as_markdown(content))
   if errors := sum("error" in one for one in content["topologies"]):
     raise SystemExit(f"Error: {errors} of {len(content['topologies'])} topologies; see above.")
-
-
-if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=commands.parse_flags)

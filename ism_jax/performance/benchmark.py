@@ -29,7 +29,7 @@ import tempfile
 import time
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
@@ -619,13 +619,10 @@ def define_flags() -> None:
 
 def main(argv):
   """Measures; see the module's docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
-  commands.quiet_libraries()
   jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
   args = flags.FLAGS
   with multihost.shared_fate(), commands.one_line_errors():
-    multihost.initialize(*multihost.define_flags()())
+    multihost.initialize_from_flags()
     try:
       pools = [int(k) for k in args.pools]
     except ValueError:
@@ -633,8 +630,3 @@ def main(argv):
     report = benchmark(args.config, args.out, rows=args.rows, pools=pools, repeats=args.repeats)
     if jax.process_index() == 0:
       print(benchmark_report.as_markdown(report))
-
-
-if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=commands.parse_flags)

@@ -14,7 +14,7 @@ import traceback
 
 from absl import app, flags, logging
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _HELP = ("-h", "-help", "--help", "--helpshort")
 
 

@@ -10,7 +10,6 @@ dies without a word is missed after `HEARTBEAT_SECONDS`, and jax.distributed abo
 """
 
 import contextlib
-import functools
 import os
 import re
 import socket
@@ -35,22 +34,20 @@ _FAILED, _LEFT, _DONE = "ism_jax/failed/", "ism_jax/left/", "ism_jax/done/"
 _leaving = threading.Event()  # this process has failed: it reports that, not the others' ends
 
 
-@functools.cache  # a flag is defined once, however many commands a process imports
-def define_flags():
-  """Defines --coordinator, --processes and --process.
-
-  Returns:
-    A function to their values, for `initialize`.
-  """
+def define_flags() -> None:
+  """Defines --coordinator, --processes and --process; see `initialize_from_flags`."""
   together = "All three place a process where nothing in the environment does."
-  holders = (
-    flags.DEFINE_string(
-      "coordinator", None, f"HOST:PORT at which process 0 listens to the others. {together}"
-    ),
-    flags.DEFINE_integer("processes", None, f"How many processes run together. {together}"),
-    flags.DEFINE_integer("process", None, f"Number of this process, from 0. {together}"),
+  flags.DEFINE_string(
+    "coordinator", None, f"HOST:PORT at which process 0 listens to the others. {together}"
   )
-  return lambda: tuple(holder.value for holder in holders)
+  flags.DEFINE_integer("processes", None, f"How many processes run together. {together}")
+  flags.DEFINE_integer("process", None, f"Number of this process, from 0. {together}")
+
+
+def initialize_from_flags(*, preemption=False) -> None:
+  """`initialize`, with the place that the flags give."""
+  args = flags.FLAGS
+  initialize(args.coordinator, args.processes, args.process, preemption=preemption)
 
 
 def initialize(coordinator=None, processes=None, process=None, *, preemption=False):
