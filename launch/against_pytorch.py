@@ -8,7 +8,8 @@ another: in JAX one program, as `scan_steps` of a config are. Sampling is one st
 Both in float32, with all cores of this process, on latents 32x32x4. JAX splits a batch over
 --devices, which share the cores' threads and keep them busier than one device does: by default
 the most that divide --rows, up to one for each core. PyTorch runs
-ism_jax/export/ism_pytorch.py, or the official SiT code where --sit names its models.py (github.com/willisma/SiT; it needs timm).
+ism_jax/export/ism_pytorch.py, or the official SiT code where --sit names its models.py
+(github.com/willisma/SiT; it needs timm).
 """
 
 import functools

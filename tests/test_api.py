@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import draw_samples, random_params, tiny_config
+from examples import draw_samples, random_params, tiny_config
 import huggingface_hub
 import jax
 import jax.numpy as jnp

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from conftest import tiny_config
+from examples import tiny_config
 import jax
 from jax._src.cudnn import fused_attention_stablehlo
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """The gradient over devices and micro-batches, before clipping and Adam could hide an error."""
 
-from conftest import tiny_config
+from examples import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-from conftest import random_params, tiny_config
+from examples import random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from conftest import tiny_config
+from examples import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -4,7 +4,7 @@ import pathlib
 import subprocess
 import sys
 
-from conftest import random_params, tiny_config
+from examples import random_params, tiny_config
 import jax
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 import io
 
-from conftest import draw_samples, tiny_config
+from examples import draw_samples, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np

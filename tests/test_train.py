@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 
-from conftest import draw_samples, tiny_config
+from examples import draw_samples, tiny_config
 import jax
 import numpy as np
 from PIL import Image

@@ -1,6 +1,6 @@
 """Where arrays live: the mesh, the ring, and the placements of the train state."""
 
-from conftest import tiny_config
+from examples import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np

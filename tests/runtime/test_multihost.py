@@ -19,7 +19,7 @@ import pytest
 
 from ism_jax.runtime import checkpoints, multihost
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 CLUSTERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_COORDINATOR_", "JAX_LOCAL_DEVICE_IDS")
 
 

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-from conftest import random_params, tiny_config
+from examples import random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,7 +226,7 @@ def test_a_wrong_flag_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_timed_against_pytorch_is_the_same_there(pytorch, monkeypatch):
-  monkeypatch.syspath_prepend(pathlib.Path(__file__).parent.parent / "launch")
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parent.parent.parent / "launch")
   against = importlib.import_module("against_pytorch")
   exp = experiment.parse(tiny_config())
   params = random_params(exp.network(), exp.image_shape)
@@ -249,7 +249,7 @@ def test_what_is_timed_against_pytorch_is_the_same_there(pytorch, monkeypatch):
 @pytest.mark.slow
 def test_rows_that_do_not_split_over_devices_are_one_line(pytorch):
   command = [sys.executable, "launch/against_pytorch.py", "--rows=8", "--devices=3"]
-  root = pathlib.Path(__file__).parent.parent
+  root = pathlib.Path(__file__).parent.parent.parent
   ran = subprocess.run(command, cwd=root, capture_output=True, text=True)
   assert ran.returncode == 1
   message = ran.stderr.strip().splitlines()[-1]

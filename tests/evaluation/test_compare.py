@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from conftest import tiny_config
+from examples import tiny_config
 import jax
 import matplotlib.pyplot as plt
 import numpy as np

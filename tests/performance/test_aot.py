@@ -8,7 +8,7 @@ import subprocess
 import sys
 import types
 
-from conftest import tiny_config
+from examples import tiny_config
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -20,7 +20,7 @@ from ism_jax import experiment
 from ism_jax.performance import aot, hlo, topology
 from ism_jax.runtime import chips, sharding
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def mesh_of(n):

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 
-from conftest import random_params, tiny_config
+from examples import random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import ml_dtypes

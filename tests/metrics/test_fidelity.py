@@ -1,6 +1,6 @@
 """The whole evaluation against torch-fidelity: the same image files, the same weights."""
 
-from conftest import tiny_config
+from examples import tiny_config
 import jax
 import numpy as np
 from PIL import Image

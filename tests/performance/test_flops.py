@@ -1,6 +1,6 @@
 """FLOPs counted by hand, against published numbers, JAX's own program and XLA's count of it."""
 
-from conftest import tiny_config
+from examples import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,86 @@
+"""The door to all commands: what it lists, the flags that help tells first, one-line errors."""
+
+import contextlib
+import importlib
+import pathlib
+import subprocess
+import sys
+
+from absl import flags
+import pytest
+
+from ism_jax import __main__ as door
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+@contextlib.contextmanager
+def flags_of(name: str):
+  """The names of a command's flags, defined while the block lasts."""
+  command = door.COMMANDS[name]
+  module = importlib.import_module(f"ism_jax.{command.module}")
+  before = set(flags.FLAGS)
+  module.define_flags(**({} if command.mode is None else {"mode": command.mode}))
+  names = [flag for flag in flags.FLAGS if flag not in before]
+  try:
+    yield names
+  finally:
+    for flag in names:
+      delattr(flags.FLAGS, flag)
+
+
+def ism_jax(*arguments):
+  """(exit code, stdout, stderr) of python -m ism_jax."""
+  command = [sys.executable, "-m", "ism_jax", *arguments]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_without_a_command_each_is_listed_in_a_line(capsys):
+  door.main(["ism_jax"])
+  lines = capsys.readouterr().out.splitlines()
+  for name in door.COMMANDS:
+    assert sum(line.strip().startswith(f"{name} ") for line in lines) == 1
+
+
+@pytest.mark.parametrize("name", door.COMMANDS)
+def test_help_tells_the_flags_of_the_command_before_those_of_absl(name, capsys):
+  command = door.COMMANDS[name]
+  with flags_of(name) as names:
+    pass
+  with pytest.raises(SystemExit) as leaving:
+    door.main(["ism_jax", name, "--help"])
+  try:
+    assert not leaving.value.code
+    text = capsys.readouterr().out
+    absl = text.index("--[no]alsologtostderr")
+    places = [text.index(f"\n  --{flag}") for flag in names]
+    assert places == sorted(places) and max(places) < absl
+    assert f"python -m ism_jax {name}" in text[:absl] and command.module
+  finally:
+    for flag in names:
+      delattr(flags.FLAGS, flag)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "error"),
+  [
+    (("evalute",), "Error: 'evalute' is no command. Did you mean evaluate?"),
+    (("train", "--config=configs/digits.py", "--workdri=W"), "Did you mean --workdir?"),
+    (("evaluate", "--workdir=W", "--sampels=S"), "Did you mean --samples?"),
+    (("encode", "--images=I", "--oute=O"), "Did you mean --out?"),
+    (("compare", "--outt=O", "W"), "Did you mean --out?"),
+    (("encode", "--images=I"), "Error: --out is missing"),
+    (("export", "--workdir=W", "--out=O", "more"), "Error: unknown arguments: more."),
+    (("train", "--config=configs/digit.py"), "--config=configs/digit.py: there is no such file"),
+    (
+      ("train", "--config=configs/digits.py", "--config.objectiv.gamma=2"),
+      'objectiv. Did you mean "objective"',
+    ),
+    (("sample", "--config=configs/digits.py"), "Error: --out is missing"),
+  ],
+)
+def test_what_is_wrong_with_a_command_line_is_one_line(arguments, error):
+  code, out, err = ism_jax(*arguments)
+  assert code == 1 and out == ""
+  assert error in err and err.startswith("Error: ") and err.count("\n") == 1
