@@ -22,7 +22,7 @@ from PIL import Image
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
 from ism_jax import restore, sampling
-from ism_jax.evaluation import samples
+from ism_jax.data import samples
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.runtime import files, sharding

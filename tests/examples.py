@@ -1,9 +1,14 @@
-"""Small runs, networks and samples that many tests need."""
+"""Small runs, networks and samples, and the flags of commands, which many tests need."""
 
+import contextlib
+import importlib
+
+from absl import flags
 import jax
 import numpy as np
 
 from configs import digits
+from ism_jax import __main__ as door
 from ism_jax import generate, model, paths
 
 
@@ -45,3 +50,18 @@ def draw_samples(exp, mesh, params, *, num_images, steps, **options):
     exp, mesh, params, labels, schedule=paths.parse_schedule(steps), **options
   )
   return np.concatenate([np.asarray(b.images)[: len(b.labels)] for b in drawn]), labels
+
+
+@contextlib.contextmanager
+def flags_of(name: str):
+  """The names of a command's flags, defined while the block lasts."""
+  command = door.COMMANDS[name]
+  module = importlib.import_module(f"ism_jax.{command.module}")
+  before = set(flags.FLAGS)
+  module.define_flags(**({} if command.mode is None else {"mode": command.mode}))
+  names = [flag for flag in flags.FLAGS if flag not in before]
+  try:
+    yield names
+  finally:
+    for flag in names:
+      delattr(flags.FLAGS, flag)

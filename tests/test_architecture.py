@@ -14,8 +14,9 @@ PAPER = ["paths", "guidance", "wavelets", "couplings", "objectives", "model", "s
 ORDER = [
   PAPER,
   ["runtime"],
-  ["pretrained", "metrics"],
+  ["pretrained"],
   ["data"],
+  ["metrics"],
   ["protocol", "experiment"],
   ["steps", "restore", "generate"],
   ["evaluation"],

@@ -6,28 +6,16 @@ import re
 import shlex
 import subprocess
 
+from examples import flags_of
 import pytest
 
 from configs import base
+from ism_jax import __main__ as door
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# The modules that define the flags of each command of `python -m ism_jax`. This table is the one
-# place to change where commands move.
-COMMANDS = {
-  "train": ("ism_jax.main", "ism_jax.multihost"),
-  "evaluate": ("ism_jax.main", "ism_jax.multihost"),
-  "sample": ("ism_jax.main", "ism_jax.multihost"),
-  "encode": ("ism_jax.encode", "ism_jax.multihost"),
-  "statistics": ("ism_jax.statistics", "ism_jax.multihost"),
-  "compare": ("ism_jax.compare",),
-  "export": ("ism_jax.export",),
-  "stablehlo": ("ism_jax.stablehlo", "ism_jax.export"),
-  "aot": ("ism_jax.aot",),
-  "benchmark": ("ism_jax.benchmark", "ism_jax.multihost"),
-}
 # Commands that are also modules which users run.
-MODULES = {"ism_jax.main": "train", "ism_jax.export": "export"}
+MODULES = {"ism_jax.main": None, "ism_jax.export": "export"}
 
 README = ROOT / "README.md"
 READMES = sorted(
@@ -58,12 +46,6 @@ def commands(text: str) -> list[list[str]]:
 
 def runs_ours(line: str) -> bool:
   return re.search(r"python3? (-m ism_jax|launch/)|bash launch/", line) is not None
-
-
-def flags_of(module: str) -> set[str]:
-  """The flags that a module's source defines."""
-  source = pathlib.Path(importlib.util.find_spec(module).origin).read_text()
-  return set(re.findall(r"(?:DEFINE_\w+|\bpositive)\(\s*\"(\w+)\"", source))
 
 
 def check_config_key(key: str) -> None:
@@ -100,8 +82,9 @@ def check_command(words: list[str]) -> None:
   else:
     assert module in MODULES, f"python -m {module} is no command: python -m ism_jax COMMAND is"
     command = MODULES[module]
-  assert command in COMMANDS, f"{command} is no command: {', '.join(COMMANDS)}"
-  known = set().union(*map(flags_of, COMMANDS[command]))
+  assert command in door.COMMANDS, f"{command} is no command: {', '.join(door.COMMANDS)}"
+  with flags_of(command) as names:
+    known = set(names)
   for argument in arguments:
     if not argument.startswith("--"):
       continue

@@ -22,9 +22,9 @@ import numpy as np
 from ism_jax import experiment as experiment_lib
 from ism_jax import generate, guidance, paths, restore, sampling
 from ism_jax import model as model_lib
+from ism_jax.data import samples as samples_lib
 from ism_jax.evaluation import figures, scores, summary
 from ism_jax.evaluation import reference as reference_lib
-from ism_jax.evaluation import samples as samples_lib
 from ism_jax.evaluation.report import SETTING, format_scores, write_report
 from ism_jax.experiment import Experiment
 from ism_jax.metrics import diagnosis, features

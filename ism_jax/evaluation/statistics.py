@@ -30,9 +30,9 @@ import numpy as np
 
 from ism_jax import data
 from ism_jax.data import images as images_lib
-from ism_jax.data import pipeline
-from ism_jax.evaluation import reference, samples, scores
-from ism_jax.evaluation.samples import ImageSet
+from ism_jax.data import pipeline, samples
+from ism_jax.data.samples import ImageSet
+from ism_jax.evaluation import reference, scores
 from ism_jax.metrics import features
 from ism_jax.protocol import parse_files
 from ism_jax.runtime import commands, files, logs, multihost, sharding

@@ -1,6 +1,6 @@
 """Exports the parameters of a checkpoint to PyTorch.
 
-  python -m ism_jax.export --workdir=W --out=DIR [--tree=ema|target_ema|params]
+  python -m ism_jax export --workdir=W --out=DIR [--tree=ema|target_ema|params]
       [--dtype=float32|bfloat16] [--step=N]
 
 DIR works without this project. It gets `model.safetensors`, a state dict with the keys of SiT's

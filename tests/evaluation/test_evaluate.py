@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ism_jax import experiment, generate, protocol, steps
+from ism_jax.data import samples as samples_lib
 from ism_jax.evaluation import evaluate
 from ism_jax.evaluation import reference as references
-from ism_jax.evaluation import samples as samples_lib
 from ism_jax.runtime import checkpoints, files, sharding
 
 IMAGES = 120

@@ -18,7 +18,8 @@ from sklearn.datasets import load_sample_images
 
 from ism_jax import data
 from ism_jax.data import images as images_lib
-from ism_jax.evaluation import reference, samples, statistics
+from ism_jax.data import samples
+from ism_jax.evaluation import reference, statistics
 from ism_jax.metrics import distances, features, moments
 from ism_jax.runtime import sharding
 

@@ -1,32 +1,16 @@
 """The door to all commands: what it lists, the flags that help tells first, one-line errors."""
 
-import contextlib
-import importlib
 import pathlib
 import subprocess
 import sys
 
 from absl import flags
+from examples import flags_of
 import pytest
 
 from ism_jax import __main__ as door
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-
-
-@contextlib.contextmanager
-def flags_of(name: str):
-  """The names of a command's flags, defined while the block lasts."""
-  command = door.COMMANDS[name]
-  module = importlib.import_module(f"ism_jax.{command.module}")
-  before = set(flags.FLAGS)
-  module.define_flags(**({} if command.mode is None else {"mode": command.mode}))
-  names = [flag for flag in flags.FLAGS if flag not in before]
-  try:
-    yield names
-  finally:
-    for flag in names:
-      delattr(flags.FLAGS, flag)
 
 
 def ism_jax(*arguments):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax.evaluation import samples
+from ism_jax.data import samples
 
 SHAPE = (6, 5, 3)
 

@@ -8,7 +8,8 @@ import pytest
 from sklearn.datasets import load_sample_image
 from test_inception import random_state_dict
 
-from ism_jax.evaluation import evaluate, samples, statistics
+from ism_jax.data import samples
+from ism_jax.evaluation import evaluate, statistics
 from ism_jax.metrics import features
 
 COUNT = 60
