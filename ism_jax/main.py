@@ -57,13 +57,13 @@ def main(arguments):
   if config is not None and len(arguments) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(arguments[1:])}.")
   if mode == "sample" and out is None:
-    raise app.UsageError("--out is missing: sampling needs --out=FILE.npz.")
+    raise app.UsageError("--mode=sample needs --out=FILE.npz, the file to write.")
   if mode != "sample" and out is not None:
     raise app.UsageError("--out goes with --mode=sample.")
   if mode != "evaluate" and samples is not None:
     raise app.UsageError("--samples goes with --mode=evaluate.")
   if mode == "train" and config is None:
-    raise app.UsageError("training needs --config, such as --config=configs/digits.py.")
+    raise app.UsageError("--mode=train needs --config, such as --config=configs/digits.py.")
   if workdir is None:
     if config is None:
       raise app.UsageError("--workdir is missing: name the folder of a run, or its --config.")

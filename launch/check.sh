@@ -59,7 +59,7 @@ JAX_PLATFORMS=cpu python -m ism_jax encode --images="$scratch/photographs" \
 JAX_PLATFORMS=cpu python -m ism_jax statistics --images="$scratch/photographs" \
   --out="$scratch/statistics" --weights=random "${alone[@]}"
 # Four rows for each device, so that all three losses have some on each.
-devices="$(python -c 'from ism_jax import multihost
+devices="$(python -c 'from ism_jax.runtime import multihost
 multihost.initialize()
 import jax
 print("devices:", jax.device_count())' | sed -n 's/^devices: //p')"

@@ -182,9 +182,9 @@ def test_a_resumed_iterator_continues_bit_exactly_and_processes_share_the_rows(s
     ({"channels": 8}, "for 2x2 latents of 8 channels"),
     ({"num_classes": 1000}, "in 3 classes.* in 1000 classes"),
     ({"vae": "other/vae"}, "of the VAE 'some/vae'.* of the VAE 'other/vae'.*data.vae"),
-    ({"dir": ""}, r"needs data\.dir.*python -m ism_jax\.encode"),
+    ({"dir": ""}, r"needs data\.dir.*python -m ism_jax encode"),
     ({"dir": "gs://bucket/latents"}, "gs://bucket/latents is no folder: mount the bucket"),
-    ({"dir": "/nowhere/at/all"}, r"/nowhere/at/all does not exist.*python -m ism_jax\.encode"),
+    ({"dir": "/nowhere/at/all"}, r"/nowhere/at/all does not exist.*python -m ism_jax encode"),
   ],
 )
 def test_a_config_for_other_latents_is_refused(folder, change, message):
@@ -207,7 +207,7 @@ def test_weights_that_did_not_encode_the_data_are_refused(folder):
 
 def test_an_unfinished_folder_is_refused_with_the_command(copy):
   (copy / "manifest.json").unlink()
-  with pytest.raises(ValueError, match=r"unfinished.*manifest\.json.*ism_jax\.encode"):
+  with pytest.raises(ValueError, match=r"unfinished.*manifest\.json.*ism_jax encode"):
     data.load_source(config(copy))
 
 

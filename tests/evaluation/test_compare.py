@@ -297,7 +297,7 @@ WRONG = [
   (["a"], "Error: flag --out"),
   (["--out=x", "--pools=1,two", "a"], "Error: flag --pools"),
   (["--out=x", "--examples=0", "a"], "Error: flag --examples=0"),
-  (["--out=x", "--nosuch", "a"], "Error: Unknown command line flag 'nosuch'"),
+  (["--out=x", "--nosuch", "a"], "Error: --nosuch is no flag of this command."),
   (["--out=x", "nosuch"], "Error: nosuch/evaluation.json is missing"),
 ]
 
@@ -307,7 +307,8 @@ def test_wrong_flags_end_in_one_line():
   script = (
     "import json, sys\n"
     "from absl.testing import flagsaver\n"
-    "from ism_jax import commands, compare\n"
+    "from ism_jax.evaluation import compare\n"
+    "from ism_jax.runtime import commands\n"
     "compare.define_flags()\n"
     "for arguments in json.loads(sys.argv[1]):\n"
     "  with flagsaver.flagsaver():\n"

@@ -160,7 +160,7 @@ def test_a_wrong_protocol_is_an_error_before_anything_is_sampled(evaluation, mes
 def test_latents_without_a_reference_say_how_to_make_one(mesh):
   config = config_of(networks="inception", weights="random")
   config.data.update({"name": "latents", "vae": "random-small", "channels": 4, "image_size": 32})
-  with pytest.raises(ValueError, match=r"ism_jax\.statistics .*--config\.evaluation\.reference="):
+  with pytest.raises(ValueError, match=r"ism_jax statistics .*--config\.evaluation\.reference="):
     references.Reference(experiment.parse(config), mesh)
 
 

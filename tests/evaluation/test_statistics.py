@@ -361,7 +361,8 @@ def test_wrong_flags_end_in_one_line(tmp_path):
   script = (
     "import json, sys\n"
     "from absl.testing import flagsaver\n"
-    "from ism_jax import commands, statistics\n"
+    "from ism_jax.evaluation import statistics\n"
+    "from ism_jax.runtime import commands\n"
     "statistics.define_flags()\n"
     "for arguments in json.loads(sys.argv[1]):\n"
     "  with flagsaver.flagsaver():\n"
@@ -388,7 +389,8 @@ def test_the_command_makes_inceptions_statistics(tmp_path):
     (tmp_path / f"{i}.png").write_bytes(png(image))
   flags = (
     "-m",
-    "ism_jax.evaluation.statistics",
+    "ism_jax",
+    "statistics",
     f"--samples={tmp_path}",
     f"--out={tmp_path / 'out'}",
     "--weights=random",

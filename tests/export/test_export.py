@@ -312,6 +312,7 @@ def report(step, parameters="inference EMA"):
     "scores": {"classifier": {"frechet_distance": distance}},
   }
   return {
+    "config": {},
     "variant": "ism",
     "step": step,
     "parameters": parameters,

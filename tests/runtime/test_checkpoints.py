@@ -373,7 +373,7 @@ def test_a_killed_save_leaves_no_checkpoint_that_counts(tmp_path):
   code = """
 import os, signal, sys
 import numpy as np
-from ism_jax import checkpoints
+from ism_jax.runtime import checkpoints
 class Deadly(dict):
   def items(self):
     if len(os.listdir(sys.argv[1] + "/checkpoints")) > 1:  # it is being written
