@@ -91,7 +91,7 @@ def over_real(result: dict, report: dict) -> dict:
   headline = scores[report["networks"][0]["name"]]
   metrics = {k: v for k, v in result.items() if k != "scores"}
   metrics["distance"] = headline.get("times_floor", headline["frechet_distance"])
-  if "classifier" in scores:
+  if "accuracy" in scores.get("classifier", {}):
     metrics["accuracy"] = scores["classifier"]["accuracy"]
   if "spectrum" in result:
     for name in ("spectrum", "bands"):

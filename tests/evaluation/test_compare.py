@@ -294,7 +294,7 @@ def test_pools_are_measured_for_every_size_and_penalty_on_the_configs_images(mon
 
 WRONG = [
   (["--out=x"], "Error: no runs to compare: name the workdirs of evaluated runs."),
-  (["a"], "Error: flag --out"),
+  (["a"], "Error: --out is missing"),
   (["--out=x", "--pools=1,two", "a"], "Error: flag --pools"),
   (["--out=x", "--examples=0", "a"], "Error: flag --examples=0"),
   (["--out=x", "--nosuch", "a"], "Error: --nosuch is no flag of this command."),

@@ -352,7 +352,7 @@ WRONG = [
   (["--samples=a", "--networks=dinov2,dinov2"], "Error: --networks=dinov2,dinov2 names a"),
   (["--samples=a", "--weights=dinov2=a.pth"], "'dinov2=a.pth' is no NETWORK=FILE"),
   (["--images=a", "--size=0"], "Error: flag --size=0"),
-  (["--config=configs/nosuch.py"], "Error: --config=configs/nosuch.py cannot be read"),
+  (["--config=configs/nosuch.py"], "Error: --config=configs/nosuch.py: there is no such file"),
 ]
 
 
