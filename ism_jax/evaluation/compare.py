@@ -33,6 +33,7 @@ from ism_jax.evaluation.summary import Run
 from ism_jax.metrics import diagnosis
 from ism_jax.runtime import commands, files
 
+ARGUMENTS = "WORKDIR [WORKDIR ...], of evaluated runs"
 JUMPS = tuple(2.0**-k for k in range(6, 0, -1))  # d = 1/64 ... 1/2
 POOLS = 3  # of each size
 LARGEST_ASSIGNMENT = 2048  # pairs whose optimum is computed: a minute at most
