@@ -1,5 +1,6 @@
 """Every command, flag, config value, link and picture of the READMEs exists."""
 
+import importlib
 import importlib.util
 import pathlib
 import re
@@ -143,6 +144,23 @@ def test_the_first_readme_is_short_and_has_its_picture_in_the_first_screen():
   lines = README.read_text().splitlines()
   assert len(lines) < 200
   assert any("<img" in line for line in lines[:12])
+
+
+EQUATIONS = re.findall(
+  r"^\| (E\d+) \|.*?\| \[`(\w+)\.(\w+)`\]",
+  (ROOT / "ism_jax" / "README.md").read_text(),
+  flags=re.M,
+)
+
+
+def test_the_map_has_all_equations_in_order():
+  assert [label for label, *_ in EQUATIONS] == [f"E{i}" for i in range(1, 16)]
+
+
+@pytest.mark.parametrize(("label", "module", "function"), EQUATIONS)
+def test_an_equation_of_the_map_is_labelled_in_its_function(label, module, function):
+  about = getattr(importlib.import_module(f"ism_jax.{module}"), function).__doc__
+  assert re.search(rf"\b{label}:", about), f"{module}.{function} does not name {label}"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
