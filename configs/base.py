@@ -1,6 +1,6 @@
 """What all configs share: iSM's values, and the rows of the paper's ablation as variants.
 
-"Open" marks what the paper leaves open; the README's table says why each default is what it is.
+"Open" marks what the paper leaves open; configs/README.md says why each default is what it is.
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """iSM on ImageNet 256x256, as 32x32x4 latents of sd-vae-ft-mse: SiT-XL/2 with the paper's values.
 
   python -m ism_jax encode --images=IMAGENET --out=DIR
-  python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=DIR --workdir=W
+  python -m ism_jax train --config=configs/imagenet256.py --config.data.dir=DIR --workdir=W
 
 Behind a colon, comma-separated: a row of the ablation (see `base.VARIANTS`; ism), a size (xl2, l2,
 b2, s2; xl2) and 250k, the length of the paper's ablation (800 K):
@@ -11,7 +11,8 @@ b2, s2; xl2) and 250k, the length of the paper's ablation (800 K):
 
 Compiled ahead of time it fits, of the TPUs that were tried, v5e from 8 chips, and v4, v5p and v6e
 from 4. On a v5e:4x4 a step is 0.17 s by calculation, so 800 K of them are 37 hours; on a v5p:4x4x4
-36 ms and 8 hours (README, with what that rests on). They are 1.9e20 FLOPs of the network.
+36 ms and 8 hours (what that rests on, and what was wrong with it, is in
+ism_jax/performance/README.md). 800 K steps are 1.9e20 FLOPs of the network.
 
 The paper reports FID-50K 5.27 / 2.44 / 2.05 / 1.93 / 1.88 in 1 / 2 / 4 / 8 / 128 steps after 800 K
 iterations, and for the rows of its ablation, after 250 K, in one step / four:

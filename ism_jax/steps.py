@@ -143,7 +143,7 @@ def replicated_bytes(exp: Experiment, devices: int) -> float:
 
   Parameters, two moments, two averages and a gradient in float32, and the activations of a device's
   rows, in bytes per token, layer and unit of width, as ahead-of-time compilation for TPUs measures
-  them (README).
+  them (ism_jax/performance/README.md).
   """
   shapes = jax.eval_shape(_create(exp), jax.random.key(0))
   parameters = sum(a.size for a in jax.tree.leaves(shapes.params))

@@ -63,10 +63,10 @@ devices="$(python -c 'from ism_jax.runtime import multihost
 multihost.initialize()
 import jax
 print("devices:", jax.device_count())' | sed -n 's/^devices: //p')"
-python -m ism_jax.main --config=configs/check.py --workdir="$out" \
+python -m ism_jax train --config=configs/check.py --workdir="$out" \
   --config.data.dir="$scratch/latents" --config.batch_size=$((devices > 8 ? 4 * devices : 32))
-python -m ism_jax.main --mode=sample --workdir="$out" --out="$out/samples.npz"
-python -m ism_jax.main --mode=evaluate --workdir="$out" \
+python -m ism_jax sample --workdir="$out" --out="$out/samples.npz"
+python -m ism_jax evaluate --workdir="$out" \
   --config.evaluation.reference="$scratch/statistics/inception.npz"
 echo "The set-up works. Checkpoints, logs, decoded samples and evaluation.md are in $out;" \
   "grids/ has pictures."

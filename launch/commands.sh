@@ -41,7 +41,7 @@ require() {
 
 require_command() {
   [ ${#command[@]} -gt 0 ] || fail "the training command is missing behind --, such as
-  -- python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=LATENTS \\
+  -- python -m ism_jax train --config=configs/imagenet256.py --config.data.dir=LATENTS \\
      --workdir=gs://BUCKET/FOLDER"
   case " ${command[*]} " in
     *" "*://*) ;;

@@ -2,7 +2,7 @@
 # A run on a GKE cluster with TPUs, through xpk:
 #
 #   bash launch/gke.sh create [--FLAG=VALUE ...] [XPK FLAG ...] -- \
-#     python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=LATENTS \
+#     python -m ism_jax train --config=configs/imagenet256.py --config.data.dir=LATENTS \
 #       --workdir=gs://BUCKET/ism
 #   bash launch/gke.sh list
 #   bash launch/gke.sh delete

@@ -2,7 +2,7 @@
 # A run on one machine with NVIDIA GPUs: makes the environment, and runs the command in it.
 #
 #   bash launch/gpu.sh [--dry-run] -- \
-#     python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=LATENTS \
+#     python -m ism_jax train --config=configs/imagenet256.py --config.data.dir=LATENTS \
 #       --workdir=W
 #
 # One process drives all GPUs of the machine, as JAX does without being told: images are read once,
@@ -24,7 +24,7 @@ for option in ${options[@]+"${options[@]}"}; do
   esac
 done
 [ ${#command[@]} -gt 0 ] || fail "no command behind --, such as
-  -- python -m ism_jax.main --config=configs/digits.py --workdir=runs/digits"
+  -- python -m ism_jax train --config=configs/digits.py --workdir=runs/digits"
 need nvidia-smi "install NVIDIA's driver (580 or newer, for CUDA 13)."
 gpu_flags
 if [ "$dry_run" = 1 ]; then

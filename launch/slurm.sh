@@ -2,7 +2,7 @@
 # A run on the GPUs of a Slurm cluster:
 #
 #   bash launch/slurm.sh submit [--dry-run] --nodes=N --gpus-per-node=G [SBATCH FLAG ...] -- \
-#     python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=LATENTS \
+#     python -m ism_jax train --config=configs/imagenet256.py --config.data.dir=LATENTS \
 #       --workdir=FOLDER
 #   bash launch/slurm.sh stop [--dry-run] JOB
 #

@@ -20,7 +20,7 @@
 #
 #   export TPU_NAME=ism ZONE=... PROJECT=... ACCELERATOR_TYPE=v6e-64 RUNTIME_VERSION=v2-alpha-tpuv6e
 #   bash launch/tpu.sh watch --spot -- \
-#     python -m ism_jax.main --config=configs/imagenet256.py --config.data.dir=LATENTS \
+#     python -m ism_jax train --config=configs/imagenet256.py --config.data.dir=LATENTS \
 #       --workdir=gs://BUCKET/ism
 #
 # Flags, or variables:
@@ -37,7 +37,7 @@
 #                  SSH_FLAGS          more flags for ssh and scp, such as "--internal-ip"
 #
 # LATENTS is on every machine: a copy, or a bucket that the command mounts first, as in
-# -- bash -c 'mkdir -p ~/latents && gcsfuse BUCKET ~/latents && exec python -m ism_jax.main ...'.
+# -- bash -c 'mkdir -p ~/latents && gcsfuse BUCKET ~/latents && exec python -m ism_jax train ...'.
 # The workdir is to be on gs://: a TPU that was preempted comes back with empty disks. The same
 # command then continues from the newest checkpoint. ssh to several machines takes the key from the
 # agent: ssh-add ~/.ssh/google_compute_engine.

@@ -2,7 +2,7 @@
 # What tpu.sh and gke.sh have a TPU's machines do; works by hand on one of them too:
 #
 #   bash launch/worker.sh install            makes the environment
-#   bash launch/worker.sh run COMMAND ...    in it, in the foreground, e.g. python -m ism_jax.main
+#   bash launch/worker.sh run COMMAND ...    in it, in the foreground, e.g. python -m ism_jax train ...
 #   bash launch/worker.sh start COMMAND ...  the same in the background: the connection may end
 #   bash launch/worker.sh status             one line: "HOST running", "HOST ended CODE" or "HOST idle"
 #   bash launch/worker.sh idle               is an error while one runs

@@ -17,13 +17,14 @@ AT = ["--zone=z", "--project=p"]
 TRAIN = [
   "python",
   "-m",
-  "ism_jax.main",
+  "ism_jax",
+  "train",
   "--config=configs/digits.py",
   "--workdir=gs://b/it's a run",
 ]
 # The command as one word for a shell.
 TRAIN_WORD = (
-  r"""python -m ism_jax.main --config=configs/digits.py --workdir='gs://b/it'\''s a run'"""
+  r"""python -m ism_jax train --config=configs/digits.py --workdir='gs://b/it'\''s a run'"""
 )
 
 # Appends its words, each ended by a newline, and an empty line. Answers as the next line of

@@ -27,6 +27,13 @@ READMES = sorted(
 )
 
 
+SCRIPTS = [
+  path
+  for pattern in ("launch/*.sh", "launch/colab/*.ipynb", "configs/*.py")
+  for path in sorted(ROOT.glob(pattern))
+]
+
+
 def name_of(path) -> str:
   return str(path.relative_to(ROOT))
 
@@ -68,7 +75,7 @@ def check_config_file(value: str) -> None:
 def check_command(words: list[str]) -> None:
   """Raises unless the scripts, the command, its flags and its config values exist."""
   for word in words:
-    if word.startswith("launch/") and "*" not in word:
+    if word.startswith(("launch/", "tests/")) and "*" not in word:
       assert (ROOT / word).exists(), f"there is no {word}"
   if "-m" not in words:
     for word in words:  # launch/study.sh hands these on
@@ -140,6 +147,16 @@ def test_python_blocks_are_python(readme):
     compile(block, name_of(readme), "exec")
 
 
+@pytest.mark.parametrize("file", SCRIPTS, ids=name_of)
+def test_scripts_notebooks_and_configs_name_commands_and_modules_that_exist(file):
+  text = file.read_text()
+  for module, command in re.findall(r"-m (ism_jax[\w.]*)(?: ([a-z]+)\b)?", text):
+    check_command(["python", "-m", module, *filter(None, [command])])
+  for module, name in re.findall(r"from (ism_jax[\w.]*) import (\w+)", text):
+    parent = importlib.import_module(module)
+    assert hasattr(parent, name) or importlib.util.find_spec(f"{module}.{name}"), name
+
+
 def test_the_first_readme_is_short_and_has_its_picture_in_the_first_screen():
   lines = README.read_text().splitlines()
   assert len(lines) < 200
@@ -186,6 +203,7 @@ def test_the_readmes_hold_commands():
     "python -m ism_jax encode --image=I --out=O",
     "bash launch/tpu.sh run -- python -m ism_jax train --configs=configs/digits.py",
     "bash launch/tests.sh",
+    "bash launch/test.sh tests/test_sharding.py",
   ],
 )
 def test_a_command_that_does_not_exist_is_noticed(line):
