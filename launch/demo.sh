@@ -16,7 +16,7 @@ echo
 cat "$workdir/evaluation.md"
 echo
 # As they are printed, these work in any folder, without the environment's activation.
-echo "Open $workdir/samples_steps1_w0.5.png (one step), evaluation.png beside it, and grids/ (while it trained)."
+echo "Open $workdir/samples.png (each w and number of steps), evaluation.png beside it, and grids/ (while it trained)."
 ours=("$VENV/bin/python" -m ism_jax)
 echo "Another w, other steps: $(quoted "${ours[@]}" sample --workdir="$workdir" --out="$workdir/samples.npz" --config.sample.w=1 --config.sample.steps=2)"
 echo "Your own images, in a folder for each class: $(quoted "${ours[@]}" encode) --images=FOLDER --out=LATENTS; README.md, \"ImageNet in six commands\", goes on from there."

@@ -311,7 +311,9 @@ def compare(
     )
   if pools:
     figures.pools(content["pools"], path("pools.png"))
-  figures.grids({name: runs[0].workdir for name, runs in rows.items()}, w, path("grids.png"))
+  figures.grids(
+    {name: figures.find_grids(runs[0].workdir, w) for name, runs in rows.items()}, path("grids.png")
+  )
   logging.info("Wrote %s.", path("comparison.md"))
 
 

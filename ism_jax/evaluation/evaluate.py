@@ -64,11 +64,17 @@ def check(config) -> None:
   features.extractor.cache_clear()  # training needs the memory
 
 
+def _name(steps: int, w: float) -> str:
+  """Of the files of samples at these settings."""
+  return f"samples_steps{steps}_w{w:g}"
+
+
 def evaluate(config, workdir: str, devices=None) -> dict | None:
   """Judges the newest checkpoint by `config.evaluation`.
 
   Writes evaluation.json, evaluation.md, evaluation.png, and a grid of samples for each number of
-  steps and w. Interrupted, it continues after the last of these settings that it finished.
+  steps and w, which samples.png has side by side. Interrupted, it continues after the last of
+  these settings that it finished.
 
   Returns:
     The contents of evaluation.json; None in processes but the first.
@@ -95,7 +101,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   extract, compiled = features.extractor(reference.networks, mesh), set()
   for steps, w, seed in _unfinished(settings, results):
     labels = generate.class_labels(exp, ev.num_images, seed)
-    name = f"samples_steps{steps}_w{w:g}"
+    name = _name(steps, w)
     archive = path(f"{name}_seed{seed}.npz") if ev.save_samples else ""
     batches = generate.batches(
       exp,
@@ -132,6 +138,8 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   }
   write_report(workdir, report)
   figures.sweep(summary.as_run(report), path("evaluation.png"))
+  by_w = {f"w = {w:g}": {n: path(f"{_name(n, w)}.png") for n in ev.steps} for w in ev.w}
+  figures.grids(by_w, path("samples.png"))
   epath.Path(path(PARTIAL)).unlink(missing_ok=True)
   return report
 

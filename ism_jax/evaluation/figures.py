@@ -7,6 +7,7 @@ import io
 import os
 import re
 
+from etils import epath
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, NullFormatter
 import numpy as np
@@ -20,6 +21,7 @@ from ism_jax.runtime import files
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours: none comes with the same colour twice
 _DASHES = ("-", "--", ":")
+_DPI = 120
 
 
 def style(number: int) -> dict:
@@ -42,7 +44,7 @@ def styles(names) -> dict[str, dict]:
 def save_figure(fig, path: str) -> None:
   """Writes a figure as PNG, whole or not at all."""
   png = io.BytesIO()
-  fig.savefig(png, format="png", dpi=120)
+  fig.savefig(png, format="png", dpi=_DPI)
   plt.close(fig)
   files.write_whole(path, png.getvalue())
 
@@ -287,25 +289,43 @@ def pairing_shares(report: dict, path: str) -> None:
   save_figure(fig, path)
 
 
-def grids(workdirs: dict[str, str], w: float, path: str) -> None:
-  """The sample grids side by side: a row a variant, a column an NFE."""
+def find_grids(workdir: str, w: float) -> dict[int, str]:
+  """{NFE: file} of the sample grids that evaluations at w left in a workdir."""
   pattern = re.compile(rf"samples_steps(\d+)_w{re.escape(f'{w:g}')}\.png")
-  grids = {
-    name: {int(m[1]): m[0] for m in map(pattern.fullmatch, os.listdir(workdir)) if m}
-    for name, workdir in workdirs.items()
+  matches = filter(None, map(pattern.fullmatch, os.listdir(workdir)))
+  return {int(match[1]): os.path.join(workdir, match[0]) for match in matches}
+
+
+def grids(rows: dict[str, dict[int, str]], path: str) -> None:
+  """Sample grids side by side, from {row: {NFE: file}}: a row a variant or a w, a column an NFE.
+
+  They are shrunk by whole numbers, so that enlarged pixels stay sharp.
+  """
+  pictures = {
+    (name, nfe): _shrunk(file) for name, files_of in rows.items() for nfe, file in files_of.items()
   }
-  nfes = sorted(set().union(*grids.values()))
-  if not nfes:
+  if not pictures:
     return
-  size = (2.2 * len(nfes), 1.9 * len(grids))
-  fig, axes = plt.subplots(len(grids), len(nfes), figsize=size, layout="constrained", squeeze=False)
-  for row, (name, pictures) in zip(axes, grids.items(), strict=True):
-    row[0].set_ylabel(name.replace("`", "").replace(", ", "\n"))
-    for ax, nfe in zip(row, nfes, strict=True):
-      ax.set(xticks=[], yticks=[])
-      if nfe in pictures:
-        with Image.open(os.path.join(workdirs[name], pictures[nfe])) as image:
-          ax.imshow(image.convert("RGB"))
-  for ax, nfe in zip(axes[0], nfes, strict=True):
-    ax.set_title(f"NFE {nfe}")
+  nfes = sorted({nfe for _, nfe in pictures})
+  labels = [name.replace("`", "").replace(", ", "\n") for name in rows]
+  height, width = np.max([picture.shape[:2] for picture in pictures.values()], axis=0) + 8
+  left, top = 36 * (1 + max(label.count("\n") for label in labels)), 40
+  centred = {"ha": "center", "va": "center", "multialignment": "center", "fontsize": 16}
+  size = np.array([left + width * len(nfes), top + height * len(rows)])
+  fig = plt.figure(figsize=size / _DPI, dpi=_DPI)
+  for x, nfe in enumerate(nfes):
+    at = (left + (x + 0.5) * width) / size[0], 1 - top / 2 / size[1]
+    fig.text(*at, f"NFE {nfe}", **centred)
+  for y, (name, label) in enumerate(zip(rows, labels, strict=True)):
+    at = left / 2 / size[0], 1 - (top + (y + 0.5) * height) / size[1]
+    fig.text(*at, label, rotation="vertical", **centred)
+    for x, nfe in enumerate(nfes):
+      if (name, nfe) in pictures:
+        fig.figimage(pictures[name, nfe], left + x * width, height * (len(rows) - 1 - y) + 8)
   save_figure(fig, path)
+
+
+def _shrunk(file: str) -> np.ndarray:
+  """The picture [H, W, 3] in a file, at a width of about 360 pixels if it is larger."""
+  with Image.open(io.BytesIO(epath.Path(file).read_bytes())) as image:
+    return np.asarray(image.convert("RGB").reduce(max(1, round(image.width / 360))))
