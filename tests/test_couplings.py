@@ -10,9 +10,15 @@ from sklearn import datasets
 from ism_jax import couplings
 
 OT = couplings.CouplingConfig(
-    coupling="ot", pool_size=1, epsilon=0.05, pairing="permutation", class_penalty=0.0,
-    max_iterations=500, threshold=1e-3, momentum=1.5,
-)  # fmt: skip
+  coupling="ot",
+  pool_size=1,
+  epsilon=0.05,
+  pairing="permutation",
+  class_penalty=0.0,
+  max_iterations=500,
+  threshold=1e-3,
+  momentum=1.5,
+)
 N = 512
 
 
@@ -166,12 +172,15 @@ def test_the_pairs_are_the_same_on_one_device_and_on_eight(pool):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"coupling": "hungarian"}, {"pairing": "argmax"}, {"pool_size": 0}, {"epsilon": 0.0},
-        {"class_penalty": -1.0},
-    ],
-)  # fmt: skip
+  "change",
+  [
+    {"coupling": "hungarian"},
+    {"pairing": "argmax"},
+    {"pool_size": 0},
+    {"epsilon": 0.0},
+    {"class_penalty": -1.0},
+  ],
+)
 def test_values_that_mean_nothing_are_refused(change):
   with pytest.raises(ValueError, match=next(iter(change))):
     dataclasses.replace(OT, **change)

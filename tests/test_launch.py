@@ -96,8 +96,12 @@ class Launch:
     """(exit code, stdout, stderr)"""
     done = subprocess.run(
       ["bash", str(self.root / "launch" / script), *arguments],
-      env=self.environment, cwd=self.folder, text=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+      env=self.environment,
+      cwd=self.folder,
+      text=True,
+      capture_output=True,
+      timeout=60,
+    )
     if check:
       assert done.returncode == 0, done.stderr
     return done.returncode, done.stdout, done.stderr
@@ -207,29 +211,39 @@ QUOTED_TRAIN = TRAIN_WORD.replace("'", r"'\''")
   [
     (
       ("create", "--spot"),
-      [f"{GCLOUD} queued-resources create ism --zone=z --project=p --accelerator-type=v6e-64 "
-       "--runtime-version=v2-alpha-tpuv6e --node-id=ism --spot"],
+      [
+        f"{GCLOUD} queued-resources create ism --zone=z --project=p --accelerator-type=v6e-64 "
+        "--runtime-version=v2-alpha-tpuv6e --node-id=ism --spot"
+      ],
     ),
     (
       ("create", "--slices=2", "--reserved"),
-      [f"{GCLOUD} queued-resources create ism --zone=z --project=p --accelerator-type=v6e-64 "
-       "--runtime-version=v2-alpha-tpuv6e --node-count=2 --node-prefix=ism --reserved"],
+      [
+        f"{GCLOUD} queued-resources create ism --zone=z --project=p --accelerator-type=v6e-64 "
+        "--runtime-version=v2-alpha-tpuv6e --node-count=2 --node-prefix=ism --reserved"
+      ],
     ),
     (
       ("wait",),
-      [f"{GCLOUD} queued-resources describe ism --zone=z --project=p "
-       "--format='value(state.state)'"],
+      [
+        f"{GCLOUD} queued-resources describe ism --zone=z --project=p --format='value(state.state)'"
+      ],
     ),
     (
       ("install",),
-      ["source launch/commands.sh; pack ism_jax.tar.gz",
-       f"{GCLOUD} tpu-vm scp ism_jax.tar.gz ism:ism_jax.tar.gz --zone=z --project=p --worker=all",
-       f"{GCLOUD} tpu-vm ssh ism --zone=z --project=p --worker=all --command='{INSTALL}'"],
+      [
+        "source launch/commands.sh; pack ism_jax.tar.gz",
+        f"{GCLOUD} tpu-vm scp ism_jax.tar.gz ism:ism_jax.tar.gz --zone=z --project=p --worker=all",
+        f"{GCLOUD} tpu-vm ssh ism --zone=z --project=p --worker=all --command='{INSTALL}'",
+      ],
     ),
     (
       ("run", "--slices=2", "--", *TRAIN),
-      [f"{GCLOUD} tpu-vm ssh ism-{i} --zone=z --project=p --worker=all "
-       f"--command='bash ism_jax/launch/worker.sh start {QUOTED_TRAIN}'" for i in (0, 1)],
+      [
+        f"{GCLOUD} tpu-vm ssh ism-{i} --zone=z --project=p --worker=all "
+        f"--command='bash ism_jax/launch/worker.sh start {QUOTED_TRAIN}'"
+        for i in (0, 1)
+      ],
     ),
     (
       ("status",),
@@ -237,20 +251,24 @@ QUOTED_TRAIN = TRAIN_WORD.replace("'", r"'\''")
     ),
     (
       ("logs", "--slices=3", "--slice=2", "--worker=7", "--lines=5"),
-      [f"{GCLOUD} tpu-vm ssh ism-2 --zone=z --project=p --worker=7 "
-       "--command='tail -n 5 ism_jax_run/log'"],
+      [
+        f"{GCLOUD} tpu-vm ssh ism-2 --zone=z --project=p --worker=7 "
+        "--command='tail -n 5 ism_jax_run/log'"
+      ],
     ),
     (
       ("stop",),
-      [f"{GCLOUD} tpu-vm ssh ism --zone=z --project=p --worker=all "
-       "--command='bash ism_jax/launch/worker.sh stop'"],
+      [
+        f"{GCLOUD} tpu-vm ssh ism --zone=z --project=p --worker=all "
+        "--command='bash ism_jax/launch/worker.sh stop'"
+      ],
     ),
     (
       ("delete",),
       [f"{GCLOUD} queued-resources delete ism --zone=z --project=p --force --quiet"],
     ),
   ],
-)  # fmt: skip
+)
 def test_a_dry_run_prints_what_the_real_one_does_for_a_tpu(launch, arguments, printed):
   options, dash, command = list(arguments), [], []
   if "--" in options:
@@ -264,8 +282,9 @@ def test_a_dry_run_prints_what_the_real_one_does_for_a_tpu(launch, arguments, pr
   # The words that a shell reads in these lines are those that gcloud has got. Slices are asked at
   # the same time, and the archive is in a folder of its own.
   expected = [shlex.split(line) for line in printed if line.startswith("gcloud")]
-  found = [[*call[:5], "ism_jax.tar.gz", *call[6:]] if "scp" in call else call
-           for call in launch.calls]  # fmt: skip
+  found = [
+    [*call[:5], "ism_jax.tar.gz", *call[6:]] if "scp" in call else call for call in launch.calls
+  ]
   assert sorted(found) == sorted(expected)
 
 
@@ -277,9 +296,16 @@ def test_the_command_arrives_at_the_machines_word_by_word(launch):
 
 def test_variables_stand_for_flags_and_more_flags_are_passed_on(project, tmp_path):
   launch = Launch(
-    project, tmp_path / "user", TPU_NAME="n", ZONE="z", PROJECT="p", ACCELERATOR_TYPE="v4-8",
-    RUNTIME_VERSION="r", CREATE_FLAGS="--internal-ips --network=n", SSH_FLAGS="--internal-ip",
-  )  # fmt: skip
+    project,
+    tmp_path / "user",
+    TPU_NAME="n",
+    ZONE="z",
+    PROJECT="p",
+    ACCELERATOR_TYPE="v4-8",
+    RUNTIME_VERSION="r",
+    CREATE_FLAGS="--internal-ips --network=n",
+    SSH_FLAGS="--internal-ip",
+  )
   launch("tpu.sh", "create")
   launch("tpu.sh", "logs")
   create, logs = launch.calls
@@ -323,11 +349,23 @@ def watch(launch, *, states, statuses, check=True):
 def test_watching_creates_installs_runs_and_restarts_after_a_preemption(launch):
   up = ["create", "scp", "idle", "start"]  # the second is of `install`
   code, verbs, said = watch(
-      launch,
-      states=["NONE", "ACCEPTED", "PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED",
-              "NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "ACTIVE"],
-      statuses=["idle", "h running", "idle", "h running", "h ended 0"],
-  )  # fmt: skip
+    launch,
+    states=[
+      "NONE",
+      "ACCEPTED",
+      "PROVISIONING",
+      "ACTIVE",
+      "ACTIVE",
+      "SUSPENDING",
+      "SUSPENDED",
+      "NONE",
+      "WAITING_FOR_RESOURCES",
+      "ACTIVE",
+      "ACTIVE",
+      "ACTIVE",
+    ],
+    statuses=["idle", "h running", "idle", "h running", "h ended 0"],
+  )
   assert code == 0 and verbs == [*up, "delete", *up]
   assert "ism is SUSPENDED" in said and "Training is done" in said
 
@@ -364,8 +402,14 @@ def test_a_dry_watch_prints_every_command_and_runs_none(launch):
   _, said, _ = launch("tpu.sh", "watch", *TPU, "--dry-run", "--", *TRAIN)
   lines = [line for line in said.splitlines() if not line.startswith("#")]
   assert [shlex.split(line)[4] for line in lines if line.startswith("gcloud")] == [
-    "describe", "delete", "create", "ssh", "scp", "ssh", "ssh"
-  ]  # fmt: skip
+    "describe",
+    "delete",
+    "create",
+    "ssh",
+    "scp",
+    "ssh",
+    "ssh",
+  ]
   assert launch.calls == []
 
 
@@ -376,20 +420,29 @@ XPK = "--cluster=c --zone=z --project=p"
   ("arguments", "printed"),
   [
     (
-      ("create", "--workload=w", "--tpu-type=v6e-64", "--slices=2", "--priority=high", "--",
-       *TRAIN),
-      ["source launch/commands.sh; pack ism_jax.tar.gz",
-       "mkdir ism_jax",
-       "tar -xzf ism_jax.tar.gz -C ism_jax",
-       f"xpk workload create {XPK} --workload=w --tpu-type=v6e-64 --num-slices=2 "
-       "--base-docker-image=python:3.12 --script-dir=ism_jax --max-restarts=100 "
-       "--termination-grace-period-seconds=600 --priority=high "
-       f"--command='exec bash launch/worker.sh run {QUOTED_TRAIN}'"],
+      (
+        "create",
+        "--workload=w",
+        "--tpu-type=v6e-64",
+        "--slices=2",
+        "--priority=high",
+        "--",
+        *TRAIN,
+      ),
+      [
+        "source launch/commands.sh; pack ism_jax.tar.gz",
+        "mkdir ism_jax",
+        "tar -xzf ism_jax.tar.gz -C ism_jax",
+        f"xpk workload create {XPK} --workload=w --tpu-type=v6e-64 --num-slices=2 "
+        "--base-docker-image=python:3.12 --script-dir=ism_jax --max-restarts=100 "
+        "--termination-grace-period-seconds=600 --priority=high "
+        f"--command='exec bash launch/worker.sh run {QUOTED_TRAIN}'",
+      ],
     ),
     (("list",), [f"xpk workload list {XPK}"]),
     (("delete", "--workload=w"), [f"xpk workload delete {XPK} --workload=w"]),
   ],
-)  # fmt: skip
+)
 def test_a_dry_run_prints_what_the_real_one_does_on_gke(launch, arguments, printed):
   at = ("--cluster=c", *AT)
   _, said, _ = launch("gke.sh", arguments[0], *at, "--dry-run", *arguments[1:])
@@ -411,9 +464,7 @@ def test_slurm_gets_one_process_per_gpu_that_saves_and_is_queued_again(launch, p
     f"--time=24:00:00 --comment='a b' '{project}/launch/slurm.sh' job -- {TRAIN_WORD}",
   ]
   _, said, _ = launch("slurm.sh", "stop", "--dry-run", "12")
-  assert said.splitlines() == [
-    "scontrol update JobId=12 Requeue=0", "scancel --signal=TERM 12"
-  ]  # fmt: skip
+  assert said.splitlines() == ["scontrol update JobId=12 Requeue=0", "scancel --signal=TERM 12"]
   assert launch.calls == []
 
 
@@ -427,9 +478,10 @@ def test_a_slurm_job_is_queued_again_only_after_sigterm(
   shutil.copy(project / "launch" / "slurm.sh", copied)
   launch.answer("srun", f"code {code}")
   done = subprocess.run(
-    ["bash", str(copied), "job", "--", *TRAIN], cwd=project,
+    ["bash", str(copied), "job", "--", *TRAIN],
+    cwd=project,
     env=launch.environment | {"SLURM_JOB_ID": "7"},
-  )  # fmt: skip
+  )
   assert done.returncode == code
   again = [["scontrol", "requeue", "7"]] if queued_again else []
   assert launch.calls == [["srun", "--kill-on-bad-exit=0", *TRAIN], *again]
@@ -450,8 +502,10 @@ def test_a_gpu_machine_prints_its_flags_and_command(launch):
 @pytest.mark.parametrize(
   ("words", "message"),
   [
-    (("tpu.sh", "create", "--zone=z"),
-     "not given: TPU_NAME PROJECT ACCELERATOR_TYPE RUNTIME_VERSION."),
+    (
+      ("tpu.sh", "create", "--zone=z"),
+      "not given: TPU_NAME PROJECT ACCELERATOR_TYPE RUNTIME_VERSION.",
+    ),
     (("tpu.sh", "delete", "--name=n"), "not given: ZONE PROJECT."),
     (("tpu.sh", "begin", *TPU), "begin is not among create, wait, install"),
     (("tpu.sh",), "no command is not among create, wait, install"),
@@ -460,8 +514,10 @@ def test_a_gpu_machine_prints_its_flags_and_command(launch):
     (("tpu.sh", "logs", *TPU, "--slice=1"), "--slice=1 is not one of 1, which are counted from 0"),
     (("tpu.sh", "run", *TPU), "the training command is missing behind --"),
     (("tpu.sh", "delete", *TPU, "--", "python"), "delete takes no training command"),
-    (("gke.sh", "create", "--zone=z", "--", *TRAIN),
-     "not given: CLUSTER PROJECT WORKLOAD TPU_TYPE."),
+    (
+      ("gke.sh", "create", "--zone=z", "--", *TRAIN),
+      "not given: CLUSTER PROJECT WORKLOAD TPU_TYPE.",
+    ),
     (("gke.sh", "list", "--cluster=c", *AT, "--all"), "--all : list does not take that"),
     (("gke.sh", "start"), "start is not among create, list and delete"),
     (("slurm.sh", "submit", "--nodes=2", "--", *TRAIN), "submit needs --nodes=N and --gpus"),
@@ -470,7 +526,7 @@ def test_a_gpu_machine_prints_its_flags_and_command(launch):
     (("gpu.sh",), "no command behind --"),
     (("gpu.sh", "--fast", "--", *TRAIN), "--fast is unknown"),
   ],
-)  # fmt: skip
+)
 def test_what_is_missing_or_wrong_is_an_error_that_names_it(launch, words, message):
   code, _, said = launch(*words, check=False)
   assert code == 2 and f"Error: {message}" in said
@@ -482,11 +538,13 @@ def test_what_is_missing_or_wrong_is_an_error_that_names_it(launch, words, messa
   [
     (("tpu.sh", "create", *TPU), "gcloud is not installed: see https://cloud.google.com/sdk"),
     (("gke.sh", "list", "--cluster=c", *AT), "xpk is not installed: pip install xpk"),
-    (("slurm.sh", "submit", "--nodes=1", "--gpus-per-node=1", "--", *TRAIN),
-     "sbatch is not installed: run this where jobs are handed in"),
+    (
+      ("slurm.sh", "submit", "--nodes=1", "--gpus-per-node=1", "--", *TRAIN),
+      "sbatch is not installed: run this where jobs are handed in",
+    ),
     (("gpu.sh", "--", *TRAIN), "nvidia-smi is not installed: install NVIDIA's driver"),
   ],
-)  # fmt: skip
+)
 def test_without_its_tool_a_real_run_says_what_to_install_and_a_dry_one_works(
   project, tmp_path, words, message
 ):
@@ -581,10 +639,19 @@ def test_in_the_foreground_the_command_takes_the_place_of_the_shell(worker, tmp_
   """So SIGTERM to the process that was started reaches training, as xpk needs it."""
   saved = tmp_path / "saved"
   process = subprocess.Popen(
-    ["bash", str(worker.root / "launch/worker.sh"), "run", "python", "-c", SAVES_ON_SIGTERM,
-     str(saved)],
-    env=worker.environment, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    [
+      "bash",
+      str(worker.root / "launch/worker.sh"),
+      "run",
+      "python",
+      "-c",
+      SAVES_ON_SIGTERM,
+      str(saved),
+    ],
+    env=worker.environment,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
   assert process.stdout.readline() == "begun\n"
   process.terminate()
   process.communicate(timeout=20)

@@ -7,8 +7,11 @@ import pytest
 from ism_jax import experiment, model
 
 PUBLISHED = {  # million parameters of SiT-*/2 (Ma et al. 2024, Table 1)
-    "SiT-S/2": 33, "SiT-B/2": 130, "SiT-L/2": 458, "SiT-XL/2": 675,
-}  # fmt: skip
+  "SiT-S/2": 33,
+  "SiT-B/2": 130,
+  "SiT-L/2": 458,
+  "SiT-XL/2": 675,
+}
 
 
 def config(**changes):

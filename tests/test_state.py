@@ -9,9 +9,15 @@ import pytest
 from ism_jax import state
 
 ADAM = state.OptimizerConfig(
-    learning_rate=0.1, schedule="constant", warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8,
-    weight_decay=0.0, clip_norm=0.0,
-)  # fmt: skip
+  learning_rate=0.1,
+  schedule="constant",
+  warmup_steps=0,
+  b1=0.9,
+  b2=0.999,
+  eps=1e-8,
+  weight_decay=0.0,
+  clip_norm=0.0,
+)
 EMA = state.EmaConfig(inference_decay=0.9, target_decay=0.5, warmup=False)
 
 

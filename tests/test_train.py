@@ -73,8 +73,17 @@ def test_a_run_leaves_checkpoints_metrics_and_events(run):
   assert state.step == 8
   assert [e["step"] for e in entries(workdir)] == [4, 8]
   last = entries(workdir)[-1]
-  for name in ("loss", "velocity", "guidance", "consistency", "gradient_norm", "data_wait",
-               "steps_per_second", "coupling/attained_gain", "coupling/class_shift"):  # fmt: skip
+  for name in (
+    "loss",
+    "velocity",
+    "guidance",
+    "consistency",
+    "gradient_norm",
+    "data_wait",
+    "steps_per_second",
+    "coupling/attained_gain",
+    "coupling/class_shift",
+  ):
     assert np.isfinite(last[name]), name
   np.testing.assert_allclose(
     last["loss"], last["velocity"] + last["guidance"] + last["consistency"], rtol=1e-5
@@ -102,9 +111,15 @@ def test_a_run_is_watched_while_it_trains(run, tmp_path, one_device):
   # The numbers and the grid of the last step are those of the final state's samples.
   exp = experiment.parse(config)
   images, labels = draw_samples(
-      exp, sharding.data_mesh(one_device), state.ema,
-      num_images=30, steps=2, w=config.monitor.w, seed=0, batch_size=30,
-  )  # fmt: skip
+    exp,
+    sharding.data_mesh(one_device),
+    state.ema,
+    num_images=30,
+    steps=2,
+    w=config.monitor.w,
+    seed=0,
+    batch_size=30,
+  )
   with pytest.warns(UserWarning, match="30 samples"):
     expected = reference.Reference(exp, sharding.data_mesh(one_device)).score(images, labels)
   for name in ("frechet_distance", "accuracy"):

@@ -32,9 +32,16 @@ def test_the_scale_that_a_jump_was_built_with_is_found(key, d, t_interval):
   c = jnp.arange(16) % NULL
   compounds = lambda d: 1.5 ** paths.level(d)
   scale, residual = diagnosis.effective_scale(
-      network(compounds, t_interval), x0, x1, c, jax.random.key(1),
-      d=d, w=0.5, null_class=NULL, t_interval=t_interval,
-  )  # fmt: skip
+    network(compounds, t_interval),
+    x0,
+    x1,
+    c,
+    jax.random.key(1),
+    d=d,
+    w=0.5,
+    null_class=NULL,
+    t_interval=t_interval,
+  )
   np.testing.assert_allclose(scale, 1.5 ** (np.log2(d) + 7), rtol=0.01)
   assert residual < 1e-4
 

@@ -29,8 +29,9 @@ def steps(first, count, rng_seed=0):
 
 def entries(workdir):
   lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  return [{k: v for k, v in line.items() if k not in ("steps_per_second", "data_wait")}
-          for line in lines]  # fmt: skip
+  return [
+    {k: v for k, v in line.items() if k not in ("steps_per_second", "data_wait")} for line in lines
+  ]
 
 
 def write(workdir, calls, *, start=0, state=None, total=12, every=4):

@@ -175,11 +175,18 @@ def test_an_error_of_a_single_process_stays_what_it_is():
     raise ValueError("mine")
 
 
-SMALL = ("--config.batch_size=64", "--config.scan_steps=2", "--config.optimizer.warmup_steps=2",
-         "--config.optimizer.schedule=constant",  # so that runs of any length compile once
-         "--config.coupling.max_iterations=10",  # each is a collective over loopback
-         "--config.log.every=4", "--config.log.gradients_every=0", "--config.monitor.every=0",
-         "--config.checkpoint.keep_every=8", "--config.placement=sharded")  # fmt: skip
+SMALL = (
+  "--config.batch_size=64",
+  "--config.scan_steps=2",
+  "--config.optimizer.warmup_steps=2",
+  "--config.optimizer.schedule=constant",  # so that runs of any length compile once
+  "--config.coupling.max_iterations=10",  # each is a collective over loopback
+  "--config.log.every=4",
+  "--config.log.gradients_every=0",
+  "--config.monitor.every=0",
+  "--config.checkpoint.keep_every=8",
+  "--config.placement=sharded",
+)
 # A command that joins as main does; what process i of n then does is appended.
 WORKER = """
 import os, signal, sys, time
@@ -247,8 +254,9 @@ class Processes:
 
 
 def train(environment, folder, work, *arguments):
-  return Processes(environment, folder, "--config=configs/digits.py", *SMALL, f"--workdir={work}",
-                   *arguments)  # fmt: skip
+  return Processes(
+    environment, folder, "--config=configs/digits.py", *SMALL, f"--workdir={work}", *arguments
+  )
 
 
 def saved_state(work, step):
@@ -320,9 +328,16 @@ def test_two_processes_killed_and_continued_are_the_same_run(killed, whole):
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_are_one_of_eight(environment, tmp_path, whole):
-  command = [sys.executable, "-m", "ism_jax.main", "--config=configs/digits.py", *SMALL,
-             "--config.steps=8", "--config.placement=replicated",
-             f"--workdir={tmp_path}"]  # fmt: skip
+  command = [
+    sys.executable,
+    "-m",
+    "ism_jax.main",
+    "--config=configs/digits.py",
+    *SMALL,
+    "--config.steps=8",
+    "--config.placement=replicated",
+    f"--workdir={tmp_path}",
+  ]
   subprocess.run(command, cwd=ROOT, env=environment | {"JAX_NUM_CPU_DEVICES": "8"}, check=True)
   actual, expected = saved_state(whole, 8), saved_state(tmp_path, 8)
   names = [name for name in expected if "params" in name or "ema" in name]
@@ -336,8 +351,12 @@ def test_two_processes_of_four_devices_are_one_of_eight(environment, tmp_path, w
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(environment, tmp_path, whole):
-  evaluate = ("--mode=evaluate", "--config.evaluation.num_images=100",
-              "--config.evaluation.steps=(1,)", "--config.evaluation.w=(0.5,)")  # fmt: skip
+  evaluate = (
+    "--mode=evaluate",
+    "--config.evaluation.num_images=100",
+    "--config.evaluation.steps=(1,)",
+    "--config.evaluation.w=(0.5,)",
+  )
   two, one = tmp_path / "two", tmp_path / "one"
   for work in (two, one):
     shutil.copytree(whole, work)
@@ -372,9 +391,16 @@ app.run(benchmark.main, flags_parser=commands.parse_flags)
 @pytest.mark.slow
 def test_two_processes_are_one_benchmark_of_a_variant_that_does_not_pair(environment, tmp_path):
   out = tmp_path / "out"
-  arguments = ("--config=configs/digits.py:sm", *SMALL, "--config.model.unroll=1",
-               "--config.batch_size=16", "--config.sample.batch_size=8", "--repeats=1",
-               "--config.coupling.pool_size=2", f"--out={out}")  # fmt: skip
+  arguments = (
+    "--config=configs/digits.py:sm",
+    *SMALL,
+    "--config.model.unroll=1",
+    "--config.batch_size=16",
+    "--config.sample.batch_size=8",
+    "--repeats=1",
+    "--config.coupling.pool_size=2",
+    f"--out={out}",
+  )
   two_devices = environment | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   with Processes(two_devices, tmp_path, *arguments, command=("-c", BENCHMARK)) as run:
     assert run.finish() == [0, 0], run.said()
@@ -401,9 +427,12 @@ def test_sigterm_to_one_process_makes_both_save_the_same_step_and_leave(environm
 @pytest.mark.slow
 def test_an_error_of_training_in_one_process_ends_both(environment, tmp_path):
   with Processes(
-    environment, tmp_path, "--config=configs/digits.py", *SMALL,
+    environment,
+    tmp_path,
+    "--config=configs/digits.py",
+    *SMALL,
     (f"--workdir={tmp_path / 'work'}", "--workdir=/proc/nowhere"),
-  ) as run:  # fmt: skip
+  ) as run:
     assert run.finish(60) == [1, 1]
     said = run.said()
   for text in said:
@@ -458,8 +487,11 @@ def test_processes_that_do_not_meet_say_so(environment, tmp_path):
   elsewhere = f"--coordinator=127.0.0.1:{free_port()}"
   process = subprocess.Popen(
     [sys.executable, "-c", script, elsewhere, "--processes=2", "--process=1"],
-    cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    cwd=ROOT,
+    env=environment,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   _, said = process.communicate(timeout=60)
   assert process.returncode == 1
   assert said.splitlines()[-1].startswith("Error: process 1 has waited 4 s for 2 processes to meet")
