@@ -59,7 +59,7 @@ quoted() {
     flag=""
     case "${word%%=*}" in
       "$word" | *[!A-Za-z0-9_.-]*) ;;
-      # Of a flag the value alone, so that the line stays easy to read.
+      # Only the value of a flag, so that the line stays easy to read.
       --*) flag="${word%%=*}=" word="${word#*=}" ;;
     esac
     case "$word" in

@@ -5,7 +5,7 @@
 #     python -m ism_jax train --config=configs/imagenet256.py --config.data.dir=LATENTS \
 #       --workdir=W
 #
-# One process drives all GPUs of the machine, as JAX does without being told: images are read once,
+# One process drives all GPUs of the machine, which is what JAX does by default: images are read once,
 # and nothing has to find anything. For several machines there is slurm.sh. SIGTERM (or Ctrl-C for
 # less patience) reaches the command itself; run again, it continues.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What tpu.sh and gke.sh have a TPU's machines do; works by hand on one of them too:
+# What tpu.sh and gke.sh run on a TPU's machines; it can also be run on one of them by hand:
 #
 #   bash launch/worker.sh install            makes the environment
 #   bash launch/worker.sh run COMMAND ...    in it, in the foreground, e.g. python -m ism_jax train ...
