@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from ism_jax.runtime import commands, multihost
 
-ARGUMENTS = "overrides of the checkpoint's config"
+ARGUMENTS = "without --config, --config.KEY=VALUE of the checkpoint's config"
 MODES = ("train", "evaluate", "sample")
 
 

@@ -48,7 +48,10 @@ def run(command, argv: list[str] | None = None, **options) -> None:
 
 def describe(command, names: list[str]) -> str:
   """The help of a command: its docstring, its own flags in their order, and absl's after them."""
-  lines = [(command.__doc__ or "").strip(), "", "Flags:"]
+  lines = [command.__doc__.strip(), ""]
+  if hasattr(command, "ARGUMENTS"):
+    lines += [f"Arguments: {command.ARGUMENTS}", ""]
+  lines += ["Flags:"]
   for name in names:
     flag = flags.FLAGS[name]
     if name != flag.name:  # a short name
