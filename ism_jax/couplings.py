@@ -37,8 +37,8 @@ class CouplingConfig:
       (the paper's), and each class then sees a skewed part of the noise.
     max_iterations: of Sinkhorn.
     threshold: of Sinkhorn: l1 error of a marginal (total mass 1). The pairs hardly gain from a
-      tight one: on digits 1e-3 attains 99.5 % of the optimal gain, and 1e-2, in a fifth of the
-      iterations, 99.4 %.
+      tight one: on 60 pools of digits, 1e-3 takes 238 iterations (63 % converge, the rest stop at
+      300) and attains a gain of 0.9942, and 1e-2 takes 53.5 (all converge) for 0.9927.
     momentum: over-relaxation of Sinkhorn's updates; 1 is none.
   """
 
@@ -75,7 +75,10 @@ def take_rows(x, indices):
 
 
 def transport_cost(x1, x0, dot_rows=dot_rows):
-  """-<x1_i, x0_j> for x1, x0 [N, D]: [N, N], the squared distance but for row and column terms."""
+  """E10: cost -<x1_i, x0_j> over the pool of K M, [N, N] for x1, x0 [N, D].
+
+  It is half the squared distance, but for row and column terms.
+  """
   return -dot_rows(x1, x0)
 
 
@@ -92,7 +95,7 @@ def crossing_penalty(c, penalty):
 
 
 def sinkhorn_plan(cost, cfg: CouplingConfig, deviation):
-  """Entropic plan between uniform marginals.
+  """E11: log P = (f_i + g_j - C_ij) / (eps * deviation), the plan between uniform marginals.
 
   Returns:
     (log_plan [N, N], whose exponential sums to 1; column potential g [N]; converged; iterations)
@@ -112,7 +115,7 @@ def sinkhorn_plan(cost, cfg: CouplingConfig, deviation):
 
 
 def greedy_permutation(score):
-  """A permutation [N] that follows large scores [N, N]: row i is given column permutation[i].
+  """E12: a permutation [N] that follows log P [N, N]: row i is given column permutation[i].
 
   In rounds: each free row asks for its best free column, and a column that is asked goes to the row
   that scores it highest. Every round assigns at least one pair, so it ends with a permutation.

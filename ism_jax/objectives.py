@@ -229,7 +229,7 @@ def in_one_call(velocity, *inputs):
   return jnp.split(s, np.cumsum(sizes)[:-1])
 
 
-def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, c, cfg, null_class):
+def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class):
   """What the network must predict for each row, [B, H, W, C]; gradients are stopped.
 
   E5: v for the velocity rows. E6 for the guidance rows, E7 for the consistency rows.
@@ -240,16 +240,15 @@ def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, c, cfg, null_cl
     x0: [B, H, W, C] noise.
     x1: [B, H, W, C] images.
     x_t: [B, H, W, C] states on the paths between them.
-    conditions: of each row.
-    c: [B] labels before dropout.
+    conditions: of each row. Labels of guidance rows are never dropped.
     cfg: the ObjectiveConfig.
     null_class: label of "no class".
   """
-  rows = deal_rows(len(c), cfg.shares)
+  rows = deal_rows(len(x_t), cfg.shares)
   x_g, guided = x_t[rows.guidance], Conditions(*(a[rows.guidance] for a in conditions))
   x_c, jump = x_t[rows.consistency], Conditions(*(a[rows.consistency] for a in conditions))
   zero, null = jnp.zeros(len(x_g)), jnp.full(len(x_g), null_class)
-  cond = (x_g, guided.t, c[rows.guidance], zero, zero)
+  cond = (x_g, guided.t, guided.c, zero, zero)
   uncond = (x_g, guided.t, null, zero, zero)
   half_jump = (x_c, *jump._replace(d=paths.halve(jump.d)))
   s_target = s_ema
@@ -277,7 +276,6 @@ def losses(
   s_ema,
   x0,
   x1,
-  c,
   conditions: Conditions,
   cfg: ObjectiveConfig,
   wavelet_cfg: wavelets.WaveletConfig,
@@ -295,7 +293,6 @@ def losses(
     s_ema: velocity function of the target EMA.
     x0: [B, H, W, C] noise.
     x1: [B, H, W, C] images.
-    c: [B] labels.
     conditions: of each row.
     cfg: the losses.
     wavelet_cfg: their distances.
@@ -309,9 +306,9 @@ def losses(
     two losses have d = 0 only.)
   """
   weights = cfg.weights if weights is None else weights
-  rows = deal_rows(len(c), cfg.shares)
+  rows = deal_rows(len(x0), cfg.shares)
   x_t = paths.interpolate(x0, x1, conditions.t)
-  y = regression_targets(s_online, s_ema, x0, x1, x_t, conditions, c, cfg, null_class)
+  y = regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class)
   # A network with fixed guidance has no input w: see `guidance.fixed`.
   w = conditions.w if cfg.intrinsic else jnp.zeros_like(conditions.w)
   error = s_online(x_t, *conditions._replace(w=w)) - y

@@ -42,7 +42,7 @@ def base_keys(seed: int) -> Keys:
 
 
 def gradient_function(exp: Experiment, mesh) -> Callable:
-  """gradient(params, target_params, x0, x1, c, conditions, weights=None) of the global batch.
+  """gradient(params, target_params, x0, x1, conditions, weights=None) of the global batch.
 
   Returns:
     A function to ((loss, parts), gradient), all replicated. Rows [M, ...] may live anywhere; they
@@ -50,13 +50,12 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
   """
   network = exp.network()
 
-  def share_of_loss(params, target_params, weights, x0, x1, c, conditions):
+  def share_of_loss(params, target_params, weights, x0, x1, conditions):
     return objectives.losses(
       model_lib.velocity_function(network, params),
       model_lib.velocity_function(network, target_params),
       x0,
       x1,
-      c,
       conditions,
       cfg=exp.objective,
       wavelet_cfg=exp.wavelet,
@@ -86,11 +85,11 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
     return jax.lax.psum(total, AXIS)
 
   whole, rows = P(), P(AXIS)
-  in_specs = (whole, whole, whole, rows, rows, rows, rows)
+  in_specs = (whole, whole, whole, rows, rows, rows)
   sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole)
 
-  def gradient(params, target_params, x0, x1, c, conditions, weights=None):
-    return sharded(params, target_params, weights, x0, x1, c, conditions)
+  def gradient(params, target_params, x0, x1, conditions, weights=None):
+    return sharded(params, target_params, weights, x0, x1, conditions)
 
   return gradient
 
@@ -106,7 +105,7 @@ def gradient_norms_function(exp: Experiment, mesh) -> Callable:
   def gradient_norms(state, pool, keys: Keys, index):
     batch = jax.tree.map(lambda a: a[index], pool)
     conditions = draw_conditions(exp, state, batch, keys)
-    rows = (batch["x0"], batch["x1"], batch["c"], conditions)
+    rows = (batch["x0"], batch["x1"], conditions)
 
     def norm(weights):
       _, grad = gradient(state.params, state.target_ema, *rows, weights)
@@ -289,7 +288,7 @@ def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
   def train_step(state, batch, keys: Keys):
     conditions = draw_conditions(exp, state, batch, keys)
     (loss, parts), grad = gradient(
-      state.params, state.target_ema, batch["x0"], batch["x1"], batch["c"], conditions
+      state.params, state.target_ema, batch["x0"], batch["x1"], conditions
     )
     state = apply(state, grad)
     norms = {

@@ -32,7 +32,7 @@ def problem(micro_batches=1, **objective):
   x0, x1 = (jax.random.normal(k, (128, *exp.image_shape)) for k in keys[3:5])
   c = jnp.arange(128) % 10
   conditions = objectives.draw_conditions(keys[5], c, exp.objective, exp.null_class)
-  return exp, (online, target, x0, x1, c, conditions)
+  return exp, (online, target, x0, x1, conditions)
 
 
 def gradient_and_loss(devices, micro_batches, **objective):
@@ -95,7 +95,8 @@ def test_target_parameters_in_the_guidance_pair_change_the_gradient(reference):
 
 def test_the_gradient_norm_of_each_loss_is_that_of_its_loss():
   """Weighted, on 8 devices, against the gradient of each part without any mesh."""
-  exp, (online, target, x0, x1, c, _) = problem(alpha=2.0, gamma=3.0)
+  exp, (online, target, x0, x1, _) = problem(alpha=2.0, gamma=3.0)
+  c = jnp.arange(128) % 10
   mesh, keys = sharding.data_mesh(), steps.base_keys(0)
   state = state_lib.TrainState(jnp.int32(5), online, None, online, target)
   pool = {name: jnp.stack([jnp.zeros_like(a), a]) for name, a in (("x0", x0), ("x1", x1))}
@@ -109,9 +110,7 @@ def test_the_gradient_norm_of_each_loss_is_that_of_its_loss():
   @jax.jit
   @jax.jacrev
   def parts(params):
-    _, parts = objectives.losses(
-      velocity(params), velocity(target), x0, x1, c, conditions, *settings
-    )
+    _, parts = objectives.losses(velocity(params), velocity(target), x0, x1, conditions, *settings)
     return {name: parts[name] for name in ("velocity", "guidance", "consistency")}
 
   expected = {name: optax.tree.norm(tree) for name, tree in parts(online).items()}

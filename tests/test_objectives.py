@@ -116,7 +116,7 @@ def test_ism_targets_are_their_equations_in_numpy(parameters, clip):
   online, ema = toy(1.0), toy(0.6)
   x0, x1, c, conditions = draw(64, cfg)
   x_t = paths.interpolate(x0, x1, conditions.t)
-  y = objectives.regression_targets(online, ema, x0, x1, x_t, conditions, c, cfg, NULL)
+  y = objectives.regression_targets(online, ema, x0, x1, x_t, conditions, cfg, NULL)
   e = lambda a: a.reshape(-1, 1, 1, 1)
   x_t, expected = np.asarray(x_t), np.array(x1 - x0)
   _velocity, guidance, consistency = objectives.deal_rows(64, cfg.shares)
@@ -182,7 +182,7 @@ def test_all_switches_off_is_shortcut_models(variant):
   cfg = exp.objective
   x0, x1, c, conditions = draw(512, cfg, seed=3)
   online, ema = toy(1.0), toy(2.5)  # large enough that the clipping at 4 matters
-  loss, _ = objectives.losses(online, ema, x0, x1, c, conditions, cfg, exp.wavelet, NULL, 512)
+  loss, _ = objectives.losses(online, ema, x0, x1, conditions, cfg, exp.wavelet, NULL, 512)
   rows = objectives.deal_rows(512, cfg.shares)
   expected = sm_loss_in_numpy(online, ema, x0, x1, c, conditions, rows, variant == "sm_compounding")
   np.testing.assert_allclose(loss, expected, rtol=1e-4)
@@ -192,8 +192,8 @@ def test_all_switches_off_is_shortcut_models(variant):
 
 def test_each_loss_is_a_mean_over_its_rows_times_its_weight():
   cfg = dataclasses.replace(ISM.objective, alpha=2.0, beta=3.0, gamma=5.0)
-  x0, x1, c, conditions = draw(64, cfg)
-  args = (toy(1.0), toy(0.6), x0, x1, c, conditions)
+  x0, x1, _, conditions = draw(64, cfg)
+  args = (toy(1.0), toy(0.6), x0, x1, conditions)
   loss, parts = objectives.losses(*args, cfg, ISM.wavelet, NULL, 64)
   np.testing.assert_allclose(
     loss, 2 * parts["velocity"] + 3 * parts["guidance"] + 5 * parts["consistency"], rtol=1e-6
@@ -205,12 +205,12 @@ def test_each_loss_is_a_mean_over_its_rows_times_its_weight():
 
 
 def test_no_gradient_flows_through_a_target():
-  x0, x1, c, conditions = draw(64, ISM.objective)
+  x0, x1, _, conditions = draw(64, ISM.objective)
   x_t = paths.interpolate(x0, x1, conditions.t)
 
   def total(scale):
     y = objectives.regression_targets(
-      toy(scale), toy(scale), x0, x1, x_t, conditions, c, ISM.objective, NULL
+      toy(scale), toy(scale), x0, x1, x_t, conditions, ISM.objective, NULL
     )
     return jnp.sum(y**2)
 
@@ -243,10 +243,10 @@ def test_the_consistency_loss_is_the_mean_of_its_jumps(key):
   conditions = objectives.draw_conditions(jax.random.key(1), c, cfg, NULL)
   velocity = lambda x, t, c, d, w: x * paths.expand(t + d, x)
   rest = (cfg, ISM.wavelet, NULL, 256)
-  _, parts = objectives.losses(velocity, velocity, x0, x1, c, conditions, *rest)
+  _, parts = objectives.losses(velocity, velocity, x0, x1, conditions, *rest)
   rows = objectives.deal_rows(256, cfg.shares).consistency
   x_t = paths.interpolate(x0, x1, conditions.t)
-  y = objectives.regression_targets(velocity, velocity, x0, x1, x_t, conditions, c, cfg, NULL)
+  y = objectives.regression_targets(velocity, velocity, x0, x1, x_t, conditions, cfg, NULL)
   e = velocity(x_t, conditions.t, c, conditions.d, conditions.w) - y
   distances = np.asarray(wavelets.distance(e[rows], ISM.wavelet, "consistency"))
   sums, counts = np.zeros(7), np.zeros(7)

@@ -231,7 +231,7 @@ def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
 
   gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
   return {
-    ("part", name): functools.partial(gradient, 1.0, cfg, x0, x1, c, conditions)
+    ("part", name): functools.partial(gradient, 1.0, cfg, x0, x1, conditions)
     for name, cfg in ((SQUARES, squares(exp)), (WAVELETS, exp.wavelet))
   }
 

@@ -35,7 +35,7 @@ def gradient(exp):
   labels, params = shaped((n,), jnp.int32), abstract_parameters(exp)
   conditions = objectives.Conditions(numbers, labels, numbers, numbers)
   function = steps.gradient_function(exp, sharding.data_mesh(jax.devices()[:1]))
-  return jax.jit(function), [params, params, images, images, labels, conditions]
+  return jax.jit(function), [params, params, images, images, conditions]
 
 
 def abstract_parameters(exp):
@@ -119,7 +119,7 @@ def test_the_calls_without_gradient_are_those_that_the_losses_make(variant):
   def losses(x, t, c):
     conditions = objectives.Conditions(t, c, t, t)
     return objectives.losses(
-      velocity, velocity, x, x, c, conditions, exp.objective, exp.wavelet, exp.null_class, n
+      velocity, velocity, x, x, conditions, exp.objective, exp.wavelet, exp.null_class, n
     )
 
   jax.eval_shape(losses, jnp.zeros((n, *exp.image_shape)), jnp.zeros(n), jnp.zeros(n, int))
