@@ -19,7 +19,6 @@ from huggingface_hub import snapshot_download
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from ism_jax import experiment as experiment_lib
 from ism_jax import generate, paths, restore, sampling, train
@@ -30,8 +29,7 @@ from ism_jax.pretrained import sit
 from ism_jax.pretrained.weights import cause_of
 from ism_jax.runtime import commands, sharding
 
-_LETTERS = 14  # pixels
-_PAPER, _INK = 255, 0
+picture = generate.picture
 
 
 @functools.cache
@@ -276,41 +274,3 @@ def _one_each(name, values, n) -> np.ndarray:
   if values.ndim > 1:
     raise ValueError(f"{name} has shape {values.shape}; needed is a number, or [{n}].")
   return np.broadcast_to(values, (n,))
-
-
-def picture(images, *, enlarge: int = 1, columns: int = 10) -> Image.Image:
-  """Images side by side, which a notebook shows and `save` writes.
-
-  Args:
-    images: uint8 [N, H, W, 1 or 3], in rows of `columns`; or {caption: images}, a row each.
-    enlarge: pixels of the picture per image pixel.
-  """
-  if not isinstance(images, dict):
-    images = np.asarray(images)
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    captions = [""] * len(rows)
-  else:
-    rows, captions = [np.asarray(row) for row in images.values()], [str(name) for name in images]
-  if wrong := [row for row in rows if row.ndim != 4 or row.dtype != np.uint8]:
-    raise ValueError(
-      f"images are {wrong[0].dtype} {wrong[0].shape}; needed are uint8 [N, H, W, C], as of "
-      "Model.sample."
-    )
-  sizes = sorted({row.shape[1:3] for row in rows})
-  if len(sizes) != 1:
-    raise ValueError(f"images of one size are needed; given are {sizes}.")
-  font = ImageFont.load_default(_LETTERS)
-  margin = max(round(font.getlength(caption)) for caption in captions)
-  margin += _LETTERS if margin else 0
-  gap = max(2, enlarge // 2)  # between images
-  height, width = (n * enlarge + gap for n in rows[0].shape[1:3])
-  size = margin + width * max(map(len, rows)) - gap, height * len(rows) - gap
-  paper = Image.new("RGB", size, (_PAPER,) * 3)
-  draw = ImageDraw.Draw(paper)
-  for i, (caption, row) in enumerate(zip(captions, rows, strict=True)):
-    draw.text((0, i * height + (height - gap) // 2), caption, (_INK,) * 3, font, anchor="lm")
-    for j, image in enumerate(row):
-      tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-      tile = tile.resize((width - gap, height - gap), Image.Resampling.NEAREST)
-      paper.paste(tile, (margin + j * width, i * height))
-  return paper

@@ -52,10 +52,9 @@ class CouplingConfig:
   momentum: float
 
   def __post_init__(self):
-    if self.coupling not in COUPLINGS:
-      raise ValueError(f"coupling={self.coupling!r} is unknown; known are {', '.join(COUPLINGS)}.")
-    if self.pairing not in PAIRINGS:
-      raise ValueError(f"pairing={self.pairing!r} is unknown; known are {', '.join(PAIRINGS)}.")
+    for name, known in (("coupling", COUPLINGS), ("pairing", PAIRINGS)):
+      if (value := getattr(self, name)) not in known:
+        raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(known)}.")
     if self.pool_size < 1:
       raise ValueError(f"pool_size={self.pool_size}: a pool needs at least one batch.")
     if self.epsilon <= 0:
@@ -197,8 +196,6 @@ def pair(
     x1: [N, ...] images.
     c: [N] int, the class of each image.
     key: for pairing="rows".
-    cfg: how to pair.
-    num_classes: classes that there are.
     dot_rows: `dot_rows` for rows that lie on many devices.
     take_rows: `take_rows` for rows that lie on many devices.
   Returns:

@@ -10,6 +10,7 @@ import operator
 import typing
 
 from absl import logging
+from flax import traverse_util
 
 from ism_jax import couplings, objectives, paths, protocol, wavelets
 from ism_jax import model as model_lib
@@ -190,23 +191,12 @@ def _marks(config_class, section: Marks | None = None, prefix: str = "") -> dict
 
 
 MARKS = _marks(Experiment)
-_LEAST = {
-  "steps": 1,
-  "batch_size": 1,
-  "micro_batches": 1,
-  "scan_steps": 1,
-  "profile_steps": 0,
-  "log.every": 1,
-  "checkpoint.every": 1,
-  "checkpoint.keep": 1,
-  "checkpoint.keep_every": 0,
-  "sample.num_images": 1,
-  "sample.batch_size": 1,
-  "monitor.num_images": 1,
-  "evaluation.num_images": 1,
-  "evaluation.batch_size": 1,
-  "evaluation.enlarge": 1,
-}
+_LEAST = (  # the least value of keys
+  (0, "profile_steps checkpoint.keep_every"),
+  (1, "steps batch_size micro_batches scan_steps log.every checkpoint.every checkpoint.keep"),
+  (1, "sample.num_images sample.batch_size monitor.num_images"),
+  (1, "evaluation.num_images evaluation.batch_size evaluation.enlarge"),
+)
 
 
 def _as_tuples(value):
@@ -231,19 +221,14 @@ def _build(config_class, values, prefix: str = ""):
     key, kind = prefix + name, config_class.__annotations__[name]
     if dataclasses.is_dataclass(kind):
       arguments[name] = _build(kind, value, f"{key}.")
-    else:
-      arguments[name] = _as_tuples(value)
-      _check_elements(key, kind, arguments[name])
+      continue
+    arguments[name] = _as_tuples(value)
+    if typing.get_origin(kind) is tuple:
+      element = typing.get_args(kind)[0]
+      allowed = (int, float) if element is float else element
+      if wrong := [v for v in value if not isinstance(v, allowed)]:
+        raise ValueError(f"config.{key}: {wrong[0]!r} is no {element.__name__}.")
   return config_class(**arguments)
-
-
-def _check_elements(key: str, kind, value) -> None:
-  """Raises ValueError for an element of another type than that of a tuple's."""
-  if typing.get_origin(kind) is tuple:
-    element = typing.get_args(kind)[0]
-    allowed = (int, float) if element is float else element
-    if wrong := [v for v in value if not isinstance(v, allowed)]:
-      raise ValueError(f"config.{key}: {wrong[0]!r} is no {element.__name__}.")
 
 
 def parse(config) -> Experiment:
@@ -253,9 +238,10 @@ def parse(config) -> Experiment:
     ValueError: naming the value and the remedy.
   """
   exp = _build(Experiment, config)
-  for key, least in _LEAST.items():
-    if (value := operator.attrgetter(key)(exp)) < least:
-      raise ValueError(f"config.{key}={value} must be at least {least}.")
+  for least, keys in _LEAST:
+    for key in keys.split():
+      if (value := operator.attrgetter(key)(exp)) < least:
+        raise ValueError(f"config.{key}={value} must be at least {least}.")
   if exp.placement not in sharding.PLACEMENTS:
     raise ValueError(
       f"placement={exp.placement!r} is unknown; known are {', '.join(sharding.PLACEMENTS)}."
@@ -312,13 +298,9 @@ def check_continues(saved: dict, config: dict) -> None:
     logging.info("Differs from the checkpoint's config: %s.", describe(differ))
 
 
-def flatten(tree: dict, prefix: str = "") -> dict:
-  """{"a": {"b": 1}} -> {"a.b": 1}."""
-  flat = {}
-  for name, value in tree.items():
-    below = isinstance(value, dict)
-    flat |= flatten(value, f"{prefix}{name}.") if below else {prefix + name: _as_tuples(value)}
-  return flat
+def flatten(tree: dict) -> dict:
+  """{"a": {"b": 1}} -> {"a.b": 1}; lists become tuples."""
+  return {k: _as_tuples(v) for k, v in traverse_util.flatten_dict(tree, sep=".").items()}
 
 
 def check_devices(exp: Experiment, devices: int) -> None:

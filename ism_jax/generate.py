@@ -17,7 +17,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ism_jax import experiment as experiment_lib
 from ism_jax import model as model_lib
@@ -29,6 +29,7 @@ from ism_jax.runtime import files, sharding
 from ism_jax.runtime.sharding import AXIS, P
 
 GRID = (8, 10)  # rows and columns of a sample grid
+LETTERS = 14  # pixels of a picture's captions
 DECODED_TOGETHER = 4  # latents at a time on each device: 256x256 images take about 0.3 GB each
 
 
@@ -39,17 +40,14 @@ def to_uint8(x, rounding: str = "nearest"):
     rounding: "nearest", the inverse of the input pipeline's u / 127.5 - 1, or "truncate", the floor
       of the same number, as ADM's code has it: half a level darker.
   """
-  levels = 127.5 * (x + 1)
-  levels = {"nearest": jnp.round, "truncate": jnp.floor}[rounding](levels)
-  return jnp.clip(levels, 0, 255).astype(jnp.uint8)
+  to_level = {"nearest": jnp.round, "truncate": jnp.floor}[rounding]
+  return jnp.clip(to_level(127.5 * (x + 1)), 0, 255).astype(jnp.uint8)
 
 
 def sampler(exp: Experiment, schedule) -> Callable:
   """sample(params, x0 [B, H, W, C], c [B], w [B]) -> x1 [B, H, W, C].
 
-  Args:
-    exp: the experiment.
-    schedule: the steps, as `paths.parse_schedule` returns them; so everywhere in this module.
+  A `schedule` is as `paths.parse_schedule` returns it, here and everywhere in this module.
   """
   network, integrate = exp.network(), sampling.sample
   if not exp.objective.intrinsic:
@@ -91,17 +89,6 @@ def noise_function(shape: tuple[int, int, int], mesh):
   )
 
 
-def decode_function(cfg: vae_lib.VaeConfig, mesh, rounding: str = "nearest"):
-  """decode(parameters of the VAE, x1 [B, h, w, 4]) -> uint8 [B, 8 h, 8 w, 3] on every device."""
-
-  def on_device(params, x1):
-    decode = lambda z: to_uint8(vae_lib.decode(cfg, params, z[None])[0], rounding)
-    return jax.lax.map(decode, x1, batch_size=DECODED_TOGETHER)
-
-  decode = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
-  return jax.jit(decode, out_shardings=sharding.replicated(mesh))
-
-
 load_vae = functools.lru_cache(vae_lib.load)
 
 
@@ -125,7 +112,13 @@ def pixels_function(name: str, mesh, rounding: str = "nearest"):
   if not name:
     return jax.jit(functools.partial(to_uint8, rounding=rounding), out_shardings=everywhere)
   vae = load_vae(name)
-  decode = decode_function(vae.cfg, mesh, rounding)
+
+  def on_device(params, x1):
+    decode = lambda z: to_uint8(vae_lib.decode(vae.cfg, params, z[None])[0], rounding)
+    return jax.lax.map(decode, x1, batch_size=DECODED_TOGETHER)
+
+  decode = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+  decode = jax.jit(decode, out_shardings=everywhere)
   return functools.partial(decode, jax.device_put(vae.params, everywhere))
 
 
@@ -133,11 +126,7 @@ def draw(exp: Experiment, mesh, params, *, numbers, labels, schedule, w, seed):
   """Starts drawing the samples of these numbers [B], and does not wait for them.
 
   Args:
-    exp: the experiment.
-    mesh: the devices that draw.
-    params: of the network.
     numbers, labels, w: [B], B a multiple of the mesh's size.
-    schedule: of `paths.parse_schedule`.
     seed: of the noise.
   Returns:
     (uint8 [B, H, W, C], whether all is finite), device arrays.
@@ -178,11 +167,6 @@ def batches(
   """Draws samples of these labels [N], each batch when it is asked for.
 
   Args:
-    exp: the experiment.
-    mesh: the devices that draw.
-    params: of the network.
-    labels: a class for each image.
-    schedule: of `paths.parse_schedule`.
     w: guidance, one number or one per image [N].
     seed: of the noise.
     batch_size: images at a time, over all devices.
@@ -253,14 +237,51 @@ def write_samples(config, workdir: str, out: str, devices=None) -> None:
   logging.info("Wrote %d images of the %s to %s.", cfg.num_images, trained.about, out)
 
 
+def picture(images, *, enlarge: int = 1, columns: int = 10, gap: int | None = None) -> Image.Image:
+  """Images side by side, which a notebook shows and `save` writes.
+
+  Args:
+    images: uint8 [N, H, W, 1 or 3], in rows of `columns`; or {caption: images}, a row each.
+    enlarge: pixels of the picture per image pixel.
+    columns: images in a row.
+    gap: pixels between images; default half an enlarged one, and at least 2.
+  """
+  if not isinstance(images, dict):
+    images = np.asarray(images)
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    captions = [""] * len(rows)
+  else:
+    rows, captions = list(map(np.asarray, images.values())), list(map(str, images))
+  if wrong := [row for row in rows if row.ndim != 4 or row.dtype != np.uint8]:
+    raise ValueError(
+      f"images are {wrong[0].dtype} {wrong[0].shape}; needed are uint8 [N, H, W, C], as of "
+      "Model.sample."
+    )
+  sizes = sorted({row.shape[1:3] for row in rows})
+  if len(sizes) != 1:
+    raise ValueError(f"images of one size are needed; given are {sizes}.")
+  font = ImageFont.load_default(LETTERS)
+  margin = max(round(font.getlength(caption)) for caption in captions)
+  margin += LETTERS if margin else 0
+  gap = max(2, enlarge // 2) if gap is None else gap
+  height, width = (n * enlarge + gap for n in rows[0].shape[1:3])
+  size = margin + width * max(map(len, rows)) - gap, height * len(rows) - gap
+  paper = Image.new("RGB", size, "white")
+  draw = ImageDraw.Draw(paper)
+  for i, (caption, row) in enumerate(zip(captions, rows, strict=True)):
+    draw.text((0, i * height + (height - gap) // 2), caption, "black", font, anchor="lm")
+    for j, image in enumerate(row):
+      tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+      tile = tile.resize((width - gap, height - gap), Image.Resampling.NEAREST)
+      paper.paste(tile, (margin + j * width, i * height))
+  return paper
+
+
 def grid_png(images, enlarge: int) -> bytes:
-  """The first images [N, H, W, C] in rows of ten, each pixel enlarged, as PNG."""
-  images = np.pad(images, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=128)  # thin lines
+  """The first images [N, H, W, C] in full rows of ten, each pixel enlarged, as PNG."""
   columns = min(GRID[1], len(images))
-  rows = min(GRID[0], len(images) // columns)
-  n, h, w, c = images[: rows * columns].shape
-  grid = images[:n].reshape(rows, columns, h, w, c).transpose(0, 2, 1, 3, 4)
-  grid = grid.reshape(rows * h, columns * w, c).repeat(enlarge, 0).repeat(enlarge, 1)
-  png = io.BytesIO()
-  Image.fromarray(grid[..., 0] if c == 1 else grid[..., :3]).save(png, "PNG")
+  images = np.asarray(images)[: min(GRID[0], len(images) // columns) * columns, ..., :3]
+  lined = np.pad(images, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=128)  # thin lines
+  grid, png = picture(lined, enlarge=enlarge, columns=columns, gap=0), io.BytesIO()
+  grid.convert("L" if images.shape[-1] == 1 else "RGB").save(png, "PNG")
   return png.getvalue()

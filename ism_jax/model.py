@@ -18,6 +18,7 @@ import numpy as np
 
 from ism_jax import paths
 
+DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("xla", "cudnn")
 _SIZES = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
@@ -53,19 +54,14 @@ class ModelConfig:
   attention: str = dataclasses.field(default="xla", metadata={"learnt": False})
 
   def __post_init__(self):
-    name, _, patch = self.size.removeprefix("SiT-").partition("/")
-    if not self.size.startswith("SiT-") or name not in _SIZES or patch not in ("1", "2", "4", "8"):
+    size, _, patch = self.size.removeprefix("SiT-").partition("/")
+    if not self.size.startswith("SiT-") or size not in _SIZES or patch not in ("1", "2", "4", "8"):
       raise ValueError(
         f"model.size={self.size!r} is unknown; known are SiT-{{{','.join(_SIZES)}}}/{{1,2,4,8}}."
       )
-    if self.remat not in REMATS:
-      raise ValueError(f"model.remat={self.remat!r} is unknown; known are {', '.join(REMATS)}.")
-    if self.dtype not in ("float32", "bfloat16"):
-      raise ValueError(f"model.dtype={self.dtype!r} is unknown; known are float32, bfloat16.")
-    if self.attention not in ATTENTIONS:
-      raise ValueError(
-        f"model.attention={self.attention!r} is unknown; known are {', '.join(ATTENTIONS)}."
-      )
+    for name, known in (("remat", REMATS), ("dtype", DTYPES), ("attention", ATTENTIONS)):
+      if (value := getattr(self, name)) not in known:
+        raise ValueError(f"model.{name}={value!r} is unknown; known are {', '.join(known)}.")
     if self.attention == "cudnn" and self.dtype != "bfloat16":
       raise ValueError(f"model.attention='cudnn' needs model.dtype='bfloat16', not {self.dtype!r}.")
     if self.unroll < 1:

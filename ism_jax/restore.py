@@ -25,9 +25,7 @@ class Trained:
   """One parameter tree of a checkpoint.
 
   Attributes:
-    exp: the experiment.
     config: the config in the checkpoint, a nested dict.
-    step: of the checkpoint.
     tree: one of `TREES`.
     params: the tree, a nested dict of arrays.
   """
@@ -77,7 +75,12 @@ def read(
       if continued is not None:
         experiment_lib.check_continues(saved, files.as_dict(config))
       exp = continued or experiment_lib.parse(saved)
-      params = checkpoints.restore_tree(manager, tree, _abstract_params(exp, mesh), step)
+      create = lambda: model_lib.init_params(jax.random.key(0), exp.network(), exp.image_shape)
+      abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
+        jax.eval_shape(create),
+      )
+      params = checkpoints.restore_tree(manager, tree, abstract, step)
       return Trained(exp, saved, step, tree, params)
 
     if step is not None:
@@ -93,12 +96,3 @@ def read_config(workdir: str) -> dict:
       manager, lambda step: checkpoints.read_config(manager, step)
     )
     return config
-
-
-def _abstract_params(exp: Experiment, mesh):
-  """The parameters as shapes with shardings, made without a computation."""
-  shapes = jax.eval_shape(
-    lambda: model_lib.init_params(jax.random.key(0), exp.network(), exp.image_shape)
-  )
-  everywhere = sharding.replicated(mesh)
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)

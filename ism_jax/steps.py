@@ -144,8 +144,7 @@ def replicated_bytes(exp: Experiment, devices: int) -> float:
   rows, in bytes per token, layer and unit of width, as ahead-of-time compilation for TPUs measures
   them (ism_jax/performance/README.md).
   """
-  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
-  parameters = sum(a.size for a in jax.tree.leaves(shapes.params))
+  parameters = sum(a.size for a in jax.tree.leaves(_shapes(exp).params))
   depth, width, _ = exp.model.dimensions
   tokens = (exp.data.image_size // exp.model.patch) ** 2
   rows = exp.batch_size / devices / exp.micro_batches
@@ -166,8 +165,14 @@ def _create(exp: Experiment) -> Callable:
   return create
 
 
-def _placed(exp: Experiment, mesh, shapes, parameters_too=False):
+def _shapes(exp: Experiment):
+  """The TrainState as shapes."""
+  return jax.eval_shape(_create(exp), jax.random.key(0))
+
+
+def _placed(exp: Experiment, mesh, parameters_too=False):
   """The sharding of each array of a TrainState; with `parameters_too`, all as the moments are."""
+  shapes = _shapes(exp)
   everywhere = lambda tree: jax.tree.map(lambda _: sharding.replicated(mesh), tree)
   if placement(exp, mesh) == "replicated":
     return everywhere(shapes)
@@ -180,19 +185,13 @@ def init_function(exp: Experiment, mesh) -> Callable:
 
   init(key, params) begins with these parameters; see `sit.complete`.
   """
-  create = _create(exp)
-  placed = _placed(exp, mesh, jax.eval_shape(create, jax.random.key(0)))
-  return jax.jit(create, out_shardings=placed)
+  return jax.jit(_create(exp), out_shardings=_placed(exp, mesh))
 
 
 def abstract_state(exp: Experiment, mesh):
   """The TrainState as shapes with shardings, made without a computation."""
-  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
-  return jax.tree.map(
-    lambda a, placed: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed),
-    shapes,
-    _placed(exp, mesh, shapes),
-  )
+  with_sharding = lambda a, placed: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed)
+  return jax.tree.map(with_sharding, _shapes(exp), _placed(exp, mesh))
 
 
 def abstract_pool(exp: Experiment, mesh):
@@ -258,12 +257,10 @@ def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Con
 def update_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
   """apply(state, gradient) -> TrainState; both live where the placement says.
 
-  Args:
-    update: what `state.update` does; another one only to measure what it costs.
+  Another `update` than `state.update` is only to measure what that costs.
   """
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
-  shapes = jax.eval_shape(_create(exp), jax.random.key(0))
-  updated = _placed(exp, mesh, shapes, parameters_too=True)
+  updated = _placed(exp, mesh, parameters_too=True)
   place = jax.lax.with_sharding_constraint
 
   def apply(state, gradient):
@@ -277,13 +274,8 @@ def update_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
 
 
 def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
-  """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`.
-
-  Args:
-    update: as `update_function` takes it.
-  """
+  """train_steps(state, pool, keys, first) -> (state, metrics [S]): S steps from batch `first`."""
   gradient, apply = gradient_function(exp, mesh), update_function(exp, mesh, update)
-  placed = _placed(exp, mesh, jax.eval_shape(_create(exp), jax.random.key(0)))
 
   def train_step(state, batch, keys: Keys):
     conditions = draw_conditions(exp, state, batch, keys)
@@ -301,5 +293,5 @@ def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
     batches = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, exp.scan_steps), pool)
     return jax.lax.scan(lambda state, batch: train_step(state, batch, keys), state, batches)
 
-  out = (placed, sharding.replicated(mesh))
+  out = (_placed(exp, mesh), sharding.replicated(mesh))
   return jax.jit(train_steps, donate_argnames="state", out_shardings=out)

@@ -45,7 +45,6 @@ def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> 
   Args:
     metrics: [S] of the S steps up to `last_step`.
     info: diagnostics of the coupling of their pool.
-    last_step: the last of these steps.
   """
   bad_info = [f"coupling/{name}" for name, value in info.items() if not np.isfinite(value)]
   for i in range(len(metrics["loss"])):
@@ -224,14 +223,7 @@ def _read_pool(pools, mesh, writer: logs.Writer):
 
 
 def _report(pending: Pending | None, writer: logs.Writer, monitor, wait: bool = False) -> None:
-  """Checks and writes what is pending. It is one call old: the devices are never waited for.
-
-  Args:
-    pending: None for nothing.
-    writer: of the run's log.
-    monitor: None for none.
-    wait: whether to wait until the monitor has written all.
-  """
+  """Checks and writes what is pending, one call old: it never waits for the devices."""
   if pending is not None:
     step, metrics, info, norms, samples = jax.device_get(pending)
     check_finite(metrics, info, step)

@@ -92,21 +92,9 @@ VIT_L14 = Dinov2Config()
 
 
 def load(name: str) -> weights.Pretrained:
-  """Loads weights of the published architecture by name.
-
-  Args:
-    name: "" for the published ones (cached, else downloaded); a file of them, the hub's .pth or
-      the safetensors of transformers; or "random", for checks of a set-up without any weights:
-      the same for everyone, and their features mean nothing.
-  Raises:
-    FileNotFoundError: no weights are there or to be had; says what to download and what to pass.
-    ValueError: the file is damaged, or holds other weights than the published architecture's.
-  """
-  if name == "random":
-    return weights.random(name, _shapes(VIT_L14))
-  path = weights.find(name, PUBLISHED)
+  """Loads weights by name, see `weights.load`: a file is the hub's, or that of transformers."""
   to_params = functools.partial(params_from_state_dict, VIT_L14)
-  return weights.read(name, path, to_params, PUBLISHED.url)
+  return weights.load(name, PUBLISHED, _shapes(VIT_L14), to_params)
 
 
 def features(params, images, cfg: Dinov2Config = VIT_L14):
@@ -174,7 +162,7 @@ def params_from_state_dict(cfg: Dinov2Config, arrays, source="the state dict"):
   Returns:
     A nested dict of float32 arrays.
   Raises:
-    ValueError: names the missing and the unexpected keys and the wrong shapes.
+    ValueError: as `weights.check_tensors`.
   """
   arrays = {key: array for key, array in arrays.items() if key not in _UNUSED}
   is_hub = not any(str(key).startswith(("embeddings.", "encoder.")) for key in arrays)

@@ -38,20 +38,8 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 def load(name: str = "") -> weights.Pretrained:
-  """Loads the network by the name of its weights.
-
-  Args:
-    name: "" for the published weights, from the cache or downloaded; a file of them, written by
-      `torch.save` or safetensors; or "random", for checks of a set-up without any weights: the
-      same for everyone, and meaning nothing.
-  Raises:
-    FileNotFoundError: no weights are there or to be had; says what to download.
-    ValueError: the file is damaged, or holds the weights of another network.
-  """
-  if name == "random":
-    return weights.random(name, _shapes(), gain=2)
-  path = weights.find(name, PUBLISHED)
-  return weights.read(name, path, params_from_state_dict, PUBLISHED.url)
+  """Loads weights by name: see `weights.load`."""
+  return weights.load(name, PUBLISHED, _shapes(), params_from_state_dict, gain=2)
 
 
 def features(params, images):
@@ -106,7 +94,7 @@ def params_from_state_dict(arrays, source="the state dict"):
   Returns:
     As in `features`.
   Raises:
-    ValueError: names the missing and the unexpected keys and the wrong shapes.
+    ValueError: as `weights.check_tensors`.
   """
   arrays = {key: a for key, a in arrays.items() if not str(key).endswith(".num_batches_tracked")}
   weights.check_tensors(

@@ -43,19 +43,11 @@ _STORAGES = {  # torch's names
   "ComplexDoubleStorage": np.complex128,
 }
 _SAFETENSORS = {
-  "F64": np.float64,
-  "F32": np.float32,
-  "F16": np.float16,
+  **{f"F{bits}": f"float{bits}" for bits in (64, 32, 16)},
   "BF16": ml_dtypes.bfloat16,
-  "I64": np.int64,
-  "I32": np.int32,
-  "I16": np.int16,
-  "I8": np.int8,
-  "U64": np.uint64,
-  "U32": np.uint32,
-  "U16": np.uint16,
-  "U8": np.uint8,
-  "BOOL": np.bool_,
+  **{f"I{bits}": f"int{bits}" for bits in (64, 32, 16, 8)},
+  **{f"U{bits}": f"uint{bits}" for bits in (64, 32, 16, 8)},
+  "BOOL": "bool",
 }
 
 
@@ -148,6 +140,10 @@ def _read_stream(path, file):
   return _build(path, structure, data)
 
 
+class _Refused(Exception):
+  """A global that no state dict needs."""
+
+
 # Tuples, so that a pickle cannot change them once they are made.
 class _Storage(NamedTuple):
   """A run of elements, of which tensors are views; its bytes are read later."""
@@ -193,10 +189,6 @@ class _Unpickler(pickle.Unpickler):
     storage = _Storage(str(key), np.dtype(_STORAGES[storage_type.removeprefix("torch.")]))
     self.storages[storage.key] = storage.dtype
     return storage
-
-
-class _Refused(Exception):
-  """A global that no state dict needs."""
 
 
 def _unpickle(path, file, storages):

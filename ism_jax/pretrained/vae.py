@@ -159,7 +159,7 @@ def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
   Returns:
     A nested dict of float32 arrays.
   Raises:
-    ValueError: names the missing and the unexpected keys and the wrong shapes.
+    ValueError: as `weights.check_tensors`.
   """
   renamed = {}
   for key, array in arrays.items():

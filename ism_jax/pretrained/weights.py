@@ -67,18 +67,29 @@ def cache() -> pathlib.Path:
   return pathlib.Path(os.environ.get(CACHE) or "~/.cache/ism_jax").expanduser()
 
 
-def read(name: str, path, params_from_state_dict: Callable, page: str, cfg=None) -> Pretrained:
-  """Reads a network from a file that `torch.save` or safetensors wrote.
+def load(
+  name: str, published: Published, shapes: dict, params_from_state_dict: Callable, gain: int = 1
+) -> Pretrained:
+  """Loads weights of a published architecture.
 
   Args:
-    name: what the file was asked for by.
-    path: of the file.
+    name: "" for the published ones (cached, else downloaded); a file of them, that `torch.save` or
+      safetensors wrote; or "random", for checks of a set-up without any weights: see `random`.
+    published: the file.
+    shapes: of the parameters, see `shapes_of`.
     params_from_state_dict: (arrays by key, source=file) -> parameters.
-    page: where the published file is, for the error.
-    cfg: of the network.
+    gain: of random weights.
   Raises:
+    FileNotFoundError: no weights are there or to be had; says what to download and what to pass.
     ValueError: the file is damaged, or holds the weights of another network.
   """
+  if name == "random":
+    return random(name, shapes, gain)
+  return read(name, find(name, published), params_from_state_dict, published.url)
+
+
+def read(name: str, path, params_from_state_dict: Callable, page: str, cfg=None) -> Pretrained:
+  """Reads a network of architecture `cfg` from a file; `page` has the published one, for errors."""
   try:
     arrays = torch_files.read_state_dict(path)
   except ValueError as error:
@@ -95,7 +106,7 @@ def random(name: str, shapes: dict, gain: int = 1, cfg=None) -> Pretrained:
     shapes: see `shapes_of`. Of the kernels, those with three axes are matrices, stacked.
     gain: variance of an output for inputs of variance 1; 2 keeps activations of one size through
       ReLUs (He et al. 2015).
-    cfg: of the network.
+    cfg: its architecture.
   """
   # NumPy's float32 uniforms are exact, whatever machine and accelerator: so is the checksum.
   rng = np.random.default_rng(0)
@@ -124,11 +135,9 @@ def shapes_of(network, size: int) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]
 
 
 def check_tensors(arrays, shapes, *, source: str, what: str, needed: str) -> None:
-  """Raises ValueError unless a state dict has exactly the tensors of a network.
+  """Raises ValueError unless arrays by key have exactly these {key: shape}.
 
   Args:
-    arrays: by key.
-    shapes: {key: shape} of the network's.
     source: where the arrays are from.
     what: what they should be: "the weights of ...".
     needed: which tensors those are, and where.
