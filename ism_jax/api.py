@@ -75,27 +75,25 @@ def _find_export(source) -> pathlib.Path:
     path = path.parent
   if (path / sit.CONFIG).is_file():
     return path
-  needed = (
-    "needed is the workdir of a run with checkpoints, a folder that python -m ism_jax.export "
-    f"wrote ({sit.CONFIG}, {sit.WEIGHTS}), or the name of one on the Hugging Face "
-    "hub"
+  absent = lambda reason: FileNotFoundError(
+    f"{source}{reason}; needed is the workdir of a run with checkpoints, a folder that "
+    f"python -m ism_jax.export wrote ({sit.CONFIG}, {sit.WEIGHTS}), or the name of one on the "
+    "Hugging Face hub."
   )
   if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-    raise FileNotFoundError(f"{source}: there is no such model; {needed}.")
+    raise absent(": there is no such model")
   try:
     files = [sit.CONFIG, sit.WEIGHTS]
     folder = pathlib.Path(snapshot_download(source, allow_patterns=files))
   # No network, no such repository: the hub's errors have no base in common, and the remedy is the
   # same for all.
   except Exception as error:
-    raise FileNotFoundError(
-      f"{source}: there is no such folder, and the Hugging Face hub did not give it "
-      f"({cause_of(error)}); {needed}."
-    ) from error
-  if missing := [name for name in files if not (folder / name).is_file()]:
-    raise FileNotFoundError(
-      f"{source} on the Hugging Face hub has no {' and no '.join(missing)}; {needed}."
+    reason = (
+      f"there is no such folder, and the Hugging Face hub did not give it ({cause_of(error)})"
     )
+    raise absent(f": {reason}") from error
+  if missing := [name for name in files if not (folder / name).is_file()]:
+    raise absent(f" on the Hugging Face hub has no {' and no '.join(missing)}")
   return folder
 
 

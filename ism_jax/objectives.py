@@ -234,15 +234,7 @@ def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class
 
   E5: v for the velocity rows. E6 for the guidance rows, E7 for the consistency rows.
 
-  Args:
-    s_online: velocity function of the online parameters.
-    s_ema: velocity function of the target EMA.
-    x0: [B, H, W, C] noise.
-    x1: [B, H, W, C] images.
-    x_t: [B, H, W, C] states on the paths between them.
-    conditions: of each row. Labels of guidance rows are never dropped.
-    cfg: the ObjectiveConfig.
-    null_class: label of "no class".
+  x_t [B, H, W, C] are the states on the paths from x0 to x1; the others are as `losses` has them.
   """
   rows = deal_rows(len(x_t), cfg.shares)
   x_g, guided = x_t[rows.guidance], Conditions(*(a[rows.guidance] for a in conditions))
@@ -272,16 +264,7 @@ def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class
 
 
 def losses(
-  s_online,
-  s_ema,
-  x0,
-  x1,
-  conditions: Conditions,
-  cfg: ObjectiveConfig,
-  wavelet_cfg: wavelets.WaveletConfig,
-  null_class: int,
-  batch_size: int,
-  weights=None,
+  s_online, s_ema, x0, x1, conditions, cfg, wavelet_cfg, null_class, batch_size, weights=None
 ):
   """E8: alpha L_velocity + beta L_guidance + gamma L_consistency, of these rows.
 
@@ -293,9 +276,9 @@ def losses(
     s_ema: velocity function of the target EMA.
     x0: [B, H, W, C] noise.
     x1: [B, H, W, C] images.
-    conditions: of each row.
-    cfg: the losses.
-    wavelet_cfg: their distances.
+    conditions: of each row. Labels of guidance rows are never dropped.
+    cfg: the ObjectiveConfig.
+    wavelet_cfg: the WaveletConfig of their distances.
     null_class: label of "no class".
     batch_size: rows of the global batch. The sum of the results over all devices and micro-batches
       is the loss of the global batch.

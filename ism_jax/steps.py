@@ -50,19 +50,10 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
   """
   network = exp.network()
 
-  def share_of_loss(params, target_params, weights, x0, x1, conditions):
-    return objectives.losses(
-      model_lib.velocity_function(network, params),
-      model_lib.velocity_function(network, target_params),
-      x0,
-      x1,
-      conditions,
-      cfg=exp.objective,
-      wavelet_cfg=exp.wavelet,
-      null_class=exp.null_class,
-      batch_size=exp.batch_size,
-      weights=weights,
-    )
+  def share_of_loss(params, target_params, weights, *rows):
+    s_online, s_ema = (model_lib.velocity_function(network, p) for p in (params, target_params))
+    settings = (exp.objective, exp.wavelet, exp.null_class, exp.batch_size)
+    return objectives.losses(s_online, s_ema, *rows, *settings, weights)
 
   share_and_gradient = jax.value_and_grad(share_of_loss, has_aux=True)
 

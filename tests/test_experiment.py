@@ -212,7 +212,7 @@ def test_a_config_is_validated_without_importing_a_feature_network():
     "from ism_jax import experiment\n"
     "experiment.parse(digits.get_config())\n"
     "networks = {f'ism_jax.{m}' for m in "
-    "('features', 'judge', 'pretrained.inception', 'pretrained.dinov2')}\n"
+    "('metrics.features', 'metrics.classifier', 'pretrained.inception', 'pretrained.dinov2')}\n"
     "assert not networks & set(sys.modules), networks & set(sys.modules)\n"
   )
   subprocess.run([sys.executable, "-c", script], check=True, cwd=pathlib.Path(__file__).parents[1])

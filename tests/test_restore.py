@@ -89,7 +89,10 @@ def test_judging_and_sampling_build_no_optimizer_and_decide_no_placement(
 
 
 def test_what_judges_samples_or_exports_does_not_import_training():
-  modules = ("restore", "generate", "evaluation.monitor", "evaluation.evaluate", "export.pytorch")
+  modules = (
+    *("restore", "generate", "evaluation.monitor", "evaluation.evaluate", "evaluation.report"),
+    *("export.pytorch", "export.stablehlo"),
+  )
   script = (
     "import importlib, sys\n"
     f"for name in {modules!r}: importlib.import_module(f'ism_jax.{{name}}')\n"

@@ -13,7 +13,6 @@ pixels times channels.
 import dataclasses
 import functools
 
-from flax import traverse_util
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -167,20 +166,14 @@ def params_from_state_dict(cfg: Dinov2Config, arrays, source="the state dict"):
   arrays = {key: array for key, array in arrays.items() if key not in _UNUSED}
   is_hub = not any(str(key).startswith(("embeddings.", "encoder.")) for key in arrays)
   tensors = {path: _tensors(cfg, path, is_hub) for path in _shapes(cfg)}
-  weights.check_tensors(
+  return weights.params_from_tensors(
     arrays,
-    {key: shape for layers in tensors.values() for layer in layers for key, shape in layer.items()},
+    tensors,
+    _shapes(cfg),
     source=source,
     what="the weights of DINOv2 ViT-L/14 without registers",
     needed=f"the tensors of {PUBLISHED.url} or of https://huggingface.co/facebook/dinov2-large",
   )
-  params = {}
-  for path, leaf in _shapes(cfg).items():
-    layers = [np.concatenate([arrays[key] for key in layer]) for layer in tensors[path]]
-    if path[-1] == "kernel":
-      layers = [np.moveaxis(array, (0, 1), (-1, -2)) for array in layers]
-    params[path] = np.ascontiguousarray(np.stack(layers).reshape(leaf.shape), np.float32)
-  return traverse_util.unflatten_dict(params)
 
 
 def _tensors(cfg: Dinov2Config, path, is_hub) -> list[dict[str, tuple[int, ...]]]:

@@ -13,7 +13,6 @@ import functools
 import pathlib
 import re
 
-from flax import traverse_util
 import flax.linen as nn
 from huggingface_hub import constants, errors, hf_hub_download
 import jax
@@ -166,28 +165,22 @@ def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
     new = _OLD_KEY.sub(lambda m: f"{m[1]}.{_OLD_SPELLING[m[2]]}.{m[3]}", str(key))
     # Where one tensor comes in both spellings, the old one keeps its key, which is unexpected.
     renamed[key if new in arrays else new] = array
-  keys, shapes = {}, {}
+  tensors = {}
   for path, leaf in _shapes(cfg).items():
     key, shape = _state_dict_key(path), leaf.shape
     if path[-1] == "kernel":  # PyTorch's are [out, in] and [out, in, H, W]
       shape = (shape[-1], shape[-2], *shape[:-2])
     if len(shape) == 2 and np.shape(renamed.get(key)) == (*shape, 1, 1):
       renamed[key] = renamed[key].reshape(shape)
-    keys[path], shapes[key] = key, shape
-  weights.check_tensors(
+    tensors[path] = [{key: shape}]
+  return weights.params_from_tensors(
     renamed,
-    shapes,
+    tensors,
+    _shapes(cfg),
     source=source,
     what="this autoencoder's weights",
     needed=f"the tensors of {WEIGHTS} at {_page(PUBLISHED)}, the layout of diffusers",
   )
-  params = {}
-  for path, key in keys.items():
-    array = renamed[key]
-    if path[-1] == "kernel":
-      array = np.moveaxis(array, (0, 1), (-1, -2))
-    params[path] = np.ascontiguousarray(array, np.float32)
-  return traverse_util.unflatten_dict(params)
 
 
 def _find(name):

@@ -134,6 +134,28 @@ def shapes_of(network, size: int) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]
   return dict(sorted(traverse_util.flatten_dict(params).items()))
 
 
+def params_from_tensors(arrays, tensors: dict, shapes: dict, **messages: str):
+  """Parameters from PyTorch's tensors, whose kernels are [out, in] and [out, in, H, W].
+
+  Args:
+    arrays: by key.
+    tensors: for each parameter's path, of each layer, {key: shape} of what is concatenated.
+    shapes: of the parameters, see `shapes_of`.
+    messages: as `check_tensors` takes them.
+  Returns:
+    A nested dict of float32 arrays.
+  """
+  parts = [part for layers in tensors.values() for part in layers]
+  check_tensors(arrays, {key: shape for part in parts for key, shape in part.items()}, **messages)
+  params = {}
+  for path, leaf in shapes.items():
+    layers = [np.concatenate([arrays[key] for key in layer]) for layer in tensors[path]]
+    if path[-1] == "kernel":
+      layers = [np.moveaxis(array, (0, 1), (-1, -2)) for array in layers]
+    params[path] = np.ascontiguousarray(np.stack(layers).reshape(leaf.shape), np.float32)
+  return traverse_util.unflatten_dict(params)
+
+
 def check_tensors(arrays, shapes, *, source: str, what: str, needed: str) -> None:
   """Raises ValueError unless arrays by key have exactly these {key: shape}.
 
