@@ -67,7 +67,6 @@ class ObjectiveConfig:
   clip: float
 
   def __post_init__(self):
-    object.__setattr__(self, "shares", tuple(self.shares))
     for name, known in (
       ("guidance", GUIDANCES),
       ("guidance_parameters", PARAMETERS),

@@ -106,14 +106,11 @@ class EvaluationConfig:
 
   def weight_files(self) -> dict[str, str]:
     """{network: file} of `weights`."""
-    return self._files("weights")
+    return parse_files("evaluation.weights", self.weights, self.network_names())
 
   def reference_files(self) -> dict[str, str]:
     """{network: file} of `reference`."""
-    return self._files("reference")
-
-  def _files(self, field: str) -> dict[str, str]:
-    return parse_files(f"evaluation.{field}", getattr(self, field), self.network_names())
+    return parse_files("evaluation.reference", self.reference, self.network_names())
 
   def settings(self) -> list[tuple[int, float]]:
     """The (steps, w) pairs to measure."""

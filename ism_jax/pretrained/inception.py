@@ -97,15 +97,23 @@ def params_from_state_dict(arrays, source="the state dict"):
     ValueError: as `weights.check_tensors`.
   """
   arrays = {key: a for key, a in arrays.items() if not str(key).endswith(".num_batches_tracked")}
+  layers, shapes = traverse_util.unflatten_dict(_shapes()), {}
+  for layer, leaves in layers.items():  # PyTorch's kernels are [out, in] and [out, in, H, W]
+    kernel, width = leaves["kernel"].shape, leaves["bias"].shape
+    if layer == "fc":
+      shapes |= {"fc.weight": kernel[::-1], "fc.bias": width}
+    else:
+      shapes[f"{layer}.conv.weight"] = (kernel[3], kernel[2], *kernel[:2])
+      shapes |= {f"{layer}.bn.{kind}": width for kind in _NORM}
   weights.check_tensors(
     arrays,
-    _state_dict_shapes(),
+    shapes,
     source=source,
     what="the FID Inception's weights",
     needed=f"the tensors of {PUBLISHED.url}; torchvision's Inception is another network",
   )
   params = {}
-  for layer in traverse_util.unflatten_dict(_shapes()):
+  for layer in layers:
     if layer == "fc":
       kernel, bias = arrays["fc.weight"].T, arrays["fc.bias"]
     else:
@@ -113,24 +121,8 @@ def params_from_state_dict(arrays, source="the state dict"):
       scale = norm["weight"] / np.sqrt(norm["running_var"] + _NORM_EPSILON)
       kernel = arrays[f"{layer}.conv.weight"].transpose(2, 3, 1, 0) * scale
       bias = norm["bias"] - norm["running_mean"] * scale
-    params[layer] = {
-      "kernel": np.ascontiguousarray(kernel, np.float32),
-      "bias": np.ascontiguousarray(bias, np.float32),
-    }
-  return params
-
-
-def _state_dict_shapes():
-  """{key: shape} of PyTorch's tensors, whose kernels are [out, in] and [out, in, H, W]."""
-  shapes = {}
-  for layer, leaves in traverse_util.unflatten_dict(_shapes()).items():
-    kernel, width = leaves["kernel"].shape, leaves["bias"].shape
-    if layer == "fc":
-      shapes |= {"fc.weight": kernel[::-1], "fc.bias": width}
-    else:
-      shapes[f"{layer}.conv.weight"] = (kernel[3], kernel[2], *kernel[:2])
-      shapes |= {f"{layer}.bn.{kind}": width for kind in _NORM}
-  return shapes
+    params[layer] = {"kernel": kernel, "bias": bias}
+  return jax.tree.map(lambda a: np.ascontiguousarray(a, np.float32), params)
 
 
 def _interpolation(size):

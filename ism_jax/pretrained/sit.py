@@ -86,10 +86,9 @@ def to_params(state: dict[str, Any], model: SiT, shape: tuple[int, int, int], so
       + f"\n{_remedy(state)}"
     )
   _check_positions(state[_POSITIONS], from_params({}, model, shape)[_POSITIONS], source)
-  flat = {}
+  flat, layers = {}, range(model.cfg.dimensions[0])
   for path in traverse_util.flatten_dict(abstract, sep="/"):
     if "{}" in (key := _key(path)):
-      layers = range(model.cfg.dimensions[0])
       flat[path] = np.stack([_to_flax(path, state[key.format(i)]) for i in layers])
     else:
       flat[path] = _to_flax(path, state[key])
