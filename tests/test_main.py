@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from ism_jax import main
 from ism_jax.runtime import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -82,6 +83,31 @@ def test_a_run_is_trained_continued_evaluated_sampled_and_compared(environment, 
   assert code == 0, said
   assert "| `ism` |" in (tmp_path / "c" / "comparison.md").read_text()
   assert (tmp_path / "c" / "effective_guidance.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+  ("config", "workdir"),
+  [
+    ("configs/imagenet256.py", "runs/imagenet256"),
+    ("configs/digits.py:sm", "runs/digits-sm"),
+    ("configs/imagenet256.py:wavelet,b2,250k", "runs/imagenet256-wavelet-b2-250k"),
+  ],
+)
+def test_a_workdir_is_by_default_named_after_the_config_and_its_words(config, workdir):
+  assert main.default_workdir(config) == workdir
+
+
+def test_the_default_workdir_is_said_first(environment, tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "ism_jax", "evaluate", f"--config={ROOT}/configs/digits.py:sm"],
+    cwd=tmp_path,
+    env=environment | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  first, *_, last = done.stderr.splitlines()
+  assert first.endswith("Workdir: runs/digits-sm")
+  assert "no checkpoint in" in last and "runs/digits-sm" in last and not list(tmp_path.iterdir())
 
 
 def saved_state(work, step):
