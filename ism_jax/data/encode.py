@@ -16,7 +16,6 @@ listed in the manifest by name and reason.
 """
 
 from collections.abc import Iterator
-import concurrent.futures
 import contextlib
 import functools
 import os
@@ -127,12 +126,9 @@ def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:
   """
   params = jax.device_put(vae.params, sharding.replicated(mesh))
   crop = functools.partial(images.read_crop, source, size)
-  # Threads: PIL decodes, shrinks and resizes without Python's lock.
   indices = (i for batch in batches for i in batch)
-  with (
-    concurrent.futures.ThreadPoolExecutor(num_threads) as pool,
-    contextlib.closing(images.in_order(pool, crop, indices, _BATCHES_AHEAD * rows)) as crops,
-  ):
+  crops = images.in_order(crop, indices, ahead=_BATCHES_AHEAD * rows, num_threads=num_threads)
+  with contextlib.closing(crops):
     pending = None
     for batch in [*batches, None]:
       started = None

@@ -208,18 +208,7 @@ def _regular_members(path, start, size) -> list[tarfile.TarInfo]:
 
 def _from_tfds(name, tfds_dir) -> Source:
   builder = pipeline.tfds_builder(name, tfds_dir)
-  features = dict(builder.info.features.items())
-  image, label = features.get("image"), features.get("label")
-  if (
-    image is None
-    or image.np_dtype != np.uint8
-    or len(image.shape) != 3
-    or not isinstance(label, tfds.features.ClassLabel)
-  ):
-    raise ValueError(
-      f"dataset {name!r} is not one of classified images; needed are 'image', uint8 [H, W, C], and "
-      f"'label', a ClassLabel. It has {', '.join(features)}."
-    )
+  image, label = pipeline.image_and_label(name, builder.info.features)
   # As it lies in the file, so that all sources are decoded alike.
   as_file = isinstance(image, tfds.features.Image)
   decoders = {"image": tfds.decode.SkipDecoding()} if as_file else None
@@ -327,9 +316,10 @@ def _of_one_file(error) -> bool:
   return gone and os.path.isdir(os.path.dirname(error.filename))
 
 
-def in_order(pool, function, items: Iterable, ahead: int) -> Iterator:
-  """function(item) of all items in their order, with `ahead` more under way in a pool."""
-  futures = collections.deque()
+def in_order(function, items: Iterable, *, ahead: int, num_threads: int) -> Iterator:
+  """function(item) of all items in their order, with `ahead` more under way in threads."""
+  # Threads: PIL decodes, shrinks and resizes without Python's lock.
+  pool, futures = concurrent.futures.ThreadPoolExecutor(num_threads), collections.deque()
   try:
     for item in items:
       futures.append(pool.submit(function, item))
@@ -338,5 +328,4 @@ def in_order(pool, function, items: Iterable, ahead: int) -> Iterator:
     while futures:
       yield futures.popleft().result()
   finally:
-    for future in futures:
-      future.cancel()
+    pool.shutdown(cancel_futures=True)

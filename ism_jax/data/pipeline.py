@@ -186,16 +186,7 @@ def load_source(cfg, split="train"):
   return Images(open_split(builder, split))
 
 
-def pools(
-  source,
-  *,
-  batch_size,
-  pool_size,
-  seed,
-  flip=False,
-  num_threads=4,
-  rows=None,
-):
+def pools(source, *, batch_size, pool_size, seed, flip=False, num_threads=4, rows=None):
   """An endless iterator over pools of training batches, each image exactly once per epoch.
 
   Args:
@@ -257,21 +248,27 @@ def all_images(source):
   return source.stored(range(len(source)))
 
 
-def _check_fits(cfg, features):
-  has = dict(features.items())
-  image, label = has.get("image"), has.get("label")
+def image_and_label(name, features, one_size=False):
+  """TFDS's features "image" and "label" of a dataset; a ValueError if it is of other things."""
+  image, label = (dict(features.items()).get(key) for key in ("image", "label"))
   # TFDS's `dtype` needs TensorFlow.
   if (
     image is None
     or image.np_dtype != np.uint8
     or len(image.shape) != 3
-    or None in image.shape
+    or (one_size and None in image.shape)
     or not isinstance(label, tfds.features.ClassLabel)
   ):
     raise ValueError(
-      f"dataset {cfg.name!r} does not fit: needed are 'image', uint8 [H, W, C] of one size, and "
-      f"'label', a ClassLabel. It has {textwrap.shorten(str(features), 500)}."
+      f"dataset {name!r} {'does not fit' if one_size else 'is not one of classified images'}: "
+      f"needed are 'image', uint8 [H, W, C]{' of one size' if one_size else ''}, and 'label', a "
+      f"ClassLabel. It has {textwrap.shorten(str(features), 500)}."
     )
+  return image, label
+
+
+def _check_fits(cfg, features):
+  image, label = image_and_label(cfg.name, features, one_size=True)
   sizes = (*image.shape, label.num_classes)
   wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
   if sizes != wanted:

@@ -99,16 +99,9 @@ def open(path: str, num_threads: int | None = None) -> ImageSet:
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-  """An array in a file.
+  """The header of an array in a file."""
 
-  Attributes:
-    name: of the member of a zip; "" in an npy file.
-    shape: of the array.
-    dtype: of its entries.
-    fortran_order: whether the first axis is the fastest.
-  """
-
-  name: str
+  name: str  # of the member of a zip; "" in an npy file
   shape: tuple[int, ...]
   dtype: np.dtype
   fortran_order: bool
@@ -179,11 +172,7 @@ def _read_header(file):
 
 
 def _images_of(path, arrays) -> _Array:
-  """The one of the arrays that holds the images.
-
-  Raises:
-    ValueError: none does, or not as they are needed.
-  """
+  """The one of the arrays that holds the images, as they are needed."""
   of_four_axes = [array for array in arrays if len(array.shape) == 4]
   named = [array for array in arrays if array.name == f"{_IMAGES}.npy"]
   chosen = named if named and named[0] in of_four_axes else of_four_axes
@@ -336,11 +325,9 @@ def _unreadable(path, error) -> ValueError:
 
 def _folder_batches(paths, image_shape, num_threads, batch_size) -> Iterator[np.ndarray]:
   decode = functools.partial(_decode, image_shape=image_shape)
-  # Threads: PIL decodes without Python's lock. The next batch is decoded while this one is used.
-  with (
-    concurrent.futures.ThreadPoolExecutor(num_threads) as pool,
-    contextlib.closing(images_lib.in_order(pool, decode, paths, batch_size)) as decoded,
-  ):
+  # The next batch is decoded while this one is used.
+  decoded = images_lib.in_order(decode, paths, ahead=batch_size, num_threads=num_threads)
+  with contextlib.closing(decoded):
     for start in range(0, len(paths), batch_size):
       rows = min(batch_size, len(paths) - start)
       yield np.stack([next(decoded) for _ in range(rows)])

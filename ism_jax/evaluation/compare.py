@@ -141,12 +141,6 @@ def format_spread(values: list, form: str = ".2f") -> str:
   return f"{np.mean(values):{form}}{deviation}"
 
 
-def decays(config: dict) -> str:
-  """The decays of a run's averages: of inference and target, or of the one EMA."""
-  both = dict.fromkeys([config["ema"]["inference_decay"], config["ema"]["target_decay"]])
-  return " / ".join(map(str, both))
-
-
 def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
   """Distance and accuracy: a row a config, a column an NFE.
 
@@ -164,7 +158,9 @@ def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
   for name, runs in rows.items():
     distances = [cell(runs, "distance", n) for n in counts]
     accuracy = cell(runs, "accuracy", 1, ".3f")
-    lines.append([name, decays(runs[0].config), *distances, accuracy])
+    ema = runs[0].config["ema"]
+    decays = " / ".join(map(str, dict.fromkeys([ema["inference_decay"], ema["target_decay"]])))
+    lines.append([name, decays, *distances, accuracy])
   return files.markdown_table(
     ["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"], lines
   )
@@ -189,14 +185,13 @@ def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
   strengths = dict.fromkeys((0.0, w))
   header = ["", *(f"1000 × deviation from the chord, w = {s:g}" for s in strengths)]
   header += ["attained gain of OT", "class shift", "gradient norm of the consistency loss"]
+  means = [("coupling/attained_gain", ".3f"), ("coupling/class_shift", "z.4f")]
+  means += [("gradient_norm/consistency", ".3f")]
   lines = []
   for name, runs in rows.items():
     deviations = ([1000 * v for v in summary.straightness(runs, s)] for s in strengths)
     line = [name, *map(format_spread, deviations)]
-    line.append(format_spread(summary.trained(runs, "coupling/attained_gain"), ".3f"))
-    line.append(format_spread(summary.trained(runs, "coupling/class_shift"), "z.4f"))
-    line.append(format_spread(summary.trained(runs, "gradient_norm/consistency"), ".3f"))
-    lines.append(line)
+    lines.append(line + [format_spread(summary.trained(runs, n), form) for n, form in means])
   return files.markdown_table(header, lines)
 
 
@@ -280,7 +275,6 @@ def compare(
   counts = summary.step_counts(runs)
   few = [n for n in counts if n <= 8] or counts
   spectra = {n: summary.spectra(rows, n, w) for n in dict.fromkeys((few[0], few[-1]))}
-  measure = lambda run: effective_guidance(run, w, examples)
   content = {
     "dataset": report["config"]["data"]["name"],
     "w": w,
@@ -294,7 +288,9 @@ def compare(
     "pools": pool_gains(runs[0].config, pools) if pools else [],
     "jumps": JUMPS,
     "effective_scale": {
-      name: [measure(run) for run in runs] for name, runs in rows.items() if guidance
+      name: [effective_guidance(run, w, examples) for run in runs]
+      for name, runs in rows.items()
+      if guidance
     },
   }
   files.write_whole(path("comparison.json"), json.dumps(content, indent=2))

@@ -204,23 +204,7 @@ def protocol(mesh, reference: reference_lib.Reference, num_images: int) -> dict:
 
 
 def _judge_batches(exp, reference, extract, batches, archive, compiled):
-  """Judges the samples of one setting.
-
-  Host work on a batch goes on in a thread while the next one is drawn.
-
-  Args:
-    exp: the experiment.
-    reference: what they are judged against.
-    extract: of `features.extractor`.
-    batches: of `generate.batches`.
-    archive: where the samples are written; "" for nowhere.
-    compiled: whether the sampler has run before.
-
-  Returns:
-    (`reference.Judging.result`, the first images, images per second), all None in processes but the
-    first. Speeds leave out the first batch, unless the sampler was compiled before, and are None
-    where there is no other.
-  """
+  """(`reference.Judging.result`, the first images, images per second) of one setting's samples."""
   total, first_process = exp.evaluation.num_images, jax.process_index() == 0
   judging, grid, seconds = reference_lib.Judging(reference, total), None, []
   with contextlib.ExitStack() as stack:
@@ -230,7 +214,7 @@ def _judge_batches(exp, reference, extract, batches, archive, compiled):
       save = stack.enter_context(samples_lib.writer(archive, total, shape))
     behind = stack.enter_context(futures.ThreadPoolExecutor(1))
     waiting = collections.deque()
-    for batch in batches:
+    for batch in batches:  # the host works on it while the next one is drawn
       seconds.append((len(batch.labels), batch.drawing, batch.drawing + batch.decoding))
       outputs = jax.block_until_ready(extract(batch.images))
       if first_process:
@@ -243,7 +227,7 @@ def _judge_batches(exp, reference, extract, batches, archive, compiled):
         waiting.popleft().result()
     for future in waiting:
       future.result()
-  timed = np.array(seconds if compiled else seconds[1:])
+  timed = np.array(seconds if compiled else seconds[1:])  # the first batch compiles
   speed = None
   if len(timed):
     speed = dict(zip(("drawn", "decoded"), timed[:, 0].sum() / timed[:, 1:].sum(0), strict=True))

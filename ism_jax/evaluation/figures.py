@@ -36,9 +36,7 @@ def style(number: int) -> dict:
 
 def styles(names) -> dict[str, dict]:
   """The style of each row, the same in every figure, with its label."""
-  return {
-    name: style(number) | {"label": name.replace("`", "")} for number, name in enumerate(names)
-  }
+  return {name: style(i) | {"label": name.replace("`", "")} for i, name in enumerate(names)}
 
 
 def save_figure(fig, path: str) -> None:
@@ -49,24 +47,19 @@ def save_figure(fig, path: str) -> None:
   files.write_whole(path, png.getvalue())
 
 
-def _legend(fig, axes) -> None:
-  """One legend for all axes, to their right."""
+def _save_with_legend(fig, axes, path: str) -> None:
+  """Writes a figure with one legend for all axes, to their right."""
   handles = {}
   for ax in np.ravel(axes):
     for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
   look = {"loc": "outside right upper", "fontsize": 8, "frameon": False, "handlelength": 3.5}
   fig.legend(handles.values(), handles.keys(), **look)
+  save_figure(fig, path)
 
 
 def _log2(axis, ticks=None, labels=None) -> None:
-  """A logarithmic axis that is labelled with plain numbers, as many as are readable.
-
-  Args:
-    axis: of x or y.
-    ticks: where it is labelled; otherwise at round numbers, at least four of them.
-    labels: of the ticks; their numbers if left out.
-  """
+  """A logarithmic axis labelled with plain numbers, at `ticks` or at least four round ones."""
   (axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale)("log", base=2)
   low, high = axis.get_view_interval()
   if ticks is None:
@@ -93,8 +86,7 @@ def effective_guidance(scales: dict[str, list[list[float]]], jumps, w: float, pa
   _log2(ax.yaxis)
   _log2(ax.xaxis, jumps, [f"1/{1 / d:.0f}" for d in jumps])
   ax.set(xlabel="jump d", ylabel="effective CFG scale")
-  _legend(fig, ax)
-  save_figure(fig, path)
+  _save_with_legend(fig, ax, path)
 
 
 def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
@@ -122,8 +114,7 @@ def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
     _log2(row[0].yaxis)
   axes[0, 0].set_ylabel("power, samples / real")
   axes[1, 0].set_ylabel("energy, samples / real")
-  _legend(fig, axes)
-  save_figure(fig, path)
+  _save_with_legend(fig, axes, path)
 
 
 def sweep(run: Run, path: str) -> None:
@@ -175,8 +166,7 @@ def frechet_against_w(by_steps: dict[int, dict], names, distance_is: str, path: 
     ax.set(title=f"NFE {steps}", xlabel="w")
   _log2(axes[0, 0].yaxis)
   axes[0, 0].set_ylabel(distance_is)
-  _legend(fig, axes)
-  save_figure(fig, path)
+  _save_with_legend(fig, axes, path)
 
 
 def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
@@ -234,8 +224,7 @@ def pools(gains: list[dict], path: str) -> None:
   axes[0].set_ylabel("per pair and dimension")
   axes[1].set_title("attained gain (of the dual bound)", fontsize=10)
   axes[2].set_title("class shift", fontsize=10)
-  _legend(fig, axes)
-  save_figure(fig, path)
+  _save_with_legend(fig, axes, path)
 
 
 def technique_costs(techniques: dict, path: str) -> None:
@@ -247,18 +236,11 @@ def technique_costs(techniques: dict, path: str) -> None:
   errors = np.abs(np.array([measured[name]["quartiles"] for name in names]).T - medians)
   passes = np.array([techniques["forward_passes"][name] for name in names])
   ax.barh(places, medians, xerr=errors, color=_COLOURS[0], height=0.6, label="measured")
-  ax.plot(
-    [passes[name] / passes[names[0]] for name in names],
-    places,
-    "D",
-    color=_COLOURS[1],
-    label="by its forward passes",
-  )
+  ax.plot(passes / passes[0], places, "D", color=_COLOURS[1], label="by its forward passes")
   ax.set_yticks(places, names)
   ax.invert_yaxis()
   ax.set_xlabel("time of a step over that of flow matching (quartiles)")
-  _legend(fig, ax)
-  save_figure(fig, path)
+  _save_with_legend(fig, ax, path)
 
 
 def pairing_shares(report: dict, path: str) -> None:
@@ -285,8 +267,7 @@ def pairing_shares(report: dict, path: str) -> None:
   _log2(ax.yaxis)
   ax.set_xlabel("batches in a pool, K, and pairs")
   ax.set_ylabel("pairing, % of the pool's steps")
-  _legend(fig, ax)
-  save_figure(fig, path)
+  _save_with_legend(fig, ax, path)
 
 
 def find_grids(workdir: str, w: float) -> dict[int, str]:

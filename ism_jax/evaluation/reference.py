@@ -7,6 +7,7 @@ yardsticks beside the distances, frequencies, and how near samples are to what w
 Axes: N images, H/W size, C channels, F features, S spatial features, K kept features.
 """
 
+import functools
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from ism_jax.evaluation import scores
 from ism_jax.experiment import Experiment
 from ism_jax.metrics import distances, features, spectra
 from ism_jax.metrics.features import Network
-from ism_jax.metrics.moments import FeatureStatistics, feature_statistics
+from ism_jax.metrics.moments import FeatureStatistics
 from ism_jax.protocol import OF_THE_DATASET
 from ism_jax.runtime import files
 
@@ -182,7 +183,7 @@ class Reference:
       self.statistics = self._see(real.reference)
       source = {"split": ev.reference_split, "images": len(real.reference)}
       self.sources = {n.name: source for n in self.networks}
-      self.floors = {n.name: self._floor(n.name) for n in self.networks if n.name in OF_THE_DATASET}
+      self.floors = {n.name: self._floor(n) for n in self.networks if n.name in OF_THE_DATASET}
     self.check_count(ev.num_images)
 
   def _see(self, images) -> dict[str, scores.Statistics]:
@@ -193,22 +194,15 @@ class Reference:
         tally.add(outputs[name])
     return {name: tally.statistics() for name, tally in tallies.items()}
 
-  def _floor(self, name):
-    real, count = self.statistics[name], self._num_images
-    if not self.images.held_out:
-      mean, sd = distances.bootstrap_floor(real.kept, seed=0, repeats=FLOOR_REPEATS)
-      return {"mean": mean, "sd": sd, "is": "a bootstrap resample of the real images"}
-    (network,) = (n for n in self.networks if n.name == name)
-    seen = features.of_images(network, self._mesh, self.images.training[0])
-    rng, values = np.random.default_rng(0), []
-    for _ in range(FLOOR_REPEATS):
-      chosen = seen[rng.integers(len(seen), size=count)]
-      values.append(distances.frechet_distance(feature_statistics(chosen), real.features))
-    return {
-      "mean": float(np.mean(values)),
-      "sd": float(np.std(values, ddof=1)),
-      "is": f"{count} training images",
-    }
+  def _floor(self, network):
+    real, count = self.statistics[network.name], self._num_images
+    floor = functools.partial(distances.bootstrap_floor, seed=0, repeats=FLOOR_REPEATS)
+    if self.images.held_out:
+      seen = features.of_images(network, self._mesh, self.images.training[0])
+      (mean, sd), what = floor(seen, count=count, real=real.features), f"{count} training images"
+    else:
+      (mean, sd), what = floor(real.kept), "a bootstrap resample of the real images"
+    return {"mean": mean, "sd": sd, "is": what}
 
   def check_count(self, num_images: int) -> None:
     """Warns of distances that would mean little, after hours of sampling."""

@@ -52,14 +52,9 @@ def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSe
   unreadable = {}
 
   def batches(batch_size):
-    ready = []
-    # Threads: PIL decodes, shrinks and resizes without Python's lock.
-    with (
-      concurrent.futures.ThreadPoolExecutor(num_threads) as pool,
-      contextlib.closing(
-        images_lib.in_order(pool, crop, range(source.size), _BATCHES_AHEAD * batch_size)
-      ) as crops,
-    ):
+    ready, ahead = [], _BATCHES_AHEAD * batch_size
+    crops = images_lib.in_order(crop, range(source.size), ahead=ahead, num_threads=num_threads)
+    with contextlib.closing(crops):
       for image in crops:
         if image.reason is not None:
           unreadable[source.name(image.index)] = image.reason
@@ -114,9 +109,6 @@ def compute(
   """{network: statistics} in one pass over the images.
 
   Args:
-    images: what the networks see.
-    networks: all at once.
-    mesh: of the devices.
     keep: the most images whose features the statistics hold, evenly spread.
     batch_size: images at a time on each device.
   Raises:
@@ -161,9 +153,6 @@ def make(
   """Writes the statistics of each network into the folder `out`, but for those that are there.
 
   Args:
-    images: what the networks see.
-    networks: those whose statistics are wanted.
-    out: the folder.
     keep: see `compute`.
     batch_size: see `compute`.
     devices: default all that are local.
@@ -261,11 +250,7 @@ def define_flags() -> None:
 
 
 def _image_set(args) -> ImageSet:
-  """The images that the flags name.
-
-  Raises:
-    ValueError: they name none, or several, or say what goes with others.
-  """
+  """The images that the flags name."""
   sources = [name for name in ("images", "samples", "config") if args[name].value is not None]
   if len(sources) != 1:
     raise ValueError(

@@ -284,7 +284,7 @@ def panels(
   jumps = dict.fromkeys(d for runs in points.values() for run in runs for d in run.jumps)
   strengths = dict.fromkeys((0.0, w))
   distance = next(iter(points.values()))[0].distance_is
-  per_point = lambda value: {label: value(runs) for label, runs in points.items()}
+  per_point = lambda value: {label: v for label, runs in points.items() if (v := value(runs))}
   shown = {
     f"{distance}, w = {s:g}": {
       f"NFE {n}": per_point(lambda runs: measured(runs, "distance", n, s)) for n in counts
@@ -301,9 +301,5 @@ def panels(
     f"d = {d}": per_point(lambda runs: [run.jumps[d] for run in runs if d in run.jumps])
     for d in jumps
   }
-  filled = {
-    title: {line: {label: v for label, v in at.items() if v} for line, at in lines.items()}
-    for title, lines in shown.items()
-  }
-  filled = {title: {n: at for n, at in lines.items() if at} for title, lines in filled.items()}
+  filled = {title: {n: at for n, at in lines.items() if at} for title, lines in shown.items()}
   return {title: lines for title, lines in filled.items() if lines}

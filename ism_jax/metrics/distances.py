@@ -166,16 +166,18 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
   return float(np.max(distances, axis=0).mean())
 
 
-def bootstrap_floor(features, seed, repeats):
+def bootstrap_floor(features, seed, repeats, count=None, real=None):
   """Mean and standard deviation of the Fréchet distance of a resample to all the features.
 
-  A resample has N rows drawn with replacement. A generator whose N samples score no worse than this
-  cannot be told from the data by this distance.
+  A resample has rows drawn with replacement. A generator whose samples, as many, score no worse
+  than this cannot be told from the data by this distance.
 
   Args:
     features: [N, F].
     seed: whatever `numpy.random.default_rng` takes.
     repeats: number of resamples, at least 2.
+    count: rows of a resample, default N.
+    real: FeatureStatistics that are compared with, default those of all the features.
   Returns:
     (mean, standard deviation), floats.
   """
@@ -183,11 +185,11 @@ def bootstrap_floor(features, seed, repeats):
     raise ValueError(f"repeats={repeats} gives no standard deviation; use at least 2.")
   features = finite_rows(np.asarray(features, np.float64), "features")
   rng = np.random.default_rng(seed)
-  everything = feature_statistics(features)
+  real = real or feature_statistics(features)
   distances = []
   for _ in range(repeats):
-    resample = features[rng.integers(len(features), size=len(features))]
-    distances.append(frechet_distance(everything, feature_statistics(resample)))
+    resample = features[rng.integers(len(features), size=count or len(features))]
+    distances.append(frechet_distance(feature_statistics(resample), real))
   return float(np.mean(distances)), float(np.std(distances, ddof=1))
 
 
