@@ -53,8 +53,6 @@ def encode(
   """Makes the shards of a process that are not there yet: p, p + P, p + 2 P, ...
 
   Args:
-    source: the images.
-    vae: see `pretrained.vae.load`.
     out: folder of the shards.
     size: height and width of the crops.
     batch_size: images at a time on each device; each shard has batches of its own, padded to this
@@ -84,8 +82,8 @@ def encode(
     images_per_shard=images_per_shard,
   )
   make_folder(out)
-  finished = latents.finished_shards(out, settings)
   shards = range(process_index, settings.shards, process_count)
+  finished = latents.finished_shards(out, settings)
   todo = [shard for shard in shards if shard not in finished]
   count = sum(len(settings.images_of(shard)) for shard in todo)
   logging.info(
@@ -181,11 +179,7 @@ def wait_for_shards(out: str, settings: latents.Settings) -> None:
 
 
 def write_manifest(source: images.Source, out: str, settings: latents.Settings) -> None:
-  """Writes the manifest of a folder that has all its shards.
-
-  Raises:
-    ValueError: shards are missing, or no image was readable.
-  """
+  """Writes the manifest; raises ValueError if shards are missing or no image was readable."""
   trailers = latents.finished_shards(out, settings)
   if missing := [s for s in range(settings.shards) if s not in trailers]:
     raise ValueError(

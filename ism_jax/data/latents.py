@@ -7,6 +7,7 @@ this one. `manifest.json` says the same of the whole folder, and exists once eve
 Axes: N images, H/W image size, h/w latent size, C channels.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -108,7 +109,7 @@ class ShardWriter:
     self._settings, self._shard = settings, shard
     self._path = settings.path(directory, shard)
     self._record = np.zeros((), record_type(settings.moments_shape))
-    self._counts: dict[int, int] = {}
+    self._counts = collections.Counter()
     self._unreadable: dict[str, str] = {}
     for path in glob.glob(f"{glob.escape(self._path)}.*.tmp"):
       os.remove(path)
@@ -132,7 +133,7 @@ class ShardWriter:
   def _finish(self) -> None:
     trailer = dataclasses.asdict(self._settings) | {
       "shard": self._shard,
-      "images": sum(self._counts.values()),
+      "images": self._counts.total(),
       "counts": {str(label): self._counts[label] for label in sorted(self._counts)},
       "unreadable": self._unreadable,
     }
@@ -149,7 +150,7 @@ class ShardWriter:
       for view in moments:
         self._record["label"], self._record["moments"] = label, view
         self._writer.write(self._record.tobytes())
-    self._counts[label] = self._counts.get(label, 0) + 1
+    self._counts[label] += 1
 
   def add_unreadable(self, name: str, reason: str) -> None:
     """Notes an image that has no record."""
@@ -190,11 +191,7 @@ def _trailers(paths) -> list[dict | None]:
 
 
 def finished_shards(directory: str, settings: Settings) -> dict[int, dict]:
-  """The trailers of the whole shards in a folder, by their numbers.
-
-  Raises:
-    ValueError: there are shards that were made with other settings.
-  """
+  """The trailers of a folder's whole shards, by number; raises ValueError for other settings."""
   names = sorted(name for name in os.listdir(directory) if _SHARD.fullmatch(name))
   trailers = _trailers([os.path.join(directory, name) for name in names])
   finished = {}
@@ -221,11 +218,7 @@ def _differences(trailer: dict, wanted: dict) -> str:
 
 
 def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
-  """The text of `manifest.json` for a folder that has all its shards.
-
-  Raises:
-    ValueError: no image at all was readable.
-  """
+  """The text of `manifest.json` of all shards; raises ValueError if no image was readable."""
   ordered = [trailers[shard] for shard in range(settings.shards)]
   counts = [sum(t["counts"].get(str(label), 0) for t in ordered) for label in range(len(classes))]
   unreadable = {name: reason for t in ordered for name, reason in t["unreadable"].items()}
@@ -247,11 +240,7 @@ def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
 
 
 def read_manifest(directory: str) -> dict:
-  """The manifest of an encoded dataset.
-
-  Raises:
-    ValueError: there is none.
-  """
+  """The manifest of an encoded dataset; raises ValueError where there is none."""
   command = "python -m ism_jax encode --images=IMAGES --out=DIR"
   if not directory:
     raise ValueError(
@@ -296,12 +285,7 @@ class Latents:
   """The images of an encoded dataset; see `pipeline.load_source`."""
 
   def __init__(self, cfg):
-    """Opens the folder `cfg.dir` and checks it against a DataConfig.
-
-    Raises:
-      ValueError: the folder, the manifest or a shard is absent, damaged, or of other data than the
-        config's.
-    """
+    """Opens `cfg.dir`; raises ValueError for what is absent, damaged, or not as the DataConfig."""
     content = read_manifest(cfg.dir)
     _check(cfg, content)
     settings = Settings(**{f.name: content[f.name] for f in dataclasses.fields(Settings)})
@@ -320,12 +304,7 @@ class Latents:
     return self._size
 
   def read(self, keys, mirror):
-    """{"moments": float16 [N, h, w, 2 C]} and labels int32 [N] of images, mirrored or not.
-
-    Args:
-      keys: int [N].
-      mirror: bool [N].
-    """
+    """{"moments": float16 [N, h, w, 2 C]} and labels int32 [N], see `pipeline`."""
     places = VIEWS * np.asarray(keys) + np.asarray(mirror)
     records = np.frombuffer(b"".join(self._records.__getitems__(places.tolist())), self._type)
     return {"moments": records["moments"].copy()}, records["label"].astype(np.int32)

@@ -70,12 +70,10 @@ class DataConfig:
         f"data.vae={self.vae!r} does not go with data.name={self.name!r}: {latents.NAME!r} needs "
         'the name of their VAE, such as "stabilityai/sd-vae-ft-mse", and images need "".'
       )
-    for field in ("image_size", "channels", "num_classes"):
-      if getattr(self, field) < 1:
-        raise ValueError(f"data.{field}={getattr(self, field)} must be at least 1.")
-    for field in ("seed", "num_threads"):
-      if getattr(self, field) < 0:
-        raise ValueError(f"data.{field}={getattr(self, field)} must be at least 0.")
+    least = {"image_size": 1, "channels": 1, "num_classes": 1, "seed": 0, "num_threads": 0}
+    for field, value in least.items():
+      if getattr(self, field) < value:
+        raise ValueError(f"data.{field}={getattr(self, field)} must be at least {value}.")
 
 
 class Images:
@@ -102,11 +100,7 @@ class Images:
 
 
 def tfds_builder(name, directory):
-  """The TFDS builder of a dataset, ours or TFDS's; `directory` as in a DataConfig.
-
-  Raises:
-    ValueError: there is no such dataset.
-  """
+  """The TFDS builder of a dataset, `directory` as in a DataConfig; a ValueError if unknown."""
   try:
     return tfds.builder(name, data_dir=directory or None)
   except (ValueError, AssertionError, ImportError) as error:  # the name, config, version or code
@@ -235,11 +229,7 @@ def to_unit_range(images, dtype=np.float32):
 
 
 def all_images(source):
-  """A small dataset whole, in its own order: images uint8 [N, H, W, C] and labels int32 [N].
-
-  Raises:
-    ValueError: it is one of latents.
-  """
+  """A small dataset whole, in its own order: images uint8 [N, H, W, C] and labels int32 [N]."""
   if not isinstance(source, Images):
     raise ValueError(
       "data.name='latents' has no images, only their latents, and what was asked for compares "

@@ -109,28 +109,23 @@ class _Array:
 
 def _open_arrays(path) -> ImageSet:
   try:
+    arrays = []
     with pathlib.Path(path).open("rb") as file:
-      zipped = file.read(len(_ZIP)) == _ZIP  # also of one that has lost its end
-    if zipped:
-      arrays = []
-      with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-          if member.filename.endswith(".npy"):
-            with archive.open(member) as file:
-              arrays.append(_header(path, member.filename, file, member.file_size))
-    else:
-      with pathlib.Path(path).open("rb") as file:
+      if file.read(len(_ZIP)) == _ZIP:  # also of one that has lost its end
+        with zipfile.ZipFile(file) as archive:
+          for member in archive.infolist():
+            if member.filename.endswith(".npy"):
+              with archive.open(member) as entry:
+                arrays.append(_header(path, member.filename, entry, member.file_size))
+      else:
+        file.seek(0)
         arrays = [_header(path, "", file, os.path.getsize(path))]
   except _DAMAGE as error:
     raise _damaged(path, error) from error
-  images = _images_of(path, arrays)
-  labels = None
+  images, labels = _images_of(path, arrays), None
   for array in arrays:
-    if (
-      array.name.removesuffix(".npy") in _LABEL_NAMES
-      and array.shape == images.shape[:1]
-      and array.dtype.kind in "iu"
-    ):
+    named = array.name.removesuffix(".npy") in _LABEL_NAMES
+    if named and array.shape == images.shape[:1] and array.dtype.kind in "iu":
       with _opened(path, array) as f:
         labels = np.frombuffer(f.read(), array.dtype).astype(np.int64)
       break
@@ -164,7 +159,6 @@ def _header(path, name, file, size) -> _Array:
 
 
 def _read_header(file):
-  """(shape, whether in Fortran order, dtype) from the beginning of an npy file."""
   version = np.lib.format.read_magic(file)
   if version == (1, 0):
     return np.lib.format.read_array_header_1_0(file)
@@ -355,8 +349,7 @@ def writer(path: str, count: int, image_shape: tuple[int, int, int]):
   """
   path = os.fspath(path)
   if jax.process_index() != 0:
-    add, _ = _appender(path, count, image_shape, lambda images: None)
-    yield add
+    yield _appender(path, count, image_shape, lambda images: None)[0]
     return
   with contextlib.ExitStack() as stack:
     local = os.path.abspath(path)
@@ -416,8 +409,7 @@ def _member(archive, name):
 
 
 def _check_room(path, folder, needed) -> None:
-  free = shutil.disk_usage(folder).free
-  if free < needed:
+  if (free := shutil.disk_usage(folder).free) < needed:
     raise OSError(
       f"{path} takes {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB: make room, or "
       "name another folder (in TMPDIR, for one through which files reach an object store)."

@@ -50,18 +50,11 @@ def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
   x1 = jnp.asarray(data.to_unit_range(images[chosen]))
   x0 = jax.random.normal(key_noise, x1.shape)
   velocity = model_lib.velocity_function(exp.network(), params)
-  scales = []
+  training = {"null_class": exp.null_class, "t_interval": exp.objective.t_interval}
+  c, scales = jnp.asarray(labels[chosen]), []
   for d in JUMPS:
     scale, residual = diagnosis.effective_scale(
-      velocity,
-      x0,
-      x1,
-      jnp.asarray(labels[chosen]),
-      key_start,
-      d=d,
-      w=w,
-      null_class=exp.null_class,
-      t_interval=exp.objective.t_interval,
+      velocity, x0, x1, c, key_start, d=d, w=w, **training
     )
     message = "%s: a jump of %g has effective CFG scale %.2f (residual %.4f)."
     logging.info(message, run.workdir, d, scale, residual)
@@ -108,15 +101,9 @@ def pool_gains(config: dict, sizes: list[int]) -> list[dict]:
   """
   exp = experiment_lib.parse(ml_collections.ConfigDict(config))
   source, gains = data.load_source(exp.data), []
+  drawing = {"batch_size": exp.batch_size, "seed": exp.data.seed, "flip": exp.data.flip}
   for size in sizes:
-    stream = data.pools(
-      source,
-      batch_size=exp.batch_size,
-      pool_size=size,
-      seed=exp.data.seed,
-      flip=exp.data.flip,
-      num_threads=0,
-    )
+    stream = data.pools(source, pool_size=size, num_threads=0, **drawing)
     pools, n = [next(stream) for _ in range(POOLS)], size * exp.batch_size
     for penalty in dict.fromkeys((exp.coupling.class_penalty, 0.0)):
       cfg = dataclasses.replace(exp.coupling, coupling="ot", pool_size=size, class_penalty=penalty)
@@ -243,7 +230,7 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
     names = ("gain", "optimal_gain", "attained_gain", "class_shift")
     number = lambda value: "–" if value is None else f"{value:z.4f}"
     lines += files.markdown_table(
-      ["K", "n", "class penalty", "gain", "optimal gain", "attained gain", "class shift"],
+      [name.replace("_", " ") for name in ("K", "n", "class_penalty", *names)],
       [
         [str(f["K"]), str(f["n"]), f"{f['class_penalty']:g}", *(number(f[name]) for name in names)]
         for f in content["pools"]

@@ -51,9 +51,9 @@ def straightness(exp: Experiment, params, w: float, seed: int) -> float:
 def load_reference(exp: Experiment, mesh) -> reference_lib.Reference:
   """The reference, on this process's devices of the mesh: what it scores needs no other process."""
   local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-  if len(local) < mesh.size:
-    mesh = sharding.data_mesh(local)
-  return reference_lib.Reference(exp, mesh)
+  return reference_lib.Reference(
+    exp, mesh if len(local) == mesh.size else sharding.data_mesh(local)
+  )
 
 
 def check(config) -> None:
@@ -132,7 +132,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     return None
   report = header | {
     "results": [dict(zip(SETTING, key, strict=True)) | results[key] for key in settings],
-    "yardsticks": reference.yardsticks() if reference.images else {},
+    "yardsticks": reference.yardsticks(),
     "straightness": straight,
     "config": files.as_dict(config),
   }
@@ -160,15 +160,12 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   result = reference.judge(batches, samples.count, samples.labels)
   logging.info("%s: %s.", path, format_scores(result["scores"]))
   header = {"samples": path, "sha256": samples.protocol()["sha256"], "labels": "as given"}
-  report = (
-    header
-    | protocol(mesh, reference, samples.count)
-    | {
-      "results": [result],
-      "yardsticks": reference.yardsticks() if reference.images else {},
-      "config": files.as_dict(config),
-    }
-  )
+  report = header | protocol(mesh, reference, samples.count)
+  report |= {
+    "results": [result],
+    "yardsticks": reference.yardsticks(),
+    "config": files.as_dict(config),
+  }
   write_report(workdir, report)
   return report
 
@@ -218,9 +215,9 @@ def _judge_batches(exp, reference, extract, batches, archive, compiled):
       seconds.append((len(batch.labels), batch.drawing, batch.drawing + batch.decoding))
       outputs = jax.block_until_ready(extract(batch.images))
       if first_process:
+        waiting.append(behind.submit(judging.add, outputs, batch.images, batch.labels))
         if grid is None:
           grid = np.asarray(batch.images)[: len(batch.labels)]
-        waiting.append(behind.submit(judging.add, outputs, batch.images, batch.labels))
         if save:
           save(np.asarray(batch.images)[: len(batch.labels)], batch.labels)
       if len(waiting) > 1:

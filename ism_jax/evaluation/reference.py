@@ -53,16 +53,8 @@ def write(path: str, statistics: scores.Statistics, protocol: dict) -> None:
 
 
 def read_protocol(path: str) -> dict:
-  """How a file of statistics was made, as `write` recorded it; {} of others'.
-
-  Raises:
-    ValueError: it is no npz file, or damaged.
-  """
-  return _protocol(_load(path, (_PROTOCOL,)))
-
-
-def _protocol(arrays) -> dict:
-  return json.loads(str(arrays[_PROTOCOL])) if _PROTOCOL in arrays else {}
+  """How a file of statistics was made, as `write` recorded it; {} of others'."""
+  return json.loads(str(_load(path, (_PROTOCOL,)).get(_PROTOCOL, "{}")))
 
 
 def _load(path, names=None) -> dict[str, np.ndarray]:
@@ -97,7 +89,7 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       f"{path} holds {', '.join(sorted(arrays))}; needed are "
       f"{' or '.join(' and '.join(names) for names in _MOMENTS)}, a mean and a covariance."
     )
-  protocol = _protocol(arrays)
+  protocol = read_protocol(path)
   made_with = (protocol.get("network", network.name), protocol.get("weights", network.sha256))
   if made_with != (network.name, network.sha256):
     raise ValueError(
@@ -252,7 +244,9 @@ class Reference:
     return judging.result()
 
   def yardsticks(self) -> dict[str, dict]:
-    """`Judging.result` of real images and of bad ones."""
+    """`Judging.result` of real images and of bad ones; none where there are no images."""
+    if not self.images:
+      return {}
     results = {
       name: self.judge(features.in_batches(images), len(images), labels)
       for name, (images, labels) in self.images.yardsticks().items()

@@ -39,7 +39,6 @@ class Tally:
   """What is added up of one network's outputs.
 
   Args:
-    network: whose outputs they are.
     total: images that will be added.
     keep: how many images' features stay, evenly spread.
     inception_score: whether it is wanted; the network needs logits.
@@ -100,14 +99,13 @@ class Tally:
       )
     if self._score:
       values["inception_score"], values["inception_score_sd"] = self._score.result()
-    single = generated.kept is not None and real.kept is not None
-    if single and self._network.name in PUBLISHED:
-      # An unbiased estimate: smaller subsets change its spread, not its mean.
-      size = min(KID_SUBSET_SIZE, len(generated.kept), len(real.kept))
-      values["kid"], values["kid_sd"] = distances.kernel_distance(
-        generated.kept, real.kept, subsets=KID_SUBSETS, subset_size=size
-      )
-    if single:
+    if generated.kept is not None and real.kept is not None:
+      if self._network.name in PUBLISHED:
+        # An unbiased estimate: smaller subsets change its spread, not its mean.
+        size = min(KID_SUBSET_SIZE, len(generated.kept), len(real.kept))
+        values["kid"], values["kid_sd"] = distances.kernel_distance(
+          generated.kept, real.kept, subsets=KID_SUBSETS, subset_size=size
+        )
       values["precision"], values["recall"] = distances.precision_recall(
         real.kept, generated.kept, k=NEIGHBOURHOOD
       )

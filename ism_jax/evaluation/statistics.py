@@ -47,9 +47,7 @@ _DESCRIPTIONS = ("source", "features", "images", "unreadable", "jax")
 def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSet:
   """ADM's centre crops, [size, size, 3], of a source, see `images.open_source`."""
   source = images_lib.open_source(named, tfds_dir)
-  crop = functools.partial(images_lib.read_crop, source, size)
-
-  unreadable = {}
+  crop, unreadable = functools.partial(images_lib.read_crop, source, size), {}
 
   def batches(batch_size):
     ready, ahead = [], _BATCHES_AHEAD * batch_size
@@ -162,17 +160,9 @@ def make(
     ValueError: `out` holds statistics of another protocol; or as `compute`.
   """
   paths = {n.name: os.path.join(out, f"{n.name}.npz") for n in networks}
-  what = images.protocol()
+  what = images.protocol() | {"keep": min(keep, images.count), "jax": jax.__version__}
   protocols = {
-    n.name: what
-    | {
-      "network": n.name,
-      "weights": n.sha256,
-      "features": n.what,
-      "keep": min(keep, images.count),
-      "jax": jax.__version__,
-    }
-    for n in networks
+    n.name: what | {"network": n.name, "weights": n.sha256, "features": n.what} for n in networks
   }
   todo = [n for n in networks if not _is_done(paths[n.name], protocols[n.name])]
   for network in todo:
@@ -197,10 +187,10 @@ def make(
       images.count,
       next(iter(unreadable)),
     )
-  for name, path in ((n.name, paths[n.name]) for n in todo):
+  for name, values in statistics.items():
     protocol = protocols[name] | {"images": readable, "unreadable": unreadable}
-    reference.write(path, statistics[name], protocol)
-    logging.info("The statistics of %d images by %s are in %s.", readable, name, path)
+    reference.write(paths[name], values, protocol)
+    logging.info("The statistics of %d images by %s are in %s.", readable, name, paths[name])
   return paths
 
 

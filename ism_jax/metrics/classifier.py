@@ -32,8 +32,7 @@ NUM_FEATURES = 64
 HELD_OUT = 0.2
 _STEPS = 1000
 _BATCH = 128
-_LEARNING_RATE = 3e-3
-_WEIGHT_DECAY = 1e-2
+_OPTIMIZER = optax.adamw(optax.cosine_decay_schedule(3e-3, _STEPS), weight_decay=1e-2)
 # Smoothed labels keep the best logits finite, and so the features of the training images in range.
 # On the digits they raised held-out accuracy from 0.983 and 0.986 to 0.994 and 0.992 (seeds 0, 1),
 # and no unit died; without them one nearly did (standard deviation 0.017).
@@ -154,7 +153,7 @@ def train_judge(images, labels, *, num_classes, seed=0):
   key_init, key_steps = jax.random.split(jax.random.key(seed))
   image_shape = images.shape[1:]
   params = _init(key_init, image_shape, num_classes)
-  opt_state = _optimizer().init(params)
+  opt_state = _OPTIMIZER.init(params)
   train_images, train_labels = jnp.asarray(images[train]), jnp.asarray(labels[train])
   for step in range(_STEPS):
     key = jax.random.fold_in(key_steps, step)
@@ -219,11 +218,6 @@ def _init(key, image_shape, num_classes):
   return _Classifier(num_classes).init(key, jnp.zeros((1, *image_shape)))["params"]
 
 
-def _optimizer():
-  schedule = optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS)
-  return optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
-
-
 def _shift(image, offset):
   """image [H, W, C] moved by offset - 1 pixels in each direction, edges repeated."""
   padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
@@ -248,15 +242,13 @@ def _train_step(params, opt_state, images, labels, key, num_classes):
     targets = optax.smooth_labels(jax.nn.one_hot(labels[index], num_classes), _LABEL_SMOOTHING)
     return optax.softmax_cross_entropy(logits, targets).mean()
 
-  updates, opt_state = _optimizer().update(jax.grad(loss)(params), opt_state, params)
+  updates, opt_state = _OPTIMIZER.update(jax.grad(loss)(params), opt_state, params)
   return optax.apply_updates(params, updates), opt_state
 
 
 def _fingerprint(images, labels, num_classes):
-  digest = hashlib.sha256(repr((VERSION, images.shape, num_classes)).encode())
-  digest.update(np.ascontiguousarray(images).tobytes())
-  digest.update(labels.tobytes())
-  return digest.hexdigest()[:16]
+  facts = repr((VERSION, images.shape, num_classes)).encode()
+  return hashlib.sha256(facts + images.tobytes() + labels.tobytes()).hexdigest()[:16]
 
 
 def _read(path, image_shape, num_classes):

@@ -18,15 +18,19 @@ from ism_jax import guidance, paths
 SCALES = (0.25, 64.0)  # the CFG scales that are searched
 
 
-def rollout(guided, x_t, t, c, w, steps: int):
-  """The mean velocity [B, ...] of `steps` steps of 1/128 from x_t, t [B], guided by w [B]."""
+def _fine_steps(velocity, x_t, t, c, w, steps: int):
+  """The end of `steps` steps of 1/128 from x_t, t [B], and the states [steps, B, ...] passed."""
   zero = jnp.zeros_like(t)
 
-  def step(carry, _):
-    x, t = carry
-    return (paths.advance(x, guided(x, t, c, zero, w), zero), t + 1 / paths.FINEST), None
+  def step(x, i):
+    return paths.advance(x, velocity(x, t + i / paths.FINEST, c, zero, w), zero), x
 
-  (x, _), _ = jax.lax.scan(step, (x_t, t), length=steps)
+  return jax.lax.scan(step, x_t, jnp.arange(steps))
+
+
+def rollout(guided, x_t, t, c, w, steps: int):
+  """The mean velocity [B, ...] of `steps` steps of 1/128 from x_t, t [B], guided by w [B]."""
+  x, _ = _fine_steps(guided, x_t, t, c, w, steps)
   return (x - x_t) * paths.FINEST / steps
 
 
@@ -84,13 +88,7 @@ def deviation_from_chord(velocity, x0, c, w):
   Returns:
     A scalar array.
   """
-  zero = jnp.zeros(len(c))
-
-  def step(x, t):
-    t = jnp.full(len(c), t)
-    return paths.advance(x, velocity(x, t, c, zero, w), zero), x
-
+  x1, x_t = _fine_steps(velocity, x0, jnp.zeros(len(c)), c, w, paths.FINEST)
   times = jnp.arange(paths.FINEST) / paths.FINEST
-  x1, x_t = jax.lax.scan(step, x0, times)
   chords = jax.vmap(lambda t: (1 - t) * x0 + t * x1)(times)
   return jnp.mean(jnp.square(x_t - chords)[1:])

@@ -40,11 +40,10 @@ def frechet_distance(a, b):
     raise ValueError(
       f"a has {a.mean.size} features and b has {b.mean.size}; both need those of one network."
     )
-  factor_a, factor_b = _factor(a.covariance), _factor(b.covariance)
-  factor, other = factor_a, b.covariance
-  if factor_b.shape[1] < factor_a.shape[1]:
-    factor, other = factor_b, a.covariance
-  eigenvalues = np.linalg.eigvalsh(_symmetric(factor.T @ other @ factor))
+  pairs = (_factor(a.covariance), b.covariance), (_factor(b.covariance), a.covariance)
+  factor, other = min(pairs, key=lambda pair: pair[0].shape[1])
+  product = factor.T @ other @ factor
+  eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
   # Rounding leaves the zeros of a singular matrix slightly negative.
   trace_of_root = np.sqrt(np.maximum(eigenvalues, 0)).sum()
   traces = np.trace(a.covariance) + np.trace(b.covariance)
@@ -203,16 +202,11 @@ def _two_sets(generated, real):
   return generated, real
 
 
-def _symmetric(matrix):
-  return (matrix + matrix.T) / 2
-
-
 def _factor(covariance):
   """L [F, rank] with L L^T = covariance, positive semi-definite, by Cholesky with pivots."""
   # What is left of the diagonal once it is below F eps of its largest entry is rounding.
-  factor, pivots, rank, info = scipy.linalg.lapack.dpstrf(_symmetric(covariance), lower=1)
-  if info < 0:
-    raise AssertionError(f"dpstrf refused argument {-info}")
+  factor, pivots, rank, info = scipy.linalg.lapack.dpstrf((covariance + covariance.T) / 2, lower=1)
+  assert info >= 0, f"dpstrf refused argument {-info}"
   unpivoted = np.empty((len(covariance), rank))
   unpivoted[pivots - 1] = np.tril(factor)[:, :rank]
   return unpivoted

@@ -50,11 +50,7 @@ class Moments:
     self._scatter = np.zeros((0, 0))
 
   def update(self, features) -> None:
-    """Adds feature vectors [B, F].
-
-    Raises:
-      ValueError: rows that hold NaN or infinity, or another F than before; nothing was added then.
-    """
+    """Adds feature vectors [B, F]; a ValueError for rows that do not fit adds nothing."""
     features = finite_rows(features, "features")
     size = features.shape[1]
     if not self._count:
@@ -104,11 +100,7 @@ class Moments:
 
 
 def feature_statistics(features) -> FeatureStatistics:
-  """`Moments.statistics` of features [N, F].
-
-  Raises:
-    ValueError: fewer than two rows, or rows that hold NaN or infinity.
-  """
+  """`Moments.statistics` of features [N, F]."""
   moments = Moments()
   moments.update(features)
   return moments.statistics()
@@ -138,13 +130,10 @@ class InceptionScore:
     self._negative_entropies = np.zeros(splits)  # sums of sum_c p(c|x) log p(c|x)
 
   def update(self, logits) -> None:
-    """Adds the next samples.
+    """Adds the next samples; a ValueError for rows that do not fit adds nothing.
 
     Args:
       logits: [B, C]. For the published score, of the Inception of 2015 without its bias.
-    Raises:
-      ValueError: rows that hold NaN or infinity, another C than before, or more samples than
-        `total`; nothing was added then.
     """
     logits = finite_rows(logits, "logits").astype(np.float64)
     stop = self._added + len(logits)
