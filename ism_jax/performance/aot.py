@@ -74,11 +74,9 @@ def out_of_memory(message: str) -> float | None:
 
 
 def compile_one(function, arguments, devices: int, trips: dict[str, float]) -> dict:
-  """Compiles a jitted function for abstract arguments.
+  """Compiles a jitted function for shapes with shardings.
 
   Args:
-    function: the jitted function.
-    arguments: shapes with shardings.
     devices: of the mesh.
     trips: see `hlo.read`.
   Returns:
@@ -113,8 +111,6 @@ def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: f
   """Estimated seconds of a call; see ASSUMPTIONS.
 
   Args:
-    top: the topology.
-    profile: of the call.
     at_peak: FLOPs of all chips together, at the peak rate.
     elementwise: those at the slower rate.
   Returns:
@@ -127,18 +123,6 @@ def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: f
   total = max(compute, memory) + links
   seconds = {"compute": compute, "memory": memory, "links": links, "total": total}
   return seconds | ({"cycles": profile.cycles / top.chip.clock + links} if top.chip.clock else {})
-
-
-def _traffic(profile: hlo.Profile, calls: float) -> dict:
-  """What a program moves, per 1/`calls` of a run of it: bytes per chip."""
-  return {
-    "hbm_bytes": profile.hbm_bytes / calls,
-    "collective_bytes": {kind: n / calls for kind, n in profile.payload().items()},
-    "sent_bytes": sum(c.times * c.sent for c in profile.collectives) / calls,
-    "largest_collective_bytes": max((c.payload for c in profile.collectives), default=0),
-    "assumed_loops": profile.assumed,
-    "unknown_loops": list(profile.unknown),
-  }
 
 
 def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dict:
@@ -186,9 +170,15 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     one["meanwhile"] = meanwhile[name]
     one["spare"] = top.chip.memory - one["needed"] - meanwhile[name]
     if profile := one.pop("profile", None):
-      one |= _traffic(profile, calls[name])
-      one["estimate"] = {
-        part: seconds / calls[name] for part, seconds in estimate(top, profile, *work[name]).items()
+      n, seconds = calls[name], estimate(top, profile, *work[name])
+      one |= {
+        "hbm_bytes": profile.hbm_bytes / n,
+        "collective_bytes": {kind: size / n for kind, size in profile.payload().items()},
+        "sent_bytes": sum(c.times * c.sent for c in profile.collectives) / n,
+        "largest_collective_bytes": max((c.payload for c in profile.collectives), default=0),
+        "assumed_loops": profile.assumed,
+        "unknown_loops": list(profile.unknown),
+        "estimate": {part: s / n for part, s in seconds.items()},
       }
     reports[name] = one
   report = {
@@ -229,13 +219,11 @@ def report(exp: Experiment, name: str, iterations: int, rounds: int) -> dict:
   try:
     top = describe(name)
     experiment_lib.check_devices(exp, len(top.devices))
+    return analyse(exp, top, iterations, rounds)
   except ValueError as error:
     reason = str(error)
-  else:
-    try:
-      return analyse(exp, top, iterations, rounds)
-    except jax.errors.JaxRuntimeError as error:  # hours of other topologies are not lost for it
-      reason = f"XLA fails: {str(error).splitlines()[0]}"
+  except jax.errors.JaxRuntimeError as error:  # hours of other topologies are not lost for it
+    reason = f"XLA fails: {str(error).splitlines()[0]}"
   logging.error("%s: %s", name, reason)
   return {"topology": name, "error": reason}
 

@@ -265,9 +265,8 @@ def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], di
   inputs = (params, x0, numbers % exp.data.num_classes, np.full(n, exp.sample.w, np.float32))
   programs, calls = {}, {}
   for count in STEPS:
-    programs[count] = compiled(
-      generate.sample_function(exp, mesh, paths.parse_schedule(count)), *inputs
-    )
+    sample = generate.sample_function(exp, mesh, paths.parse_schedule(count))
+    programs[count] = compiled(sample, *inputs)
     calls[count] = functools.partial(programs[count].call, *inputs)
   pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
   return calls, programs, functools.partial(pixels, x0), n
@@ -337,11 +336,7 @@ def read_pools(exp: Experiment, source, mesh, num_threads: int):
 
 
 def training_loop(exp: Experiment, source, mesh, train_steps, pools: int) -> dict[str, float]:
-  """Trains for some pools as `train` does: its seconds, and those in which it waited for data.
-
-  Args:
-    train_steps: the compiled function.
-  """
+  """Trains for some pools as `train` does: its seconds, and those in which it waited for data."""
   keys, couple = steps.base_keys(0), steps.couple_function(exp, mesh)
   state, waited, pending = steps.init_function(exp, mesh)(keys.init), 0.0, None
   read = read_pools(exp, source, mesh, exp.data.num_threads)
@@ -362,17 +357,9 @@ def training_loop(exp: Experiment, source, mesh, train_steps, pools: int) -> dic
 
 
 def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repeats: int) -> dict:
-  """benchmark.json; see the module's docstring.
-
-  Args:
-    source: the dataset that is read.
-    rows: of the batch, that the timed step trains on.
-    pools: sizes K that are paired besides the config's.
-    repeats: rounds.
-  """
-  if exp.data.vae and not exp.data.vae.startswith(
-    _RANDOM_VAE
-  ):  # decoding needs no more than shapes
+  """benchmark.json, of reading the dataset `source`; otherwise as `benchmark` takes it."""
+  # Decoding needs no more than shapes.
+  if exp.data.vae and not exp.data.vae.startswith(_RANDOM_VAE):
     exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae=_RANDOM_VAE))
   fewer = dataclasses.replace(exp, batch_size=rows)
   size, coupling = exp.coupling.pool_size, exp.coupling.coupling
@@ -381,10 +368,8 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   multiply, products = product(mesh, exp.model.dtype)
   steps, step_programs = step_calls(fewer, mesh)
   couple, couple_programs = couple_calls(exp, mesh, sizes)
-  params = jax.jit(
-    lambda key: model_lib.init_params(key, exp.network(), exp.image_shape),
-    out_shardings=sharding.replicated(mesh),
-  )(jax.random.key(0))
+  initialise = lambda key: model_lib.init_params(key, exp.network(), exp.image_shape)
+  params = jax.jit(initialise, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
   draw, draw_programs, decode, images = sample_calls(exp, mesh, params)
   logging.info("Compiled; now %d rounds.", repeats)
   seconds = timing.rounds(
@@ -398,9 +383,8 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   rates = read_rates(exp, source, mesh, repeats)
   loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
 
-  parts = {name: seconds["part", name] for name in UPDATES}
-  for name in (SQUARES, WAVELETS):
-    parts[name] = seconds["part", name] * exp.micro_batches
+  times = dict.fromkeys(UPDATES, 1) | dict.fromkeys((SQUARES, WAVELETS), exp.micro_batches)
+  parts = {name: seconds["part", name] * n for name, n in times.items()}
   step = {}  # of the whole batch; the update's time does not grow with the rows
   for name, (_, update) in techniques(exp).items():
     of_rows = seconds["step", name] / exp.scan_steps - parts[update]
@@ -526,6 +510,8 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
     "steps": size * step,
   }
   steps = step_seconds(exp, float(np.median(step)))
+  # Pairing's time grows as (K M)^2 and that of K steps as K, so their ratio grows as K; faster
+  # where larger problems take Sinkhorn more iterations or outgrow a cache.
   largest = max(pairing)
   longest = float(np.median(pairing[largest]))
   return {
@@ -536,7 +522,7 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
     "step_seconds": steps,
     "pairs_at": {
       share: {
-        name: pairs_at(share, largest, longest, seconds, exp.batch_size)
+        name: share * seconds * largest**2 / longest * exp.batch_size
         for name, seconds in steps.items()
       }
       for share in SHARES
@@ -547,27 +533,11 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
 
 def step_seconds(exp: Experiment, measured: float) -> dict[str, float]:
   """{size of the network: seconds per step} at the utilisation that was measured."""
-  work = lambda size: (
-    flops.step(dataclasses.replace(exp, model=dataclasses.replace(exp.model, size=size))).model
-  )
-  sizes = dict.fromkeys((exp.model.size, *SIZES))
-  return {size: measured * work(size) / work(exp.model.size) for size in sizes}
-
-
-def pairs_at(share: float, k: int, pairing: float, step: float, batch_size: int) -> float:
-  """K M at which pairing takes `share` of the pool's K steps, at the latest.
-
-  Pairing's time grows as (K M)^2 and that of K steps as K, so their ratio grows as K; faster where
-  larger problems take Sinkhorn more iterations or outgrow a cache.
-
-  Args:
-    share: of the pool's steps.
-    k: batches in the pool that was paired.
-    pairing: seconds that pairing it took.
-    step: seconds of a step.
-    batch_size: M.
-  """
-  return share * step * k**2 / pairing * batch_size
+  work = {}
+  for size in (exp.model.size, *SIZES):
+    model = dataclasses.replace(exp.model, size=size)
+    work[size] = flops.step(dataclasses.replace(exp, model=model)).model
+  return {size: measured * n / work[exp.model.size] for size, n in work.items()}
 
 
 def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, devices=None) -> dict:

@@ -9,11 +9,9 @@ from ism_jax.runtime.files import markdown_table, write_whole
 
 
 def write(report: dict, out: str, *, scaling: bool) -> None:
-  """Writes benchmark.json, benchmark.md and the plots into the folder `out`.
+  """Writes what `benchmark.measure` returns as benchmark.json, benchmark.md and plots into `out`.
 
   Args:
-    report: what `benchmark.measure` returns.
-    out: the folder.
     scaling: whether pools of several sizes were paired, and scaling.png is drawn.
   """
   write_whole(os.path.join(out, "benchmark.json"), json.dumps(report, indent=2) + "\n")
@@ -32,13 +30,12 @@ def as_markdown(report: dict) -> str:
 def _summary(report: dict) -> list[str]:
   cfg, devices = report["config"], report["devices"]
   ceiling, train = report["ceiling"], report["train"]
-  scaled = (
-    f" The step was timed on {cfg['rows']} rows, and its time, but for the update's, is scaled to "
-    f"{cfg['batch_size']}."
-    if cfg["rows"] != cfg["batch_size"]
-    else ""
-  )
-  datasheet, of_datasheet = ".", "."
+  scaled, datasheet, of_datasheet = "", ".", "."
+  if cfg["rows"] != cfg["batch_size"]:
+    scaled = (
+      f" The step was timed on {cfg['rows']} rows, and its time, but for the update's, is scaled "
+      f"to {cfg['batch_size']}."
+    )
   if peak := ceiling["datasheet"]:
     datasheet = f", of {peak / 1e12:.4g} by the datasheet."
     share = format_quartiles(train["utilisation_of_datasheet"], 100)

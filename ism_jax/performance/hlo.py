@@ -209,12 +209,6 @@ def _hbm(instruction: Instruction) -> int:
   return sum(a.bytes for a in instruction.arrays if a.in_hbm)
 
 
-def _operation(instruction: Instruction) -> str:
-  """JAX's name of what an instruction came from, or the instruction's own."""
-  name = re.search(r'op_name="([^"]*)"', instruction.attributes)
-  return name[1] if name else instruction.name
-
-
 def _parameter(computation: Computation, number: int) -> str:
   """The name of a computation's parameter."""
   return next(
@@ -233,12 +227,12 @@ class _Counter:
   def __init__(self, computations: dict[str, Computation]):
     self._computations = computations
 
-  def result(self, name: str, arguments: list, wanted=None):
+  def result(self, name: str, arguments: list):
     """The result of a computation."""
-    return self._value(self._computations[name], wanted, arguments, {})
+    computation = self._computations[name]
+    return self._value(computation, computation.root, arguments, {})
 
   def _value(self, computation, name, arguments, known):
-    name = name or computation.root
     if name not in known:
       known[name] = None  # also ends what would never end
       known[name] = self._apply(computation, computation.instructions[name], arguments, known)
@@ -306,9 +300,8 @@ def _group(instruction: Instruction, mesh_size: int) -> tuple[int, ...]:
     sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     axes = re.findall(r"'(\w+)'", mesh[2])
     places = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-    return tuple(
-      places[tuple(slice(None if axis in axes else 1) for axis in sizes)].ravel().tolist()
-    )
+    first = tuple(slice(None if axis in axes else 1) for axis in sizes)
+    return tuple(places[first].ravel().tolist())
   return tuple(range(mesh_size))
 
 
@@ -333,9 +326,9 @@ class _Reader:
         self.run(_called(instruction, "body")[0], times * trips)
         self.run(_called(instruction, "condition")[0], times * (trips + 1))
       elif opcode == "conditional":
-        kinds = ("branch_computations", "true_computation", "false_computation")
-        for branch in (name for kind in kinds for name in _called(instruction, kind)):
-          self.run(branch, times)
+        for kind in ("branch_computations", "true_computation", "false_computation"):
+          for branch in _called(instruction, kind):
+            self.run(branch, times)
       elif opcode in ("call", "async-start"):
         (called,) = _called(instruction, "to_apply" if opcode == "call" else "calls")
         self.run(called, times)
@@ -348,7 +341,8 @@ class _Reader:
     trips = self._counter.trips(computation, loop)
     if trips is not None:
       return trips
-    operation = _operation(loop)
+    name = re.search(r'op_name="([^"]*)"', loop.attributes)
+    operation = name[1] if name else loop.name
     for part, assumed in self._trips.items():
       if part in operation:
         self.assumed[operation] = assumed
