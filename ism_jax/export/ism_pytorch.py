@@ -78,7 +78,6 @@ class ScalarEmbedder(nn.Module):
     self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
   def forward(self, a):
-    """a [B]."""
     steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device=a.device) / _FREQUENCIES
     angles = a.float()[:, None] * torch.exp(-math.log(10_000) * steps)
     h = functional.silu(_float32(self.mlp[0], torch.cat([angles.cos(), angles.sin()], dim=1)))
@@ -93,7 +92,6 @@ class LabelEmbedder(nn.Module):
     self.embedding_table = nn.Embedding(num_classes + 1, width)
 
   def forward(self, c):
-    """c [B], integers."""
     return self.embedding_table(c).float()
 
 
@@ -106,7 +104,6 @@ class PatchEmbedder(nn.Module):
     self.proj = nn.Conv2d(channels, width, patch, stride=patch)  # as SiT's state dict has it
 
   def forward(self, x):
-    """x [B, C, H, W]."""
     weight, bias = self.proj.weight, self.proj.bias
     b, channels, height, _ = x.shape
     # As a matrix product: convolutions take TF32 for float32 on GPUs, unless told otherwise.
@@ -116,7 +113,7 @@ class PatchEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention over tokens."""
+  """Multi-head self-attention over tokens, [B, T, D] -> [B, T, D]."""
 
   def __init__(self, width, heads):
     super().__init__()
@@ -125,7 +122,6 @@ class Attention(nn.Module):
     self.proj = nn.Linear(width, width)
 
   def forward(self, x):
-    """x [B, T, D]."""
     b, tokens, width = x.shape
     qkv = self.qkv(x).reshape(b, tokens, 3, self.heads, width // self.heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -134,7 +130,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two linear layers with a tanh GELU between."""
+  """Two linear layers with a tanh GELU between, [..., D] -> [..., D]."""
 
   def __init__(self, width):
     super().__init__()
@@ -142,16 +138,12 @@ class Mlp(nn.Module):
     self.fc2 = nn.Linear(4 * width, width)
 
   def forward(self, x):
-    """x [B, T, D]."""
     return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
 
 
-def _norm(x):
-  return functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
 def _modulate(x, shift, scale):
-  """adaLN of x [B, T, D] by [B, D]: x (1 + scale) + shift."""
+  """adaLN of x [B, T, D] by [B, D]: norm(x) (1 + scale) + shift."""
+  x = functional.layer_norm(x, x.shape[-1:], eps=1e-6)
   return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -159,12 +151,12 @@ def _modulation(width, count):
   return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
 
 
-def _modulations(layers, condition, count):
-  return layers(condition.to(layers[1].weight.dtype)).chunk(count, dim=1)
+def _modulations(layers, condition):
+  return layers(condition.to(layers[1].weight.dtype)).split(layers[1].in_features, dim=1)
 
 
 class Block(nn.Module):
-  """A transformer block with adaLN conditioning."""
+  """A transformer block, tokens [B, T, D] -> [B, T, D], with adaLN conditioning by [B, D]."""
 
   def __init__(self, width, heads):
     super().__init__()
@@ -173,16 +165,14 @@ class Block(nn.Module):
     self.adaLN_modulation = _modulation(width, 6)
 
   def forward(self, x, condition):
-    """x [B, T, D], condition [B, D]."""
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulations(
-      self.adaLN_modulation, condition, 6
-    )
-    x = x + gate_a[:, None] * self.attn(_modulate(_norm(x), shift_a, scale_a))
-    return x + gate_m[:, None] * self.mlp(_modulate(_norm(x), shift_m, scale_m))
+    modulations = _modulations(self.adaLN_modulation, condition)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations
+    x = x + gate_a[:, None] * self.attn(_modulate(x, shift_a, scale_a))
+    return x + gate_m[:, None] * self.mlp(_modulate(x, shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
-  """Tokens [B, T, D] -> the pixels of their patches [B, T, ph pw C]."""
+  """Tokens [B, T, D], condition [B, D] -> the pixels of the patches [B, T, ph pw C]."""
 
   def __init__(self, width, patch, channels):
     super().__init__()
@@ -190,17 +180,13 @@ class FinalLayer(nn.Module):
     self.adaLN_modulation = _modulation(width, 2)
 
   def forward(self, x, condition):
-    """x [B, T, D], condition [B, D]."""
-    return self.linear(_modulate(_norm(x), *_modulations(self.adaLN_modulation, condition, 2)))
+    return self.linear(_modulate(x, *_modulations(self.adaLN_modulation, condition)))
 
 
 class SiT(nn.Module):
   """The velocity s(x_t, t, c, d, w); parameters mean nothing until a state dict is loaded.
 
   Activations have the dtype of the parameters; conditioning and output are float32.
-
-  Args:
-    config: of the network.
   """
 
   def __init__(self, config: Config):

@@ -65,12 +65,10 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
     OSError: `out` is not empty or cannot be written.
   """
   exp = trained.exp
-  if exp.data.vae and not _on_the_hub(exp.data.vae):
-    logging.warning(
-      "data.vae=%s is no name on the Hugging Face hub: whoever samples in PyTorch has to pass "
-      "the autoencoder to to_pixels.",
-      exp.data.vae,
-    )
+  on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", exp.data.vae) and not os.path.exists(exp.data.vae)
+  if exp.data.vae and not on_the_hub:
+    remedy = "whoever samples in PyTorch has to pass the autoencoder to to_pixels."
+    logging.warning("data.vae=%s is no name on the Hugging Face hub: %s", exp.data.vae, remedy)
   state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
   with files.whole_folder(out) as folder:
@@ -101,13 +99,9 @@ def describe(trained: Trained, dtype: str) -> dict:
     "width": width,
     "heads": heads,
     "patch": exp.model.patch,
-    "image_size": exp.data.image_size,
-    "channels": exp.data.channels,
-    "num_classes": exp.data.num_classes,
+    **{name: getattr(exp.data, name) for name in ("image_size", "channels", "num_classes")},
     "guided": exp.objective.intrinsic,
-    "w_max": exp.objective.w_max,
-    "fixed_w": exp.objective.fixed_w,
-    "t_interval": exp.objective.t_interval,
+    **{name: getattr(exp.objective, name) for name in ("w_max", "fixed_w", "t_interval")},
     "vae": exp.data.vae,
     "vae_scale": vae_lib.SD_VAE.scale,
     "step": trained.step,
@@ -126,23 +120,13 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   measured = report.get("step"), report.get("parameters")
   if measured == (trained.step, TREES[trained.tree]) and "networks" in report:
     return report
-  logging.warning(
-    "%s is no evaluation of the %s at step %d: the model card has none.",
-    path,
-    TREES[trained.tree],
-    trained.step,
-  )
+  parameters = f"{TREES[trained.tree]} at step {trained.step}"
+  logging.warning("%s is no evaluation of the %s: the model card has none.", path, parameters)
   return None
 
 
 def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
-  """The model card, in Markdown with the hub's header.
-
-  Args:
-    trained: the parameters.
-    dtype: of the file.
-    evaluation: as `read_evaluation` returns it.
-  """
+  """The model card, in Markdown with the hub's header; arguments as of `write`."""
   exp, module = trained.exp, pathlib.Path(CODE).stem
   guided, vae, null = exp.objective.intrinsic, exp.data.vae, exp.null_class
   w = exp.sample.w if guided else exp.objective.fixed_w
@@ -211,10 +195,6 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
     *measured,
   ]
   return "\n".join(lines) + "\n"
-
-
-def _on_the_hub(name: str) -> bool:
-  return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
 def define_flags() -> None:

@@ -73,11 +73,10 @@ def _write_files(exp, params, folder, names, about):
     sample = generate.sampler(exp, schedule)
     program = f"sampler_{name.replace('/', '_').replace(',', '-')}.stablehlo"
     inputs = (x1, of_batch((), jnp.int32), of_batch((), jnp.float32))
-    _write_program(
-      folder / program, lambda flat, *rest: sample(_nested(flat), *rest), flat, *inputs
-    )
+    of_flat = lambda flat, *rest: sample(_nested(flat), *rest)
+    _write_program(folder / program, of_flat, flat, *inputs)
     programs[name] = program
-  _write_arrays(folder / _PARAMETERS, flat)
+  np.savez(folder / _PARAMETERS, **flat)
   if exp.data.vae:
     vae = generate.load_vae(exp.data.vae)
     flat = _flat(vae.params)
@@ -86,7 +85,7 @@ def _write_files(exp, params, folder, names, about):
     to_uint8 = functools.partial(generate.to_uint8, rounding=exp.evaluation.rounding)
     decode = lambda flat, x1: jax.lax.map(lambda z: to_uint8(one(flat, z)), x1)
     _write_program(folder / f"{_DECODER}.stablehlo", decode, flat, x1)
-    _write_arrays(folder / f"{_DECODER}.npz", flat)
+    np.savez(folder / f"{_DECODER}.npz", **flat)
   details = {
     "about": about,
     "variant": exp.variant,
@@ -107,11 +106,6 @@ def _write_program(path, function, *arguments):
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
   exported = export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
   path.write_bytes(exported.serialize())
-
-
-def _write_arrays(path, flat):
-  with path.open("wb") as file:
-    np.savez(file, **flat)
 
 
 def _flat(params) -> dict[str, np.ndarray]:
