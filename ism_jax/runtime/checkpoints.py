@@ -56,11 +56,9 @@ def open_manager(workdir, *, keep, keep_every=0, read_only=False):
   for item in ("data", "config", "checksums"):
     handlers.add(item, ocp.args.JsonSave, plain)
     handlers.add(item, ocp.args.JsonRestore, plain)
+  kept = {} if read_only else {"max_to_keep": keep, "keep_period": keep_every or None}
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=None if read_only else keep,
-    keep_period=None if read_only else keep_every or None,
-    read_only=read_only,
-    cleanup_tmp_directories=not read_only,
+    read_only=read_only, cleanup_tmp_directories=not read_only, **kept
   )
   return ocp.CheckpointManager(f"{workdir}/checkpoints", options=options, handler_registry=handlers)
 
@@ -180,11 +178,8 @@ def restore_tree(manager, name, like, step=None):
       f"it has: {', '.join(sorted(saved))}."
     )
   _check_same_tree(manager, step, {name: saved[name]}, item)
-  args = ocp.args.PyTreeRestore(
-    item=item,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-    partial_restore=True,
-  )
+  placed = ocp.checkpoint_utils.construct_restore_args(item)
+  args = ocp.args.PyTreeRestore(item=item, restore_args=placed, partial_restore=True)
   with _reading(manager, step):
     tree = manager.restore(step, args=ocp.args.Composite(state=args)).state[name]
     _check_sums(_state_checksums({name: tree}), checksums["state"])
@@ -309,23 +304,18 @@ def _leaves(tree):
   return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
-def _shapes(tree):
-  return {name: f"{tuple(x.shape)} {np.dtype(x.dtype)}" for name, x in _leaves(tree).items()}
-
-
 def _check_same_tree(manager, step, saved, wanted):
-  saved, wanted = _shapes(saved), _shapes(wanted)
+  shape = lambda x: f"{tuple(x.shape)} {np.dtype(x.dtype)}"
+  saved, wanted = ({k: shape(x) for k, x in _leaves(tree).items()} for tree in (saved, wanted))
   keys = sorted(k for k in saved.keys() | wanted.keys() if saved.get(k) != wanted.get(k))
   if not keys:
     return
-  lines = [
-    f"  {k}: {saved.get(k, 'absent')} saved, {wanted.get(k, 'absent')} wanted"
+  differences = "".join(
+    f"  {k}: {saved.get(k, 'absent')} saved, {wanted.get(k, 'absent')} wanted\n"
     for k in keys[:_MAX_NAMED]
-  ]
-  if len(keys) > _MAX_NAMED:
-    lines.append(f"  and {len(keys) - _MAX_NAMED} more")
+  )
+  more = f"  and {len(keys) - _MAX_NAMED} more\n" if len(keys) > _MAX_NAMED else ""
   raise ValueError(
-    f"{manager.directory}/{step} is a checkpoint of another model:\n"
-    + "\n".join(lines)
-    + "\nPass the --config it was trained with, or another --workdir."
+    f"{manager.directory}/{step} is a checkpoint of another model:\n{differences}{more}"
+    "Pass the --config it was trained with, or another --workdir."
   )

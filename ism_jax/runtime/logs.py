@@ -60,13 +60,9 @@ class _Copies:
 
 
 class _Pace:
-  """The rate of the last ten entries of what goes on to `total`, and the time left at that rate.
+  """The rate of the last ten entries, counted in the plural `unit`, and the time left to `total`.
 
   What comes before `start`, such as compilation, does not count.
-
-  Args:
-    total: what there is to do.
-    unit: of what, in the plural.
   """
 
   def __init__(self, total: int, unit: str):
@@ -186,9 +182,7 @@ class Writer:
 
   def _count(self, metrics: dict[str, np.ndarray]) -> None:
     jumps = metrics.pop("jumps", None)
-    sums = {
-      name: (np.sum(values, dtype=np.float64), len(values)) for name, values in metrics.items()
-    }
+    sums = {name: (np.sum(a, dtype=np.float64), len(a)) for name, a in metrics.items()}
     if jumps is not None:
       for d, total, count in zip(paths.JUMPS, *jumps.sum(0, dtype=np.float64), strict=True):
         if count:
@@ -218,12 +212,12 @@ class Writer:
   def _show_progress(self, step: int, entry: dict[str, float]) -> None:
     if self._events is None:
       return
-    names = [n for n in ("loss", "velocity", "guidance", "consistency") if n in entry]
-    losses = ", ".join(f"{name} {entry[name]:.4f}" for name in names)
+    names = ("loss", "velocity", "guidance", "consistency")
+    losses = ", ".join(f"{name} {entry[name]:.4f}" for name in names if name in entry)
     if self._bar is not None:
       self._bar.set_postfix_str(losses)
-      return
-    logging.info("step %d/%d: %s, %s", step, self._total, losses, self._pace)
+    else:
+      logging.info("step %d/%d: %s, %s", step, self._total, losses, self._pace)
 
 
 class Profile:
@@ -284,9 +278,7 @@ class Progress:
     self._done += done
     self._unreadable += unreadable
     self._pace.start(self._done)
-    if not self._pace.is_due and self._done < self._total:
-      return
-    self._pace.add(self._done)
-    logging.info(
-      "%d/%d images, %d unreadable, %s", self._done, self._total, self._unreadable, self._pace
-    )
+    if self._pace.is_due or self._done >= self._total:
+      self._pace.add(self._done)
+      counts = self._done, self._total, self._unreadable
+      logging.info("%d/%d images, %d unreadable, %s", *counts, self._pace)

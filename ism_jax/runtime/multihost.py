@@ -37,9 +37,7 @@ _leaving = threading.Event()  # this process has failed: it reports that, not th
 def define_flags() -> None:
   """Defines --coordinator, --processes and --process; see `initialize_from_flags`."""
   together = "All three place a process where nothing in the environment does."
-  flags.DEFINE_string(
-    "coordinator", None, f"HOST:PORT at which process 0 listens to the others. {together}"
-  )
+  flags.DEFINE_string("coordinator", None, f"HOST:PORT at which process 0 listens. {together}")
   flags.DEFINE_integer("processes", None, f"How many processes run together. {together}")
   flags.DEFINE_integer("process", None, f"Number of this process, from 0. {together}")
 
