@@ -249,10 +249,7 @@ def _failures(client):
 def _leave(errors, client=None):
   """Prints the errors and ends this process, whatever its threads do.
 
-  Args:
-    errors: their messages.
-    client: of the key-value store, once joined. It runs in process 0, which stays until the others
-      have read what is in it.
+  The key-value store of `client` runs in process 0, which stays until the others have read it.
   """
   for error in errors:
     print(f"Error: {error}", file=sys.stderr)
