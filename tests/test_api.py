@@ -284,7 +284,7 @@ def test_the_exported_sampler_samples_without_this_project_as_its_readme_says(
   script = readme_code(folder) + (
     "np.save('images.npy', images)\n"
     # Another batch size, no class, and each image with its own guidance.
-    f"one = pytorch.deserialize(bytearray(open({details['programs']['1']!r}, 'rb').read()))\n"
+    f"one = export.deserialize(bytearray(open({details['programs']['1']!r}, 'rb').read()))\n"
     "assert set(one.platforms) == {'cpu', 'tpu', 'cuda'}\n"
     "c, w = jnp.array([3, 10, 0]), jnp.array([0.0, 0.5, 3.5])\n"
     "np.save('x1.npy', one.call(parameters, x0[:3], c, w))\n"

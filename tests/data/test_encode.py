@@ -629,7 +629,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     ((f"--images={tmp_path / 'nosuch'}", "--vae=random-small"), "there is no such file or folder"),
     ((f"--images={photos}", f"--vae={tmp_path / 'nosuch'}"), "diffusion_pytorch_model.safetensors"),
     ((f"--images={photos}", "--size=250", "--vae=random-small"), "the nearest is 248"),
-    ((f"--images={photos}", "--sise=256"), "Unknown command line flag 'sise'"),
+    ((f"--images={photos}", "--sise=256"), "--sise is no flag of this command"),
     ((f"--images={photos}", "--size=large"), "flag --size=large"),
   ):
     process = command(*arguments, f"--out={tmp_path / 'out'}")

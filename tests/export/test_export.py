@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from configs import imagenet256
 from ism_jax import experiment, generate, model, paths, restore, sampling, train
-from ism_jax.export import pytorch
+from ism_jax.export import pytorch as export
 from ism_jax.pretrained import sit, torch_files, vae
 from ism_jax.runtime import checkpoints, files, sharding
 from ism_jax.steps import abstract_state, init_function
@@ -245,19 +245,19 @@ def write_checkpoints(folder, config):
 def test_each_tree_is_exported_and_imported_bit_for_bit(workdir, tmp_path):
   folder, exp, state = workdir
   for tree in TREES:
-    pytorch.export(str(folder), str(tmp_path / tree), tree=tree, dtype="float32")
+    export.export(str(folder), str(tmp_path / tree), tree=tree, dtype="float32")
     actual = sit.load(tmp_path / tree, exp.network(), exp.image_shape)
     assert_equal(actual, getattr(state, tree))
-  pytorch.export(str(folder), str(tmp_path / "earlier"), tree="ema", dtype="float32", step=2)
+  export.export(str(folder), str(tmp_path / "earlier"), tree="ema", dtype="float32", step=2)
   with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 in .*there are: \[2, 4\]"):
-    pytorch.export(str(folder), str(tmp_path / "new"), tree="ema", dtype="float32", step=3)
+    export.export(str(folder), str(tmp_path / "new"), tree="ema", dtype="float32", step=3)
   earlier = sit.load(tmp_path / "earlier", exp.network(), exp.image_shape)
   assert_equal(earlier, random_params(exp.network(), exp.image_shape, seed=21))
 
 
 def test_bfloat16_is_the_nearest(workdir, tmp_path):
   folder, exp, state = workdir
-  pytorch.export(str(folder), str(tmp_path / "half"), tree="ema", dtype="bfloat16")
+  export.export(str(folder), str(tmp_path / "half"), tree="ema", dtype="bfloat16")
   arrays = torch_files.read_state_dict(tmp_path / "half" / "model.safetensors")
   assert {a.dtype for a in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
   actual = sit.load(tmp_path / "half", exp.network(), exp.image_shape)
@@ -268,7 +268,7 @@ def test_bfloat16_is_the_nearest(workdir, tmp_path):
 def test_an_export_says_what_it_is_and_keeps_the_machine_to_itself(workdir, tmp_path):
   folder, exp, _ = workdir
   out = tmp_path / "out"
-  pytorch.export(str(folder), str(out), tree="target_ema", dtype="float32")
+  export.export(str(folder), str(out), tree="target_ema", dtype="float32")
   assert {p.name for p in out.iterdir()} == {
     "model.safetensors",
     "config.json",
@@ -289,9 +289,9 @@ def test_an_export_says_what_it_is_and_keeps_the_machine_to_itself(workdir, tmp_
 def test_the_autoencoder_of_latents_is_named():
   config = imagenet256.get_config()
   trained = restore.Trained(experiment.parse(config), files.as_dict(config), 4, "ema", {})
-  described = pytorch.describe(trained, "float32")
+  described = export.describe(trained, "float32")
   assert (described["vae"], described["vae_scale"]) == ("stabilityai/sd-vae-ft-mse", 0.18215)
-  assert "32x32x4 latents of `stabilityai/sd-vae-ft-mse`" in pytorch.card(trained, "float32", None)
+  assert "32x32x4 latents of `stabilityai/sd-vae-ft-mse`" in export.card(trained, "float32", None)
 
 
 def report(step, parameters="inference EMA"):
@@ -333,7 +333,7 @@ def test_the_card_has_the_evaluation_of_its_own_parameters_alone(workdir, tmp_pa
   file = folder / "evaluation.json"
 
   def card(name, tree="ema"):
-    pytorch.export(str(folder), str(tmp_path / name), tree=tree, dtype="float32")
+    export.export(str(folder), str(tmp_path / name), tree=tree, dtype="float32")
     return (tmp_path / name / "README.md").read_text()
 
   try:
@@ -354,10 +354,10 @@ def test_an_export_replaces_nothing_and_leaves_nothing_half_written(workdir, tmp
   out.mkdir()
   (out / "notes").write_text("notes")
   with pytest.raises(FileExistsError, match=r"out is there and not empty; name another folder"):
-    pytorch.export(folder, str(out), tree="ema", dtype="float32")
+    export.export(folder, str(out), tree="ema", dtype="float32")
   assert (out / "notes").read_text() == "notes"
   with pytest.raises(OSError, match="is no folder: name one"):
-    pytorch.export(folder, "gs://bucket/out", tree="ema", dtype="float32")
+    export.export(folder, "gs://bucket/out", tree="ema", dtype="float32")
 
   def fail(*_):
     raise OSError("no space left")
@@ -365,16 +365,16 @@ def test_an_export_replaces_nothing_and_leaves_nothing_half_written(workdir, tmp
   (out / "notes").unlink()
   with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
     patch.setattr(safetensors.numpy, "save_file", fail)
-    pytorch.export(folder, str(out), tree="ema", dtype="float32")
+    export.export(folder, str(out), tree="ema", dtype="float32")
   assert [p.name for p in tmp_path.iterdir()] == ["out"] and not any(out.iterdir())
-  pytorch.export(folder, str(out), tree="ema", dtype="float32")  # an empty folder is none
+  export.export(folder, str(out), tree="ema", dtype="float32")  # an empty folder is none
   assert (out / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_a_run_begins_with_what_is_imported(workdir, tmp_path):
   folder, exp, state = workdir
-  pytorch.export(str(folder), str(tmp_path / "out"), tree="ema", dtype="float32")
+  export.export(str(folder), str(tmp_path / "out"), tree="ema", dtype="float32")
   imported = sit.load(tmp_path / "out", exp.network(), exp.image_shape)
   init = init_function(exp, sharding.data_mesh())
   begun = init(jax.random.key(1), imported)
@@ -400,12 +400,12 @@ def test_the_command_exports_and_its_errors_are_one_line(workdir, tmp_path):
 def trained(workdirs, tmp_path_factory):
   """(experiment, workdir, final state, export) of a short training that began with an import."""
   folder, (before, _, _) = tmp_path_factory.mktemp("trained"), workdirs["ism"]
-  pytorch.export(str(before), str(folder / "before"), tree="ema", dtype="float32")
+  export.export(str(before), str(folder / "before"), tree="ema", dtype="float32")
   config = tiny_config()
   config.update({"steps": 16, "init_from": str(folder / "before")})
   config.optimizer.learning_rate = 1e-3
   state = train.train(config, str(folder / "run"), jax.devices()[:1])
-  pytorch.export(str(folder / "run"), str(folder / "out"), tree="ema", dtype="float32")
+  export.export(str(folder / "run"), str(folder / "out"), tree="ema", dtype="float32")
   return experiment.parse(config), folder / "run", state, folder / "out"
 
 
@@ -562,7 +562,7 @@ def test_a_trained_network_and_its_samples_agree(pytorch, ours, trained):
 @pytest.mark.slow
 def test_guidance_of_either_kind_samples_alike(pytorch, ours, workdir, tmp_path):
   folder, exp, state = workdir
-  pytorch.export(str(folder), str(tmp_path / "out"), tree="ema", dtype="float32")
+  export.export(str(folder), str(tmp_path / "out"), tree="ema", dtype="float32")
   module = ours.load(tmp_path / "out")
   x, c = inputs(exp.image_shape, 10)[0], np.array([3, 0, 10, 9])
   finest = "1/2,1/4,1/8," + ",".join(["1/128"] * 16)
@@ -603,7 +603,7 @@ def test_the_folder_works_alone_as_its_card_says(pytorch, ours, trained, tmp_pat
 @pytest.mark.slow
 def test_bfloat16_keeps_the_conditioning_in_float32(pytorch, ours, workdir, tmp_path):
   folder, exp, state = workdir
-  pytorch.export(str(folder), str(tmp_path / "out"), tree="ema", dtype="bfloat16")
+  export.export(str(folder), str(tmp_path / "out"), tree="ema", dtype="bfloat16")
   half, full = ours.load(tmp_path / "out"), ours.load(tmp_path / "out", dtype=pytorch.float32)
   assert {p.dtype for p in half.parameters()} == {pytorch.bfloat16}
   t = pytorch.tensor([127 / 128, 1.0])

@@ -192,14 +192,15 @@ WORKER = """
 import os, signal, sys, time
 from absl import app
 from jax.experimental import multihost_utils
-from ism_jax import commands, multihost
-place = multihost.define_flags()
+from absl import flags
+from ism_jax.runtime import commands, multihost
+multihost.define_flags()
 
 def main(_):
   commands.quiet_libraries()
   with multihost.shared_fate(), commands.one_line_errors():
-    multihost.initialize(*place())
-    _, n, i = place()
+    multihost.initialize_from_flags()
+    n, i = flags.FLAGS.processes, flags.FLAGS.process
 """
 
 
@@ -378,13 +379,12 @@ def test_two_processes_evaluate_as_one(environment, tmp_path, whole):
 
 # The command, with less to compile and to repeat.
 BENCHMARK = """
-from absl import app
-from ism_jax import benchmark, commands, timing
+from ism_jax.performance import benchmark, timing
+from ism_jax.runtime import commands
 timing.SHORTEST, benchmark.STEPS, benchmark._SECONDS_READ = 0.01, (1,), 0.01
 every, compared = benchmark.techniques, (benchmark.FLOW_MATCHING, benchmark.STEP)
 benchmark.techniques = lambda exp: {name: every(exp)[name] for name in compared}
-benchmark.define_flags()
-app.run(benchmark.main, flags_parser=commands.parse_flags)
+commands.run(benchmark)
 """
 
 
