@@ -470,7 +470,7 @@ def test_a_process_that_is_done_waits_longer_than_jax_would(environment, tmp_pat
 
 @pytest.mark.slow
 def test_a_process_that_dies_without_a_word_ends_the_other(environment, tmp_path):
-  script = WORKER.replace("place =", "multihost.HEARTBEAT_SECONDS = 5\nplace =", 1) + (
+  script = WORKER.replace("\ndef main", "multihost.HEARTBEAT_SECONDS = 5\n\ndef main", 1) + (
     "    if i == 1: os.kill(os.getpid(), signal.SIGKILL)\n    time.sleep(600)\napp.run(main)"
   )
   with Processes(environment, tmp_path, command=("-c", script)) as run:
@@ -483,7 +483,9 @@ def test_a_process_that_dies_without_a_word_ends_the_other(environment, tmp_path
 @pytest.mark.slow
 def test_processes_that_do_not_meet_say_so(environment, tmp_path):
   """Nobody listens where process 1 looks."""
-  script = WORKER.replace("place =", "multihost.JOIN_SECONDS = 4\nplace =", 1) + "app.run(main)"
+  script = (
+    WORKER.replace("\ndef main", "multihost.JOIN_SECONDS = 4\n\ndef main", 1) + "app.run(main)"
+  )
   elsewhere = f"--coordinator=127.0.0.1:{free_port()}"
   process = subprocess.Popen(
     [sys.executable, "-c", script, elsewhere, "--processes=2", "--process=1"],
