@@ -218,71 +218,6 @@ def _parameter(computation: Computation, number: int) -> str:
   )
 
 
-class _Counter:
-  """Runs the integer arithmetic of loop counters, and nothing else: values are int, list or None.
-
-  None is whatever does not follow from the constants of the text.
-  """
-
-  def __init__(self, computations: dict[str, Computation]):
-    self._computations = computations
-
-  def result(self, name: str, arguments: list):
-    """The result of a computation."""
-    computation = self._computations[name]
-    return self._value(computation, computation.root, arguments, {})
-
-  def _value(self, computation, name, arguments, known):
-    if name not in known:
-      known[name] = None  # also ends what would never end
-      known[name] = self._apply(computation, computation.instructions[name], arguments, known)
-    return known[name]
-
-  def _apply(self, computation, instruction, arguments, known):
-    operand = lambda i: self._value(computation, instruction.operands[i], arguments, known)
-    opcode = instruction.opcode
-    if opcode == "constant":
-      literal = {"true": "1", "false": "0"}.get(instruction.literal, instruction.literal)
-      return int(literal) if re.fullmatch(r"-?\d+", literal) else None
-    if opcode == "parameter":
-      number = int(instruction.literal)
-      return arguments[number] if number < len(arguments) else None
-    operands = lambda: [operand(i) for i in range(len(instruction.operands))]
-    if opcode == "tuple":
-      return operands()
-    if opcode == "get-tuple-element":
-      index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
-      values = operand(0)
-      return values[index] if isinstance(values, list) else None
-    if opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
-      return operand(0)
-    if opcode == "fusion":
-      return self.result(_called(instruction, "calls")[0], operands())
-    if opcode in ("add", "subtract", "multiply", "compare"):
-      a, b = operand(0), operand(1)
-      if not (isinstance(a, int) and isinstance(b, int)):
-        return None
-      direction = re.search(r"direction=(\w+)", instruction.attributes)
-      return int(_OPERATORS[direction[1] if direction else opcode](a, b))
-    return None
-
-  def trips(self, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop runs, or None where that depends on data."""
-    if count := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
-      return int(count[1])
-    # What flows into the loop from its surroundings, whose own arguments are data.
-    state = self._value(computation, loop.operands[0], [], {})
-    (condition,), (body,) = _called(loop, "condition"), _called(loop, "body")
-    for trips in range(_MOST_TRIPS):
-      goes_on = self.result(condition, [state])
-      if not isinstance(goes_on, int):
-        return None
-      if not goes_on:
-        return trips
-      state = self.result(body, [state])
-    return None
-
-
 def _group(instruction: Instruction, mesh_size: int) -> tuple[int, ...]:
   """The first group of places that take part together, of XLA's forms of replica groups.
 
@@ -309,8 +244,7 @@ class _Reader:
   """Adds up a module, from its entry down."""
 
   def __init__(self, computations, trips: Mapping[str, float], devices: int):
-    self._computations, self._trips, self._devices = computations, trips, devices
-    self._counter = _Counter(computations)
+    self._computations, self._assumptions, self._devices = computations, trips, devices
     self.collectives = {}  # of each (Collective, bytes that it moves in main memory)
     self.hbm_bytes, self.cycles, self.assumed, self.unknown = 0.0, 0, {}, []
 
@@ -322,7 +256,7 @@ class _Reader:
       if _kind(instruction):
         self._count_collective(computation, instruction, times)
       elif opcode == "while":
-        trips = self._trips_of(computation, instruction)
+        trips = self._trips(computation, instruction)
         self.run(_called(instruction, "body")[0], times * trips)
         self.run(_called(instruction, "condition")[0], times * (trips + 1))
       elif opcode == "conditional":
@@ -337,18 +271,75 @@ class _Reader:
         if cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
           self.cycles += times * int(cycles[1])
 
-  def _trips_of(self, computation, loop) -> float:
-    trips = self._counter.trips(computation, loop)
+  def _trips(self, computation, loop) -> float:
+    """How often a while loop runs: by the text, or else assumed, or else once."""
+    trips = self._counted_trips(computation, loop)
     if trips is not None:
       return trips
     name = re.search(r'op_name="([^"]*)"', loop.attributes)
     operation = name[1] if name else loop.name
-    for part, assumed in self._trips.items():
+    for part, assumed in self._assumptions.items():
       if part in operation:
         self.assumed[operation] = assumed
         return assumed
     self.unknown.append(operation)
     return 1
+
+  def _counted_trips(self, computation, loop) -> int | None:
+    """None where they depend on data."""
+    if count := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+      return int(count[1])
+    # What flows into the loop from its surroundings, whose own arguments are data.
+    state = self._value(computation, loop.operands[0], [], {})
+    (condition,), (body,) = _called(loop, "condition"), _called(loop, "body")
+    for trips in range(_MOST_TRIPS):
+      goes_on = self._result(condition, [state])
+      if not isinstance(goes_on, int):
+        return None
+      if not goes_on:
+        return trips
+      state = self._result(body, [state])
+    return None
+
+  # The integer arithmetic of loop counters, and nothing else: values are int, list or None, which
+  # is whatever does not follow from the constants of the text.
+
+  def _result(self, name: str, arguments: list):
+    computation = self._computations[name]
+    return self._value(computation, computation.root, arguments, {})
+
+  def _value(self, computation, name, arguments, known):
+    if name not in known:
+      known[name] = None  # also ends what would never end
+      known[name] = self._apply(computation, computation.instructions[name], arguments, known)
+    return known[name]
+
+  def _apply(self, computation, instruction, arguments, known):
+    operand = lambda i: self._value(computation, instruction.operands[i], arguments, known)
+    opcode = instruction.opcode
+    if opcode == "constant":
+      literal = {"true": "1", "false": "0"}.get(instruction.literal, instruction.literal)
+      return int(literal) if re.fullmatch(r"-?\d+", literal) else None
+    if opcode == "parameter":
+      number = int(instruction.literal)
+      return arguments[number] if number < len(arguments) else None
+    operands = lambda: [operand(i) for i in range(len(instruction.operands))]
+    if opcode == "tuple":
+      return operands()
+    if opcode == "get-tuple-element":
+      index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
+      return values[index] if isinstance(values := operand(0), list) else None
+    if opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
+      return operand(0)
+    if opcode == "fusion":
+      return self._result(_called(instruction, "calls")[0], operands())
+    if opcode in ("add", "subtract", "multiply", "compare"):
+      a, b = operand(0), operand(1)
+      if not (isinstance(a, int) and isinstance(b, int)):
+        return None
+      direction = re.search(r"direction=(\w+)", instruction.attributes)
+      return int(_OPERATORS[direction[1] if direction else opcode](a, b))
+    return None
 
   def _count_collective(self, computation, instruction, times) -> None:
     operands = [computation.instructions[name] for name in instruction.operands]

@@ -66,9 +66,8 @@ def device_memory(mesh: Mesh) -> float | None:
 
   The same in all processes: by the kind of the device, or the least that any process's devices say.
   """
-  kind = mesh.devices.flat[0].device_kind
-  if kind in chips.CHIPS:
-    return chips.CHIPS[kind].memory
+  if chip := chips.CHIPS.get(mesh.devices.flat[0].device_kind):
+    return chip.memory
   limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
   if jax.process_count() > 1:
     limit = int(multihost_utils.process_allgather(np.float64(limit)).min())
@@ -97,7 +96,7 @@ def dot_rows(mesh: Mesh, x, y):
 
     return _round_the_ring(mesh, multiply, product, y)
 
-  return jax.shard_map(on_device, mesh=mesh, in_specs=(P(AXIS), P(AXIS)), out_specs=P(AXIS))(x, y)
+  return _by_rows(mesh, on_device)(x, y)
 
 
 def take_rows(mesh: Mesh, x, indices):
@@ -113,9 +112,11 @@ def take_rows(mesh: Mesh, x, indices):
 
     return _round_the_ring(mesh, take, jnp.zeros_like(x), x)
 
-  return jax.shard_map(on_device, mesh=mesh, in_specs=(P(AXIS), P(AXIS)), out_specs=P(AXIS))(
-    x, indices
-  )
+  return _by_rows(mesh, on_device)(x, indices)
+
+
+def _by_rows(mesh, on_device):
+  return jax.shard_map(on_device, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
 
 
 def _round_the_ring(mesh, visit, result, block):
