@@ -243,10 +243,8 @@ def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
     )
   if rounds < 1:
     raise ValueError(f"--greedy_rounds={rounds}: a permutation takes at least one round.")
-  network, shape = exp.network(), exp.image_shape
-  parameters = jax.eval_shape(
-    lambda key: model_lib.init_params(key, network, shape), jax.random.key(0)
-  )
+  initialise = lambda key: model_lib.init_params(key, exp.network(), exp.image_shape)
+  parameters = jax.eval_shape(initialise, jax.random.key(0))
   return {
     "model": exp.model.size,
     "parameters": sum(a.size for a in jax.tree.leaves(parameters)),
@@ -254,7 +252,7 @@ def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
     "batch_size": exp.batch_size,
     "micro_batches": exp.micro_batches,
     "pool_size": exp.coupling.pool_size,
-    "pool_bytes": 4 * exp.coupling.pool_size * exp.batch_size * math.prod(shape),
+    "pool_bytes": 4 * exp.coupling.pool_size * exp.batch_size * math.prod(exp.image_shape),
     "forward_flops": flops.forward(exp).total,
     "forward_equivalents": flops.forward_equivalents(exp),
     "sample_steps": str(exp.sample.steps),
@@ -382,12 +380,8 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "What is compiled.", lock_config=True)
   flags.DEFINE_list("topology", None, "TPU topologies: v5e:8x8,v4:4x4x4,2xv5e:16x16")
   flags.DEFINE_string("out", None, "Folder to write aot.json and aot.md to.")
-  flags.DEFINE_integer(
-    "sinkhorn_iterations", SINKHORN_ITERATIONS, "Assumed of a solve: they depend on the data."
-  )
-  flags.DEFINE_integer(
-    "greedy_rounds", GREEDY_ROUNDS, "Assumed of the greedy permutation: they depend on the data."
-  )
+  flags.DEFINE_integer("sinkhorn_iterations", SINKHORN_ITERATIONS, "Assumed of a solve.")
+  flags.DEFINE_integer("greedy_rounds", GREEDY_ROUNDS, "Assumed of a permutation.")
   flags.mark_flags_as_required(["config", "topology"])
 
 

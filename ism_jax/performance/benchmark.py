@@ -97,16 +97,11 @@ def product(mesh, dtype: str):
     a, b = a[0], b[0]
     return jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: (x @ b).astype(dtype), a)[None]
 
-  place = sharding.rows(mesh)
-  draw = jax.jit(
-    lambda key: jax.random.normal(key, (mesh.size, side, side), dtype) / side**0.5,
-    out_shardings=place,
-  )
+  normal = lambda key: jax.random.normal(key, (mesh.size, side, side), dtype) / side**0.5
+  draw = jax.jit(normal, out_shardings=sharding.rows(mesh))
   matrices = [draw(jax.random.key(i)) for i in range(2)]
-  rows = P(AXIS)
-  multiply = jax.jit(
-    jax.shard_map(on_device, mesh=mesh, in_specs=(rows, rows), out_specs=rows), out_shardings=place
-  )
+  on_devices = jax.shard_map(on_device, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
+  multiply = jax.jit(on_devices, out_shardings=sharding.rows(mesh))
   return functools.partial(multiply, *matrices), 2.0 * side**3 * _PRODUCTS * mesh.size
 
 
@@ -303,8 +298,8 @@ def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
         writer.add(i % cfg.num_classes, moments[i % len(moments)])
   trailers = latents.finished_shards(folder, settings)
   classes = [str(c) for c in range(cfg.num_classes)]
-  with open(os.path.join(folder, latents.MANIFEST), "w") as f:
-    f.write(latents.manifest(settings, classes, trailers))
+  manifest = latents.manifest(settings, classes, trailers)
+  files.write_here(os.path.join(folder, latents.MANIFEST), manifest)
 
 
 def read_rates(exp: Experiment, source, mesh, repeats: int) -> dict[int, np.ndarray]:
@@ -504,11 +499,8 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
   """
   size = exp.coupling.pool_size
   pool = couple + size * step
-  parts = {
-    "noise and latents": couple - pairing[size],
-    "pairing": pairing[size],
-    "steps": size * step,
-  }
+  noise = couple - pairing[size]
+  parts = {"noise and latents": noise, "pairing": pairing[size], "steps": size * step}
   steps = step_seconds(exp, float(np.median(step)))
   # Pairing's time grows as (K M)^2 and that of K steps as K, so their ratio grows as K; faster
   # where larger problems take Sinkhorn more iterations or outgrow a cache.

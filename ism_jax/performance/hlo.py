@@ -204,9 +204,9 @@ def _is_free_call(instruction: Instruction) -> bool:
   return instruction.opcode == "custom-call" and target[1].startswith(_FREE_CALLS)
 
 
-def _hbm(instruction: Instruction) -> int:
-  """Bytes of a result that lie in main memory."""
-  return sum(a.bytes for a in instruction.arrays if a.in_hbm)
+def _hbm(arrays: tuple[Array, ...]) -> int:
+  """Bytes that lie in main memory."""
+  return sum(a.bytes for a in arrays if a.in_hbm)
 
 
 def _parameter(computation: Computation, number: int) -> str:
@@ -219,10 +219,7 @@ def _parameter(computation: Computation, number: int) -> str:
 
 
 def _group(instruction: Instruction, mesh_size: int) -> tuple[int, ...]:
-  """The first group of places that take part together, of XLA's forms of replica groups.
-
-  All of the mesh where there are no groups, as with the pairs of a collective-permute.
-  """
+  """The first group of places that take part together; all of the mesh where none are named."""
   groups = re.search(r"replica_groups=(.*?)(, \w+=|$)", instruction.attributes)
   integers = lambda listed: [int(n) for n in listed.split(",")]
   if groups and (listed := re.match(r"\{\{([\d,]+)\}", groups[1])):
@@ -348,15 +345,14 @@ class _Reader:
     if len(group) == 1:
       return
     payload *= len(group) if kind == "all-gather" else 1
-    moved = instruction.arrays[: len(operands)] if operands else ()
-    hbm_bytes = times * (sum(map(_hbm, operands)) + sum(a.bytes for a in moved if a.in_hbm))
+    moved = sum(_hbm(i.arrays) for i in operands) + _hbm(instruction.arrays[: len(operands)])
     # One that runs beside other instructions is in the text of each of them, within their loops
     # too; it runs as often as the first of these, which starts it.
     key = len(self.collectives)
     if "async_collective_fusion_config" in instruction.attributes:
       key = re.search(r"channel_id=\d+", instruction.attributes)[0]
     if key not in self.collectives or times < self.collectives[key][0].times:
-      self.collectives[key] = Collective(kind, payload, group, times), hbm_bytes
+      self.collectives[key] = Collective(kind, payload, group, times), times * moved
 
   def _traffic(self, computation, instruction, times) -> float:
     """Bytes that one run of an instruction reads from main memory and writes to it.
@@ -370,7 +366,7 @@ class _Reader:
         if _kind(inner):
           self._count_collective(fused, inner, times)
       read = sum(
-        self._read(fused, _parameter(fused, number), _hbm(operand))
+        self._read(fused, _parameter(fused, number), _hbm(operand.arrays))
         for number, operand in enumerate(operands)
       )
       return read + self._written(fused, fused.root, instruction.arrays)
@@ -378,10 +374,10 @@ class _Reader:
       # Results: of a copy (copy, operand, context), of a slice (operands, piece, context).
       is_slice = instruction.opcode.endswith("slice-start")
       moved = instruction.arrays[len(operands) if is_slice else 0]
-      return moved.bytes * (bool(_hbm(operands[0])) + moved.in_hbm)
+      return moved.bytes * (bool(_hbm(operands[0].arrays)) + moved.in_hbm)
     single = Computation({i.name: i for i in (*operands, instruction)}, instruction.name)
     # An operand that is named twice is read once.
-    read = sum(self._read(single, name, _hbm(i)) for name, i in single.instructions.items())
+    read = sum(self._read(single, i.name, _hbm(i.arrays)) for i in single.instructions.values())
     return read + self._written(single, instruction.name, instruction.arrays)
 
   def _read(self, computation, name: str, whole: float) -> float:
@@ -418,15 +414,14 @@ class _Reader:
         self._written(computation, operand, (array,))
         for operand, array in zip(root.operands, arrays, strict=True)
       )
-    whole = sum(a.bytes for a in arrays if a.in_hbm)
     if root.opcode == "parameter" or _is_free_call(root) or _kind(root):
       return 0.0
     if root.opcode == "bitcast":
       return self._written(computation, root.operands[0], arrays)
     if root.opcode == _UPDATE:
       update = computation.instructions[root.operands[1]]
-      return min(whole, sum(a.bytes for a in update.arrays))
-    return whole
+      return min(_hbm(arrays), sum(a.bytes for a in update.arrays))
+    return _hbm(arrays)
 
 
 def read(text: str, devices: int, trips: Mapping[str, float]) -> Profile:

@@ -247,10 +247,7 @@ def _failures(client):
 
 
 def _leave(errors, client=None):
-  """Prints the errors and ends this process, whatever its threads do.
-
-  The key-value store of `client` runs in process 0, which stays until the others have read it.
-  """
+  """Prints the errors and ends this process; process 0 first lets the others read its store."""
   for error in errors:
     print(f"Error: {error}", file=sys.stderr)
   sys.stdout.flush()
