@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import generate, paths, restore, sampling, train
-from ism_jax import model as model_lib
+from ism_jax import generate, model, paths, restore, sampling, train
 from ism_jax.experiment import Experiment
 from ism_jax.export import stablehlo
 from ism_jax.pretrained import sit
@@ -233,7 +232,7 @@ class Model:
     network, n = self.experiment.network(), x_t.shape[0]
     t, d, w = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), (n,)) for a in (t, d, w))
     c = jnp.broadcast_to(jnp.asarray(c, jnp.int32), (n,))
-    return model_lib.velocity_function(network, self.params)(jnp.asarray(x_t), t, c, d, w)
+    return model.velocity_function(network, self.params)(jnp.asarray(x_t), t, c, d, w)
 
   def export_sampler(self, out: str, schedules=(1, 4)) -> None:
     """Writes the sampler as StableHLO, a folder that samples without this package: `stablehlo`.

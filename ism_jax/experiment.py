@@ -12,9 +12,8 @@ import typing
 from absl import logging
 from flax import traverse_util
 
-from ism_jax import couplings, objectives, paths, protocol, wavelets
+from ism_jax import couplings, objectives, paths, protocol, state, wavelets
 from ism_jax import model as model_lib
-from ism_jax import state as state_lib
 from ism_jax.data import pipeline
 from ism_jax.runtime import sharding
 
@@ -150,8 +149,8 @@ class Experiment:
   objective: objectives.ObjectiveConfig = dataclasses.field(metadata=_LEARNT)
   wavelet: wavelets.WaveletConfig = dataclasses.field(metadata=_LEARNT)
   coupling: couplings.CouplingConfig = dataclasses.field(metadata=_LEARNT)
-  optimizer: state_lib.OptimizerConfig = dataclasses.field(metadata=_LEARNT)
-  ema: state_lib.EmaConfig = dataclasses.field(metadata=_LEARNT)
+  optimizer: state.OptimizerConfig = dataclasses.field(metadata=_LEARNT)
+  ema: state.EmaConfig = dataclasses.field(metadata=_LEARNT)
   log: LogConfig = dataclasses.field(metadata=_UNLEARNT)
   checkpoint: CheckpointConfig = dataclasses.field(metadata=_UNLEARNT)
   sample: SampleConfig = dataclasses.field(metadata=_UNLEARNT)

@@ -19,9 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ism_jax import experiment as experiment_lib
-from ism_jax import model as model_lib
-from ism_jax import restore, sampling
+from ism_jax import experiment, model, restore, sampling
 from ism_jax.data import samples
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
@@ -55,7 +53,7 @@ def sampler(exp: Experiment, schedule) -> Callable:
       sampling.sample_fixed, t_interval=exp.objective.t_interval, null_class=exp.null_class
     )
   return lambda params, x0, c, w: integrate(
-    model_lib.velocity_function(network, params), x0, c, w, schedule
+    model.velocity_function(network, params), x0, c, w, schedule
   )
 
 
@@ -175,7 +173,7 @@ def batches(
     FloatingPointError: samples are not finite.
   """
   for strength in np.unique(w):
-    experiment_lib.check_guidance(exp, schedule, float(strength))
+    experiment.check_guidance(exp, schedule, float(strength))
   num_images = len(labels)
   w = np.broadcast_to(np.asarray(w, np.float32), (num_images,))
   batch_size = -(-min(batch_size, num_images) // mesh.size) * mesh.size

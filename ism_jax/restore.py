@@ -8,8 +8,7 @@ import dataclasses
 
 import jax
 
-from ism_jax import experiment as experiment_lib
-from ism_jax import model as model_lib
+from ism_jax import experiment, model
 from ism_jax.experiment import Experiment
 from ism_jax.runtime import checkpoints, files, sharding
 
@@ -67,15 +66,15 @@ def read(
     raise ValueError(f"tree={tree!r} is unknown; known are {', '.join(TREES)}.")
   if mesh is None:
     mesh = sharding.data_mesh(jax.local_devices()[:1])
-  continued = None if config is None else experiment_lib.parse(config)
+  continued = None if config is None else experiment.parse(config)
   with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
 
     def read_step(step):
       saved = checkpoints.read_config(manager, step)
       if continued is not None:
-        experiment_lib.check_continues(saved, files.as_dict(config))
-      exp = continued or experiment_lib.parse(saved)
-      create = lambda: model_lib.init_params(jax.random.key(0), exp.network(), exp.image_shape)
+        experiment.check_continues(saved, files.as_dict(config))
+      exp = continued or experiment.parse(saved)
+      create = lambda: model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
       abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
         jax.eval_shape(create),

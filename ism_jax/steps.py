@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ism_jax import couplings, objectives
-from ism_jax import model as model_lib
+from ism_jax import couplings, model, objectives
 from ism_jax import state as state_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import sit, vae
@@ -51,7 +50,7 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
   network = exp.network()
 
   def share_of_loss(params, target_params, weights, *rows):
-    s_online, s_ema = (model_lib.velocity_function(network, p) for p in (params, target_params))
+    s_online, s_ema = (model.velocity_function(network, p) for p in (params, target_params))
     settings = (exp.objective, exp.wavelet, exp.null_class, exp.batch_size)
     return objectives.losses(s_online, s_ema, *rows, *settings, weights)
 
@@ -148,7 +147,7 @@ def _create(exp: Experiment) -> Callable:
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
 
   def create(key, imported=None):
-    params = model_lib.init_params(key, exp.network(), exp.image_shape)
+    params = model.init_params(key, exp.network(), exp.image_shape)
     if imported is not None:
       params = sit.complete(imported, params)
     return state_lib.create(params, tx)

@@ -23,9 +23,7 @@ import numpy as np
 import torch
 
 from configs import imagenet256
-from ism_jax import experiment as experiment_lib
-from ism_jax import generate, paths
-from ism_jax import model as model_lib
+from ism_jax import experiment, generate, model, paths
 from ism_jax.export import ism_pytorch
 from ism_jax.performance import timing
 from ism_jax.performance.timing import format_quartiles, quartiles
@@ -45,7 +43,7 @@ DEVICES = flags.DEFINE_integer(
   lower_bound=1,
 )
 UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
-REMAT = flags.DEFINE_enum("remat", "dots", model_lib.REMATS, "model.remat of JAX.")
+REMAT = flags.DEFINE_enum("remat", "dots", model.REMATS, "model.remat of JAX.")
 flags.register_validator(
   "sit", lambda path: path is None or os.path.isfile(path), "There is no such file."
 )
@@ -179,12 +177,12 @@ def main(argv):
     config.model.update(
       {"size": SIZE.value, "dtype": "float32", "remat": REMAT.value, "unroll": UNROLL.value}
     )
-    exp = experiment_lib.parse(config)
+    exp = experiment.parse(config)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", devices)
   torch.set_num_threads(cores)
   batches = [batch(exp, ROWS.value, seed) for seed in range(STEPS.value)]
-  init = jax.jit(lambda key: model_lib.init_params(key, exp.network(), exp.image_shape))
+  init = jax.jit(lambda key: model.init_params(key, exp.network(), exp.image_shape))
   params = init(jax.random.key(0))
   calls = {}
   for name, (training, sampling) in (

@@ -25,9 +25,7 @@ import ml_collections
 import numpy as np
 import scipy.optimize
 
-from ism_jax import couplings, data, restore
-from ism_jax import experiment as experiment_lib
-from ism_jax import model as model_lib
+from ism_jax import couplings, data, experiment, model, restore
 from ism_jax.evaluation import figures, summary
 from ism_jax.evaluation.summary import Run
 from ism_jax.metrics import diagnosis
@@ -49,7 +47,7 @@ def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
   key_noise, key_start = jax.random.split(jax.random.key(0))
   x1 = jnp.asarray(data.to_unit_range(images[chosen]))
   x0 = jax.random.normal(key_noise, x1.shape)
-  velocity = model_lib.velocity_function(exp.network(), params)
+  velocity = model.velocity_function(exp.network(), params)
   training = {"null_class": exp.null_class, "t_interval": exp.objective.t_interval}
   c, scales = jnp.asarray(labels[chosen]), []
   for d in JUMPS:
@@ -99,7 +97,7 @@ def pool_gains(config: dict, sizes: list[int]) -> list[dict]:
 
   Means over `POOLS` pools, the first of a training with this config, with noise of their own.
   """
-  exp = experiment_lib.parse(ml_collections.ConfigDict(config))
+  exp = experiment.parse(ml_collections.ConfigDict(config))
   source, gains = data.load_source(exp.data), []
   drawing = {"batch_size": exp.batch_size, "seed": exp.data.seed, "flip": exp.data.flip}
   for size in sizes:

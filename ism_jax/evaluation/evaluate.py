@@ -19,9 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from ism_jax import experiment as experiment_lib
-from ism_jax import generate, guidance, paths, restore, sampling
-from ism_jax import model as model_lib
+from ism_jax import experiment, generate, guidance, model, paths, restore, sampling
 from ism_jax.data import samples as samples_lib
 from ism_jax.evaluation import figures, scores, summary
 from ism_jax.evaluation import reference as reference_lib
@@ -36,7 +34,7 @@ PATHS = 256  # paths whose straightness is measured
 
 def straightness(exp: Experiment, params, w: float, seed: int) -> float:
   """`diagnosis.deviation_from_chord` of `PATHS` paths, as 128 steps sample them."""
-  velocity = model_lib.velocity_function(exp.network(), params)
+  velocity = model.velocity_function(exp.network(), params)
   if not exp.objective.intrinsic:
     velocity = guidance.fixed(
       velocity, null_class=exp.null_class, t_interval=exp.objective.t_interval, every_level=False
@@ -58,7 +56,7 @@ def load_reference(exp: Experiment, mesh) -> reference_lib.Reference:
 
 def check(config) -> None:
   """Raises what would keep `evaluate` from judging this experiment once it is trained."""
-  exp = experiment_lib.parse(config)
+  exp = experiment.parse(config)
   generate.pixels_function(exp.data.vae, sharding.data_mesh(), exp.evaluation.rounding)
   load_reference(exp, sharding.data_mesh(jax.local_devices()))
   features.extractor.cache_clear()  # training needs the memory
@@ -150,7 +148,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   Args:
     path: a file or folder of images, see `samples.open`.
   """
-  exp, mesh = experiment_lib.parse(config), sharding.data_mesh(jax.local_devices())
+  exp, mesh = experiment.parse(config), sharding.data_mesh(jax.local_devices())
   samples = samples_lib.open(path)
   files.check_writable(workdir)
   reference = load_reference(exp, mesh)

@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from ism_jax import experiment as experiment_lib
+from ism_jax import experiment
 from ism_jax.metrics.spectra import finest_octave
 
 # What decides whether Fréchet distances of two runs are distances to the same thing.
@@ -129,7 +129,7 @@ def check_comparable(reports: dict[str, dict]) -> None:
   for key in COMPARABLE:
     by_value = collections.defaultdict(list)
     for workdir, report in reports.items():
-      by_value[experiment_lib.flatten(report["config"])[key]].append(workdir)
+      by_value[experiment.flatten(report["config"])[key]].append(workdir)
     if len(by_value) > 1:
       groups = "; ".join(f"{value}: {', '.join(workdirs)}" for value, workdirs in by_value.items())
       raise ValueError(
@@ -140,8 +140,8 @@ def check_comparable(reports: dict[str, dict]) -> None:
 
 def learnt(config: dict) -> dict:
   """A nested config as a flat one, of the keys that change what is learnt."""
-  unlearnt = {key for key, marks in experiment_lib.MARKS.items() if not marks.learnt}
-  return {k: v for k, v in experiment_lib.flatten(config).items() if k not in unlearnt}
+  unlearnt = {key for key, marks in experiment.MARKS.items() if not marks.learnt}
+  return {k: v for k, v in experiment.flatten(config).items() if k not in unlearnt}
 
 
 def row_names(configs: list[dict]) -> list[str]:

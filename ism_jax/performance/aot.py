@@ -27,9 +27,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from ism_jax import experiment as experiment_lib
-from ism_jax import generate, steps
-from ism_jax import model as model_lib
+from ism_jax import experiment, generate, model, steps
 from ism_jax.experiment import Experiment
 from ism_jax.performance import flops, hlo
 from ism_jax.performance.topology import Topology, describe
@@ -218,7 +216,7 @@ def report(exp: Experiment, name: str, iterations: int, rounds: int) -> dict:
   """`analyse` of the topology of this name, or {"topology", "error"}."""
   try:
     top = describe(name)
-    experiment_lib.check_devices(exp, len(top.devices))
+    experiment.check_devices(exp, len(top.devices))
     return analyse(exp, top, iterations, rounds)
   except ValueError as error:
     reason = str(error)
@@ -243,7 +241,7 @@ def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
     )
   if rounds < 1:
     raise ValueError(f"--greedy_rounds={rounds}: a permutation takes at least one round.")
-  initialise = lambda key: model_lib.init_params(key, exp.network(), exp.image_shape)
+  initialise = lambda key: model.init_params(key, exp.network(), exp.image_shape)
   parameters = jax.eval_shape(initialise, jax.random.key(0))
   return {
     "model": exp.model.size,
@@ -390,7 +388,7 @@ def main(argv):
   jax.config.update("jax_platforms", "cpu")
   args = flags.FLAGS
   with commands.one_line_errors():
-    exp = experiment_lib.parse(args.config)
+    exp = experiment.parse(args.config)
     assumed = args.sinkhorn_iterations, args.greedy_rounds
     content = setting(exp, *assumed) | {"topologies": []}
     for name in args.topology:

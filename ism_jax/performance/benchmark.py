@@ -35,8 +35,7 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import data, generate, objectives, paths, steps, wavelets
-from ism_jax import experiment as experiment_lib
+from ism_jax import data, experiment, generate, objectives, paths, steps, wavelets
 from ism_jax import model as model_lib
 from ism_jax import state as state_lib
 from ism_jax.data import latents
@@ -545,7 +544,7 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
   Returns:
     The contents of benchmark.json.
   """
-  exp, mesh = experiment_lib.parse(config), sharding.data_mesh(devices)
+  exp, mesh = experiment.parse(config), sharding.data_mesh(devices)
   rows = rows or exp.batch_size
   if repeats < 1:
     raise ValueError(f"--repeats={repeats} must be at least 1.")
@@ -559,7 +558,7 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
       "--pools out."
     )
   for size in (exp.batch_size, rows):
-    experiment_lib.check_devices(dataclasses.replace(exp, batch_size=size), mesh.size)
+    experiment.check_devices(dataclasses.replace(exp, batch_size=size), mesh.size)
   files.check_writable(out)
   with source_of(exp) as source:
     report = measure(exp, mesh, source, rows=rows, pools=pools, repeats=repeats)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ism_jax import experiment, generate, protocol, steps
-from ism_jax.data import samples as samples_lib
+from ism_jax.data import samples
 from ism_jax.evaluation import evaluate
 from ism_jax.evaluation import reference as references
 from ism_jax.runtime import checkpoints, files, sharding
@@ -90,7 +90,7 @@ def test_samples_in_a_file_are_judged_as_those_of_the_checkpoint(workdir, mesh, 
   ours = evaluate.evaluate(config, workdir, list(mesh.devices.flat))
   path = f"{workdir}/samples_steps1_w0.5_seed0.npz"
   theirs = evaluate.evaluate_samples(config, str(tmp_path / "other"), path)
-  assert theirs["sha256"] == samples_lib.open(path).protocol()["sha256"]
+  assert theirs["sha256"] == samples.open(path).protocol()["sha256"]
   (a,), (b,) = ours["results"], theirs["results"]
   for metric, value in a["scores"]["classifier"].items():
     np.testing.assert_allclose(b["scores"]["classifier"][metric], value, rtol=1e-4, err_msg=metric)
