@@ -129,7 +129,7 @@ def sweep(run: Run, path: str) -> None:
     for w in strengths
     if (values := summary.measured([run], "distance", steps, w))
   }
-  fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+  fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
   lines = (
     (axes[0], [(f"w = {w:g}", [(n, (n, w)) for n in counts]) for w in strengths]),
     (axes[1], [(f"NFE {n}", [(w, (n, w)) for w in strengths]) for n in counts]),
@@ -138,7 +138,7 @@ def sweep(run: Run, path: str) -> None:
     for number, (label, points) in enumerate(of_axis):
       at, values = zip(*[(x, means[key]) for x, key in points if key in means], strict=True)
       ax.plot(at, values, label=label, **style(number))
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
   best = [(n, summary.best_w([run], n)) for n in counts]
   ring = {"ls": "", "marker": "o", "ms": 12, "mfc": "none", "mec": "black"}
   for ax, at in zip(axes, zip(*best, strict=True), strict=True):
