@@ -282,10 +282,10 @@ def test_a_dry_run_prints_what_the_real_one_does_for_a_tpu(launch, arguments, pr
   # The words that a shell reads in these lines are those that gcloud has got. Slices are asked at
   # the same time, and the archive is in a folder of its own.
   expected = [shlex.split(line) for line in printed if line.startswith("gcloud")]
-  found = [
+  calls_of_vms = [
     [*call[:5], "ism_jax.tar.gz", *call[6:]] if "scp" in call else call for call in launch.calls
   ]
-  assert sorted(found) == sorted(expected)
+  assert sorted(calls_of_vms) == sorted(expected)
 
 
 def test_the_command_arrives_at_the_machines_word_by_word(launch):

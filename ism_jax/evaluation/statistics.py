@@ -256,13 +256,7 @@ def _image_set(args) -> ImageSet:
     return of_images(args.images, args.tfds_dir, args.size, args.num_threads)
   if sources[0] == "samples":
     return samples.open(args.samples, args.num_threads)
-  try:
-    values = args.config.data
-  except OSError as error:  # the flag itself says nothing of a file that is not there
-    raise OSError(
-      f"--config={args['config'].config_filename} cannot be read: name a file of configs/."
-    ) from error
-  return of_dataset(data.DataConfig(**values), args.split)
+  return of_dataset(data.DataConfig(**args.config.data), args.split)
 
 
 def _network_files(named: str, weights: str) -> dict[str, str]:

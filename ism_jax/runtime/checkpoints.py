@@ -56,9 +56,9 @@ def open_manager(workdir, *, keep, keep_every=0, read_only=False):
   for item in ("data", "config", "checksums"):
     handlers.add(item, ocp.args.JsonSave, plain)
     handlers.add(item, ocp.args.JsonRestore, plain)
-  kept = {} if read_only else {"max_to_keep": keep, "keep_period": keep_every or None}
+  retention = {} if read_only else {"max_to_keep": keep, "keep_period": keep_every or None}
   options = ocp.CheckpointManagerOptions(
-    read_only=read_only, cleanup_tmp_directories=not read_only, **kept
+    read_only=read_only, cleanup_tmp_directories=not read_only, **retention
   )
   return ocp.CheckpointManager(f"{workdir}/checkpoints", options=options, handler_registry=handlers)
 
