@@ -15,8 +15,9 @@ ism_jax/export/ism_pytorch.py, or the official SiT code where --sit names its mo
 import functools
 import importlib.util
 import os
+import sys
 
-from absl import app, flags
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,27 +32,26 @@ from ism_jax.pretrained import sit
 from ism_jax.runtime import commands, files, sharding
 from ism_jax.runtime.sharding import AXIS, P
 
-SIT = flags.DEFINE_string("sit", None, "models.py of the official SiT code.")
-SIZE = flags.DEFINE_string("size", "SiT-S/2", "Of the network.")
-ROWS = flags.DEFINE_integer("rows", 8, "Images at a time.", lower_bound=1)
-REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 8, "Training steps at a time.", lower_bound=1)
-DEVICES = flags.DEFINE_integer(
-  "devices",
-  None,
-  "Of JAX; default: the most, up to one for each core, that divide --rows.",
-  lower_bound=1,
-)
-UNROLL = flags.DEFINE_integer("unroll", 1, "model.unroll of JAX.", lower_bound=1)
-REMAT = flags.DEFINE_enum("remat", "dots", model.REMATS, "model.remat of JAX.")
-flags.register_validator(
-  "sit", lambda path: path is None or os.path.isfile(path), "There is no such file."
-)
-flags.register_multi_flags_validator(
-  ["rows", "devices"],
-  lambda values: values["rows"] % (values["devices"] or 1) == 0,
-  "--rows cannot be split evenly over --devices.",
-)
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
+  flags.DEFINE_string("sit", None, "models.py of the official SiT code.")
+  flags.DEFINE_string("size", "SiT-S/2", "Of the network.")
+  positive("rows", 8, "Images at a time.")
+  positive("repeats", 7, "Rounds.")
+  positive("steps", 8, "Training steps at a time.")
+  positive("devices", None, "Of JAX; default: the most that divide --rows, up to one a core.")
+  positive("unroll", 1, "model.unroll of JAX.")
+  flags.DEFINE_enum("remat", "dots", model.REMATS, "model.remat of JAX.")
+  flags.register_validator(
+    "sit", lambda path: path is None or os.path.isfile(path), "There is no such file."
+  )
+  flags.register_multi_flags_validator(
+    ["rows", "devices"],
+    lambda values: values["rows"] % (values["devices"] or 1) == 0,
+    "--rows cannot be split evenly over --devices.",
+  )
 
 
 def most_devices(rows: int, cores: int) -> int:
@@ -166,42 +166,41 @@ def in_pytorch(exp, params, batches: list[dict], official: str | None):
   return train, sample
 
 
-def main(argv):
+def main(_):
   """Prints a table; see the module's docstring."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
+  args = flags.FLAGS
   cores = timing.cores()
-  devices = DEVICES.value or most_devices(ROWS.value, cores)
+  devices = args.devices or most_devices(args.rows, cores)
   with commands.one_line_errors():
     config = imagenet256.get_config()
     config.model.update(
-      {"size": SIZE.value, "dtype": "float32", "remat": REMAT.value, "unroll": UNROLL.value}
+      {"size": args.size, "dtype": "float32", "remat": args.remat, "unroll": args.unroll}
     )
     exp = experiment.parse(config)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", devices)
   torch.set_num_threads(cores)
-  batches = [batch(exp, ROWS.value, seed) for seed in range(STEPS.value)]
+  batches = [batch(exp, args.rows, seed) for seed in range(args.steps)]
   init = jax.jit(lambda key: model.init_params(key, exp.network(), exp.image_shape))
   params = init(jax.random.key(0))
   calls = {}
   for name, (training, sampling) in (
     ("JAX", in_jax(exp, params, batches, sharding.data_mesh())),
-    ("PyTorch", in_pytorch(exp, params, batches, SIT.value)),
+    ("PyTorch", in_pytorch(exp, params, batches, args.sit)),
   ):
     calls |= {("training", name): training, ("one-step sampling", name): sampling}
-  seconds = timing.rounds(calls, REPEATS.value)
+  seconds = timing.rounds(calls, args.repeats)
   print(
-    f"{exp.model.size}, float32, {ROWS.value} latents 32x32x4 at a time, {STEPS.value} steps "
+    f"{exp.model.size}, float32, {args.rows} latents 32x32x4 at a time, {args.steps} steps "
     f"of training a call, {cores} CPU cores (JAX devices: {devices}), jax "
     f"{jax.__version__}, torch {torch.__version__} "
-    f"({'official SiT code' if SIT.value else 'ism_pytorch.py'}). Medians of {REPEATS.value} "
+    f"({'official SiT code' if args.sit else 'ism_pytorch.py'}). Medians of {args.repeats} "
     "rounds, in which everything is timed in turn, and in brackets their quartiles.\n"
   )
   rows = []
   for part in dict.fromkeys(part for part, _ in calls):
     jax_seconds, torch_seconds = seconds[part, "JAX"], seconds[part, "PyTorch"]
-    images = ROWS.value * (STEPS.value if part == "training" else 1)
+    images = args.rows * (args.steps if part == "training" else 1)
     per_image = [format_quartiles(quartiles(s / images), 1e3) for s in (jax_seconds, torch_seconds)]
     ratio = format_quartiles(quartiles(torch_seconds / jax_seconds))
     rows.append([part, *per_image, ratio])
@@ -210,4 +209,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=commands.parse_flags)
+  commands.run(sys.modules[__name__])

@@ -58,10 +58,9 @@ def flags_of(name: str):
   command = door.COMMANDS[name]
   module = importlib.import_module(f"ism_jax.{command.module}")
   before = set(flags.FLAGS)
-  module.define_flags(**({} if command.mode is None else {"mode": command.mode}))
-  names = [flag for flag in flags.FLAGS if flag not in before]
   try:
-    yield names
+    module.define_flags(**({} if command.mode is None else {"mode": command.mode}))
+    yield [flag for flag in flags.FLAGS if flag not in before]
   finally:
-    for flag in names:
+    for flag in set(flags.FLAGS) - before:
       delattr(flags.FLAGS, flag)
