@@ -39,7 +39,8 @@ class Config:
   """The network, and what sampling needs to know of its training: `config.json`.
 
   Attributes:
-    depth, width, heads: of the transformer. patch: side of a patch in pixels.
+    depth, width, heads: of the transformer.
+    patch: side of a patch in pixels.
     image_size, channels: of what the network sees: pixels in [-1, 1], or latents.
     num_classes: classes 0, 1, ...; label `num_classes` is "no class".
     guided: whether w is an input of the network.
