@@ -144,7 +144,7 @@ def test_links_anchors_and_pictures_are_there(readme):
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
 def test_python_blocks_are_python(readme):
   for block in re.findall(r"^```python\n(.*?)^```$", readme.read_text(), flags=re.M | re.S):
-    compile(block, name_of(readme), "exec")
+    assert compile(block, name_of(readme), "exec")
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=name_of)
