@@ -39,6 +39,11 @@ def styles(names) -> dict[str, dict]:
   return {name: style(i) | {"label": name.replace("`", "")} for i, name in enumerate(names)}
 
 
+def _panels(size, rows: int = 1, columns: int = 1, **sharing):
+  """A figure of `size` inches, and its axes [rows, columns]."""
+  return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **sharing)
+
+
 def save_figure(fig, path: str) -> None:
   """Writes a figure as PNG, whole or not at all."""
   png = io.BytesIO()
@@ -47,10 +52,10 @@ def save_figure(fig, path: str) -> None:
   files.write_whole(path, png.getvalue())
 
 
-def _save_with_legend(fig, axes, path: str) -> None:
+def _save_with_legend(fig, path: str) -> None:
   """Writes a figure with one legend for all axes, to their right."""
   handles = {}
-  for ax in np.ravel(axes):
+  for ax in fig.axes:
     for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
   look = {"loc": "outside right upper", "fontsize": 8, "frameon": False, "handlelength": 3.5}
@@ -60,7 +65,7 @@ def _save_with_legend(fig, axes, path: str) -> None:
 
 def _log2(axis, ticks=None, labels=None) -> None:
   """A logarithmic axis labelled with plain numbers, at `ticks` or at least four round ones."""
-  (axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale)("log", base=2)
+  getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=2)
   low, high = axis.get_view_interval()
   if ticks is None:
     if high < 10 * low:  # too few powers to read from
@@ -76,7 +81,7 @@ def _log2(axis, ticks=None, labels=None) -> None:
 
 def effective_guidance(scales: dict[str, list[list[float]]], jumps, w: float, path: str) -> None:
   """Effective guidance {row: [run][jump]} against the jump, a line a run."""
-  fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+  fig, ((ax,),) = _panels((7, 4))
   for name, look in styles(scales).items():
     for i, run in enumerate(scales[name]):
       ax.plot(jumps, run, **(look | {"label": None} if i else look))
@@ -86,7 +91,7 @@ def effective_guidance(scales: dict[str, list[list[float]]], jumps, w: float, pa
   _log2(ax.yaxis)
   _log2(ax.xaxis, jumps, [f"1/{1 / d:.0f}" for d in jumps])
   ax.set(xlabel="jump d", ylabel="effective CFG scale")
-  _save_with_legend(fig, ax, path)
+  _save_with_legend(fig, path)
 
 
 def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
@@ -94,10 +99,7 @@ def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
 
   Ratios above 4 or below 1/8 leave the panels.
   """
-  size = (3.6 * len(by_steps) + 2, 7)
-  fig, axes = plt.subplots(
-    2, len(by_steps), figsize=size, layout="constrained", squeeze=False, sharey="row"
-  )
+  fig, axes = _panels((3.6 * len(by_steps) + 2, 7), 2, len(by_steps), sharey="row")
   looks = styles(names)
   for column, (steps, ratios) in zip(axes.T, by_steps.items(), strict=True):
     for ax, lines in zip(column, (ratios["spectrum"], ratios["bands"]), strict=True):
@@ -107,14 +109,12 @@ def spectra(by_steps: dict[int, dict], names, w: float, path: str) -> None:
       ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     column[0].set(title=f"NFE {steps}, w = {w:g}", xlabel="cycles per image")
     column[1].set(xlabel="wavelet level (1 is the finest)")
-  for row in axes:
-    row[0].set_yscale("log", base=2)
-    low, high = row[0].get_ylim()
-    row[0].set_ylim(max(low, 1 / 8), min(high, 4))
-    _log2(row[0].yaxis)
-  axes[0, 0].set_ylabel("power, samples / real")
-  axes[1, 0].set_ylabel("energy, samples / real")
-  _save_with_legend(fig, axes, path)
+  for ax, what in zip(axes[:, 0], ("power", "energy"), strict=True):
+    ax.set_yscale("log", base=2)
+    low, high = ax.get_ylim()
+    ax.set(ylim=(max(low, 1 / 8), min(high, 4)), ylabel=f"{what}, samples / real")
+    _log2(ax.yaxis)
+  _save_with_legend(fig, path)
 
 
 def sweep(run: Run, path: str) -> None:
@@ -129,13 +129,11 @@ def sweep(run: Run, path: str) -> None:
     for w in strengths
     if (values := summary.measured([run], "distance", steps, w))
   }
-  fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-  lines = (
-    (axes[0], [(f"w = {w:g}", [(n, (n, w)) for n in counts]) for w in strengths]),
-    (axes[1], [(f"NFE {n}", [(w, (n, w)) for w in strengths]) for n in counts]),
-  )
-  for ax, of_axis in lines:
-    for number, (label, points) in enumerate(of_axis):
+  fig, (axes,) = _panels((11, 4), columns=2, sharey=True)
+  by_w = {f"w = {w:g}": [(n, (n, w)) for n in counts] for w in strengths}
+  by_steps = {f"NFE {n}": [(w, (n, w)) for w in strengths] for n in counts}
+  for ax, lines in zip(axes, (by_w, by_steps), strict=True):
+    for number, (label, points) in enumerate(lines.items()):
       at, values = zip(*[(x, means[key]) for x, key in points if key in means], strict=True)
       ax.plot(at, values, label=label, **style(number))
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -152,21 +150,17 @@ def sweep(run: Run, path: str) -> None:
 
 def frechet_against_w(by_steps: dict[int, dict], names, distance_is: str, path: str) -> None:
   """`summary.frechet_by_w` against w: a panel an NFE, means and the range of the seeds."""
-  size = (2.4 * len(by_steps) + 2, 4)
-  fig, axes = plt.subplots(
-    1, len(by_steps), figsize=size, layout="constrained", squeeze=False, sharey=True
-  )
+  fig, (axes,) = _panels((2.4 * len(by_steps) + 2, 4), columns=len(by_steps), sharey=True)
   looks = styles(names)
-  for ax, (steps, rows) in zip(axes[0], by_steps.items(), strict=True):
+  for ax, (steps, rows) in zip(axes, by_steps.items(), strict=True):
     for name, by_w in rows.items():
-      w, values = list(by_w), list(by_w.values())
-      ax.plot(w, [np.mean(v) for v in values], **looks[name])
-      low, high = [min(v) for v in values], [max(v) for v in values]
-      ax.fill_between(w, low, high, color=looks[name]["color"], alpha=0.2, lw=0)
+      mean, low, high = ([f(v) for v in by_w.values()] for f in (np.mean, min, max))
+      ax.plot(list(by_w), mean, **looks[name])
+      ax.fill_between(list(by_w), low, high, color=looks[name]["color"], alpha=0.2, lw=0)
     ax.set(title=f"NFE {steps}", xlabel="w")
-  _log2(axes[0, 0].yaxis)
-  axes[0, 0].set_ylabel(distance_is)
-  _save_with_legend(fig, axes, path)
+  _log2(axes[0].yaxis)
+  axes[0].set_ylabel(distance_is)
+  _save_with_legend(fig, path)
 
 
 def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
@@ -176,30 +170,29 @@ def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
   """
   columns = 2 if len(panels) == 4 else min(3, len(panels))
   rows = -(-len(panels) // columns)
-  size = (4.2 * columns, 3.2 * rows)
-  fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-  axes = axes.ravel()
-  place = {label: x for x, label in enumerate(labels)}
-  for ax, (title, lines) in zip(axes, panels.items(), strict=False):
+  fig, _ = _panels((4.2 * columns, 3.2 * rows), rows, columns)
+  ticks = [label.replace("independent", "inde-\npendent") for label in labels]
+  for ax, (title, lines) in zip(fig.axes, panels.items(), strict=False):
+    shown = []
     for number, (name, points) in enumerate(lines.items()):
       look, colour = style(number), style(number)["color"]
       for label, values in points.items():
-        ax.plot([place[label]] * len(values), values, look["marker"], color=colour, ms=4, alpha=0.6)
-      joined = [label for label in points if label != "independent"]
-      means = [np.mean(points[label]) for label in joined]
-      ax.plot([place[label] for label in joined], means, color=colour, label=name or None)
-      if "independent" in points:
-        ax.axhline(np.mean(points["independent"]), color=colour, lw=0.8, linestyle="--")
-    values = [v for points in lines.values() for each in points.values() for v in each]
-    if min(values) > 0 and max(values) > 4 * min(values):
+        x = [labels.index(label)] * len(values)
+        ax.plot(x, values, look["marker"], color=colour, ms=4, alpha=0.6)
+        shown += values
+      means = {label: np.mean(values) for label, values in points.items()}
+      independent = means.pop("independent", None)
+      ax.plot(list(map(labels.index, means)), means.values(), color=colour, label=name or None)
+      if independent is not None:
+        ax.axhline(independent, color=colour, lw=0.8, linestyle="--")
+    if min(shown) > 0 and max(shown) > 4 * min(shown):
       _log2(ax.yaxis)
-    ticks = [label.replace("independent", "inde-\npendent") for label in labels]
     ax.set_xticks(range(len(labels)), ticks, fontsize=7)
     ax.set_xlim(-0.4, len(labels) - 0.6)
     ax.set_title(title, fontsize=10)
     if any(lines):
       ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-  for ax in axes[len(panels) :]:
+  for ax in fig.axes[len(panels) :]:
     ax.set_visible(False)
   fig.supxlabel(key)
   save_figure(fig, path)
@@ -207,40 +200,42 @@ def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
 
 def pools(gains: list[dict], path: str) -> None:
   """`compare.pool_gains` against the pool's size n: a line a class penalty."""
-  fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+  titles = {
+    "gain": "less transport cost than random pairs",
+    "attained_gain": "attained gain (of the dual bound)",
+    "class_shift": "class shift",
+  }
+  fig, (axes,) = _panels((11, 3.4), columns=len(titles))
   for number, penalty in enumerate(dict.fromkeys(gain["class_penalty"] for gain in gains)):
     line = [gain for gain in gains if gain["class_penalty"] == penalty]
-    n, look = [gain["n"] for gain in line], style(number)
-    label = f"class penalty {penalty:g}"
-    for ax, name in zip(axes, ("gain", "attained_gain", "class_shift"), strict=True):
+    n, look, label = [gain["n"] for gain in line], style(number), f"class penalty {penalty:g}"
+    for ax, name in zip(axes, titles, strict=True):
       ax.plot(n, [gain[name] for gain in line], **look, label=label)
-    optimal = [np.nan if g["optimal_gain"] is None else g["optimal_gain"] for g in line]
+    optimal = np.array([gain["optimal_gain"] for gain in line], float)  # None is NaN: not drawn
     axes[0].plot(n, optimal, color=look["color"], linestyle="--", lw=1, label=f"{label}, optimal")
-  for ax in axes:
-    sizes = sorted({gain["n"] for gain in gains})
+  sizes = sorted({gain["n"] for gain in gains})
+  for ax, title in zip(axes, titles.values(), strict=True):
     _log2(ax.xaxis, sizes, [str(n) for n in sizes])
     ax.set_xlabel("pool size n = K M")
-  axes[0].set_title("less transport cost than random pairs", fontsize=10)
+    ax.set_title(title, fontsize=10)
   axes[0].set_ylabel("per pair and dimension")
-  axes[1].set_title("attained gain (of the dual bound)", fontsize=10)
-  axes[2].set_title("class shift", fontsize=10)
-  _save_with_legend(fig, axes, path)
+  _save_with_legend(fig, path)
 
 
 def technique_costs(techniques: dict, path: str) -> None:
   """`benchmark`'s steps, from flow matching to iSM's, and by their forward passes."""
-  fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+  fig, ((ax,),) = _panels((7, 3.2))
   measured = techniques["over_flow_matching"]
-  names, places = list(measured), np.arange(len(measured))
-  medians = np.array([measured[name]["median"] for name in names])
-  errors = np.abs(np.array([measured[name]["quartiles"] for name in names]).T - medians)
-  passes = np.array([techniques["forward_passes"][name] for name in names])
+  places = np.arange(len(measured))
+  medians = np.array([speed["median"] for speed in measured.values()])
+  errors = np.abs(np.array([speed["quartiles"] for speed in measured.values()]).T - medians)
+  passes = np.array([techniques["forward_passes"][name] for name in measured])
   ax.barh(places, medians, xerr=errors, color=_COLOURS[0], height=0.6, label="measured")
   ax.plot(passes / passes[0], places, "D", color=_COLOURS[1], label="by its forward passes")
-  ax.set_yticks(places, names)
+  ax.set_yticks(places, measured)
   ax.invert_yaxis()
   ax.set_xlabel("time of a step over that of flow matching (quartiles)")
-  _save_with_legend(fig, ax, path)
+  _save_with_legend(fig, path)
 
 
 def pairing_shares(report: dict, path: str) -> None:
@@ -249,7 +244,7 @@ def pairing_shares(report: dict, path: str) -> None:
   Measured, and dashed onward to four times the largest pool by the square of the pairs, which is
   the least that pairing grows.
   """
-  fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+  fig, ((ax,),) = _panels((7, 3.6))
   by_size, rows = report["pool"]["by_size"], report["config"]["batch_size"]
   sizes = np.array(sorted(by_size))
   pairing = np.array([by_size[k]["median"] for k in sizes])
@@ -265,9 +260,8 @@ def pairing_shares(report: dict, path: str) -> None:
   _log2(ax.xaxis, ticks, [f"{k}\n{k * rows:,}" for k in ticks])
   ax.tick_params(axis="x", labelsize="x-small")
   _log2(ax.yaxis)
-  ax.set_xlabel("batches in a pool, K, and pairs")
-  ax.set_ylabel("pairing, % of the pool's steps")
-  _save_with_legend(fig, ax, path)
+  ax.set(xlabel="batches in a pool, K, and pairs", ylabel="pairing, % of the pool's steps")
+  _save_with_legend(fig, path)
 
 
 def find_grids(workdir: str, w: float) -> dict[int, str]:
