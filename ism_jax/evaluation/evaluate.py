@@ -62,11 +62,6 @@ def check(config) -> None:
   features.extractor.cache_clear()  # training needs the memory
 
 
-def _name(steps: int, w: float) -> str:
-  """Of the files of samples at these settings."""
-  return f"samples_steps{steps}_w{w:g}"
-
-
 def evaluate(config, workdir: str, devices=None) -> dict | None:
   """Judges the newest checkpoint by `config.evaluation`.
 
@@ -79,10 +74,10 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   """
   mesh = sharding.data_mesh(devices)
   trained = restore.read(workdir, config=config, mesh=mesh)
-  exp, params = trained.exp, trained.params
+  exp, params, ev = trained.exp, trained.params, trained.exp.evaluation
   files.check_writable(workdir)
-  generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)  # a VAE may be missing
-  reference, ev = load_reference(exp, mesh), exp.evaluation
+  generate.pixels_function(exp.data.vae, mesh, ev.rounding)  # a VAE may be missing
+  reference = load_reference(exp, mesh)
   header = {
     "variant": exp.variant,
     "step": trained.step,
@@ -93,33 +88,24 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     "computed_in": exp.model.dtype,
   } | protocol(mesh, reference, ev.num_images)
   path = functools.partial(os.path.join, workdir)
+  samples_at = lambda steps, w: path(f"samples_steps{steps}_w{w:g}")  # files of samples
   settings = [(steps, w, seed) for seed in ev.seeds for steps, w in ev.settings()]
   fingerprint = header | {"evaluation": files.as_dict(config)["evaluation"]}
   results = _read_partial(path(PARTIAL), fingerprint)
   extract, compiled = features.extractor(reference.networks, mesh), set()
   for steps, w, seed in _unfinished(settings, results):
     labels = generate.class_labels(exp, ev.num_images, seed)
-    name = _name(steps, w)
-    archive = path(f"{name}_seed{seed}.npz") if ev.save_samples else ""
-    batches = generate.batches(
-      exp,
-      mesh,
-      params,
-      labels,
-      schedule=paths.parse_schedule(steps),
-      w=w,
-      seed=seed,
-      batch_size=ev.batch_size,
-    )
-    result, grid, speed = _judge_batches(
-      exp, reference, extract, batches, archive, steps in compiled
-    )
+    archive = f"{samples_at(steps, w)}_seed{seed}.npz" if ev.save_samples else ""
+    drawing = {"schedule": paths.parse_schedule(steps), "w": w, "seed": seed}
+    batches = generate.batches(exp, mesh, params, labels, batch_size=ev.batch_size, **drawing)
+    result, grid = _judge_batches(exp, reference, extract, batches, archive, steps in compiled)
     compiled.add(steps)
     if jax.process_index() == 0:
       if seed == ev.seeds[0]:
-        files.write_whole(path(f"{name}.png"), generate.grid_png(grid, ev.enlarge))
-      results[steps, w, seed] = result | {"images_per_second": speed}
-      _write_partial(path(PARTIAL), fingerprint, results)
+        files.write_whole(f"{samples_at(steps, w)}.png", generate.grid_png(grid, ev.enlarge))
+      results[steps, w, seed] = {"steps": steps, "w": w, "seed": seed} | result
+      partial = {"fingerprint": fingerprint, "results": list(results.values())}
+      files.write_whole(path(PARTIAL), json.dumps(partial))
       logging.info("%d steps, w=%g, seed %d: %s.", steps, w, seed, format_scores(result["scores"]))
   # 128 steps of all paths on every device: affordable for small networks.
   straight = [
@@ -129,14 +115,14 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   if jax.process_index() != 0:
     return None
   report = header | {
-    "results": [dict(zip(SETTING, key, strict=True)) | results[key] for key in settings],
+    "results": [results[setting] for setting in settings],
     "yardsticks": reference.yardsticks(),
     "straightness": straight,
     "config": files.as_dict(config),
   }
   write_report(workdir, report)
   figures.sweep(summary.as_run(report), path("evaluation.png"))
-  by_w = {f"w = {w:g}": {n: path(f"{_name(n, w)}.png") for n in ev.steps} for w in ev.w}
+  by_w = {f"w = {w:g}": {n: f"{samples_at(n, w)}.png" for n in ev.steps} for w in ev.w}
   figures.grids(by_w, path("samples.png"))
   epath.Path(path(PARTIAL)).unlink(missing_ok=True)
   return report
@@ -157,13 +143,10 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   batches = samples.batches(exp.evaluation.batch_size)
   result = reference.judge(batches, samples.count, samples.labels)
   logging.info("%s: %s.", path, format_scores(result["scores"]))
-  header = {"samples": path, "sha256": samples.protocol()["sha256"], "labels": "as given"}
-  report = header | protocol(mesh, reference, samples.count)
-  report |= {
-    "results": [result],
-    "yardsticks": reference.yardsticks(),
-    "config": files.as_dict(config),
-  }
+  report = {"samples": path, "sha256": samples.protocol()["sha256"], "labels": "as given"}
+  report |= protocol(mesh, reference, samples.count)
+  report |= {"results": [result], "yardsticks": reference.yardsticks()}
+  report["config"] = files.as_dict(config)
   write_report(workdir, report)
   return report
 
@@ -199,16 +182,12 @@ def protocol(mesh, reference: reference_lib.Reference, num_images: int) -> dict:
 
 
 def _judge_batches(exp, reference, extract, batches, archive, compiled):
-  """(`reference.Judging.result`, the first images, images per second) of one setting's samples."""
+  """(`reference.Judging.result` with the speed, the first images) of one setting's samples."""
   total, first_process = exp.evaluation.num_images, jax.process_index() == 0
   judging, grid, seconds = reference_lib.Judging(reference, total), None, []
-  with contextlib.ExitStack() as stack:
-    save = None
-    if archive:
-      shape = generate.decoded_shape(exp)
-      save = stack.enter_context(samples_lib.writer(archive, total, shape))
-    behind = stack.enter_context(futures.ThreadPoolExecutor(1))
-    waiting = collections.deque()
+  shape, waiting = generate.decoded_shape(exp), collections.deque()
+  writer = samples_lib.writer(archive, total, shape) if archive else contextlib.nullcontext()
+  with writer as save, futures.ThreadPoolExecutor(1) as behind:
     for batch in batches:  # the host works on it while the next one is drawn
       seconds.append((len(batch.labels), batch.drawing, batch.drawing + batch.decoding))
       outputs = jax.block_until_ready(extract(batch.images))
@@ -222,15 +201,16 @@ def _judge_batches(exp, reference, extract, batches, archive, compiled):
         waiting.popleft().result()
     for future in waiting:
       future.result()
-  timed = np.array(seconds if compiled else seconds[1:])  # the first batch compiles
+  if not first_process:
+    return None, None
   speed = None
-  if len(timed):
+  if len(timed := np.array(seconds if compiled else seconds[1:])):  # the first batch compiles
     speed = dict(zip(("drawn", "decoded"), timed[:, 0].sum() / timed[:, 1:].sum(0), strict=True))
-  return (judging.result(), grid, speed) if first_process else (None, None, None)
+  return judging.result() | {"images_per_second": speed}, grid
 
 
 def _read_partial(path: str, fingerprint: dict) -> dict[tuple, dict]:
-  """{(steps, w, seed): result} of an evaluation with this fingerprint that was interrupted."""
+  """{setting: result} of an evaluation with this fingerprint that was interrupted."""
   path = epath.Path(path)
   if not path.exists():
     return {}
@@ -238,12 +218,7 @@ def _read_partial(path: str, fingerprint: dict) -> dict[tuple, dict]:
   if saved["fingerprint"] != json.loads(json.dumps(fingerprint)):
     logging.info("%s is of another evaluation: beginning anew.", path)
     return {}
-  return {tuple(result.pop(k) for k in SETTING): result for result in saved["results"]}
-
-
-def _write_partial(path: str, fingerprint: dict, results: dict[tuple, dict]) -> None:
-  rows = [dict(zip(SETTING, setting, strict=True)) | result for setting, result in results.items()]
-  files.write_whole(path, json.dumps({"fingerprint": fingerprint, "results": rows}))
+  return {tuple(result[k] for k in SETTING): result for result in saved["results"]}
 
 
 def _unfinished(settings: list[tuple], results: dict) -> list[tuple]:

@@ -69,17 +69,16 @@ def as_markdown(report: dict) -> str:
     ]
   rows = [_row(report, result) for result in report["results"]]
   rows += [_row(report, result, name) for name, result in report["yardsticks"].items()]
-  columns = dict.fromkeys(column for row in rows for column in row)
-  columns = sorted(columns, key=lambda column: column != "samples")  # the names come first
+  names = dict.fromkeys(column for row in rows for column in row)
+  columns = sorted(names, key=lambda column: column != "samples")  # which come first
   cells = [[row.get(column, "–") for column in columns] for row in rows]
   lines += ["", *files.markdown_table(columns, cells)]
   if of_checkpoint:
     headline, _ = _COLUMNS[report["networks"][0]["name"], "frechet_distance"]
     lines += [f"The best w for each number of steps, by {headline}:", ""]
-    run = summary.as_run(report)
-    best = ((steps, summary.best_w([run], steps)) for steps in summary.step_counts([run]))
-    lines += [f"- NFE {steps}: w = {w:g}" for steps, w in best]
-    lines += [""]
+    runs = [summary.as_run(report)]
+    counts = summary.step_counts(runs)
+    lines += [*(f"- NFE {n}: w = {summary.best_w(runs, n):g}" for n in counts), ""]
   return "\n".join(lines)
 
 

@@ -1,9 +1,8 @@
 """A judge of small labelled images: a classifier whose penultimate layer gives features.
 
-Inception has nothing to say about 8x8 digits. The judge is trained on the data set itself, on four
-fifths of the images, in seconds on a CPU; its accuracy on the last fifth says whether its opinion
-counts. It plays for small data the part that Inception plays for ImageNet; its numbers compare
-runs on one data set, by one and the same judge, and nothing else.
+Inception has nothing to say about 8x8 digits. The judge is trained on the data set itself, in
+seconds on a CPU; its accuracy on images that it did not see says whether its opinion counts. Its
+numbers compare runs on one data set, by one and the same judge, and nothing else.
 
 Axes: N images, H/W size, C channels, F features.
 """
@@ -42,18 +41,11 @@ _EVAL_BATCH = 256
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-  """A trained classifier.
+  """A trained classifier."""
 
-  Attributes:
-    params: nested dict of arrays.
-    held_out_accuracy: measured on images that it was not trained on.
-    image_shape: (H, W, C).
-    num_classes: that it tells apart.
-  """
-
-  params: Any
-  held_out_accuracy: float
-  image_shape: tuple[int, int, int]
+  params: Any  # nested dict of arrays
+  held_out_accuracy: float  # on images that it was not trained on
+  image_shape: tuple[int, int, int]  # (H, W, C)
   num_classes: int
 
 
@@ -96,26 +88,16 @@ def judge_features(judge, images):
       f"got {images.dtype} images of shape {images.shape}; "
       f"this judge needs uint8 of shape [N, *{judge.image_shape}]."
     )
-  features = np.empty((len(images), NUM_FEATURES), np.float32)
-  probabilities = np.empty((len(images), judge.num_classes), np.float32)
-  for start in range(0, len(images), _EVAL_BATCH):
-    batch = images[start : start + _EVAL_BATCH]
-    # Every batch has one size, so that the network is compiled once.
-    padded = np.pad(batch, [(0, _EVAL_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
-    f, p = _forward(judge.params, padded, judge.num_classes)
-    features[start : start + len(batch)] = f[: len(batch)]
-    probabilities[start : start + len(batch)] = p[: len(batch)]
-  return features, probabilities
+  # Every batch has one size, so that the network is compiled once; there is one at least.
+  padding = _EVAL_BATCH - len(images) % _EVAL_BATCH
+  batches = np.pad(images, [(0, padding), (0, 0), (0, 0), (0, 0)])
+  batches = batches.reshape(-1, _EVAL_BATCH, *judge.image_shape)
+  outputs = (_forward(judge.params, batch, judge.num_classes) for batch in batches)
+  return tuple(np.concatenate(a)[: len(images)] for a in zip(*outputs, strict=True))
 
 
 def classify(params, images, num_classes):
-  """What a judge of these parameters sees in images: a pure function.
-
-  Args:
-    images: uint8 [B, H, W, C].
-  Returns:
-    features float32 [B, 64], logits float32 [B, num_classes].
-  """
+  """(features [B, 64], logits [B, num_classes]) of a judge for uint8 [B, H, W, C]: pure."""
   return _Classifier(num_classes).apply({"params": params}, to_unit_range(images))
 
 
@@ -127,14 +109,10 @@ def random_params(image_shape):
 def random_features(params, images):
   """Fixed features: a convolutional network at random weights.
 
-  Three GELU layers of 3x3 convolutions, of strides 1, 2 and 2: the means over the image of the
-  first two, and the last one's over each quadrant. A network that was never trained sees every
-  frequency; a classifier may ignore what does not tell the classes apart.
-
-  Args:
-    images: uint8 [B, H, W, C].
-  Returns:
-    float32 [B, 32 + 64 + 4 * 32].
+  Of uint8 [B, H, W, C], float32 [B, 32 + 64 + 4 * 32]: three GELU layers of 3x3 convolutions, of
+  strides 1, 2 and 2; the means over the image of the first two, and the last one's over each
+  quadrant. A network that was never trained sees every frequency; a classifier may ignore what does
+  not tell the classes apart.
   """
   return _RandomNetwork().apply(params, to_unit_range(images))
 
@@ -146,7 +124,21 @@ def train_judge(images, labels, *, num_classes, seed=0):
     images: uint8 [N, H, W, C].
     labels: integers [N] in [0, num_classes).
   """
-  images, labels = _checked(images, labels, num_classes)
+  images, labels = np.asarray(images), np.asarray(labels)
+  if images.dtype != np.uint8 or images.ndim != 4:
+    raise ValueError(
+      f"got {images.dtype} images of shape {images.shape}; needed are uint8 [N, H, W, C]."
+    )
+  if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(
+      f"got {labels.dtype} labels of shape {labels.shape} for {len(images)} images; "
+      "needed is one integer each."
+    )
+  if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+    raise ValueError(
+      f"labels run from {labels.min()} to {labels.max()}; "
+      f"num_classes={num_classes} allows 0 to {num_classes - 1}."
+    )
   train, held_out = stratified_split(labels, seed)
   if not len(held_out):
     raise ValueError(f"{len(labels)} images leave none to hold out; give 5 or more of every class.")
@@ -154,7 +146,7 @@ def train_judge(images, labels, *, num_classes, seed=0):
   image_shape = images.shape[1:]
   params = _init(key_init, image_shape, num_classes)
   opt_state = _OPTIMIZER.init(params)
-  train_images, train_labels = jnp.asarray(images[train]), jnp.asarray(labels[train])
+  train_images, train_labels = jnp.asarray(images[train]), jnp.asarray(labels[train], jnp.int32)
   for step in range(_STEPS):
     key = jax.random.fold_in(key_steps, step)
     params, opt_state = _train_step(params, opt_state, train_images, train_labels, key, num_classes)
@@ -167,11 +159,11 @@ def train_judge(images, labels, *, num_classes, seed=0):
 def load_judge(images, labels, *, num_classes, cache_dir):
   """The judge of this data set (seed 0): read from cache_dir, or trained and written there.
 
-  The file is named by a hash of the images, the labels and `VERSION`. A file that cannot be read is
-  reported and replaced.
+  Args: as of `train_judge`, NumPy arrays. A file that cannot be read is reported and replaced.
   """
-  images, labels = _checked(images, labels, num_classes)
-  path = os.path.join(cache_dir, f"judge-{_fingerprint(images, labels, num_classes)}.npz")
+  facts = repr((VERSION, images.shape, num_classes)).encode() + images.tobytes()
+  digest = hashlib.sha256(facts + labels.astype(np.int32).tobytes()).hexdigest()
+  path = os.path.join(cache_dir, f"judge-{digest[:16]}.npz")
   if os.path.exists(path):
     try:
       return _read(path, images.shape[1:], num_classes)
@@ -193,25 +185,6 @@ def stratified_split(labels, seed):
     held_out.append(members[:count])
     train.append(members[count:])
   return np.sort(np.concatenate(train)), np.sort(np.concatenate(held_out))
-
-
-def _checked(images, labels, num_classes):
-  images, labels = np.asarray(images), np.asarray(labels)
-  if images.dtype != np.uint8 or images.ndim != 4:
-    raise ValueError(
-      f"got {images.dtype} images of shape {images.shape}; needed are uint8 [N, H, W, C]."
-    )
-  if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(
-      f"got {labels.dtype} labels of shape {labels.shape} for {len(images)} images; "
-      "needed is one integer each."
-    )
-  if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-    raise ValueError(
-      f"labels run from {labels.min()} to {labels.max()}; "
-      f"num_classes={num_classes} allows 0 to {num_classes - 1}."
-    )
-  return images, labels.astype(np.int32)
 
 
 def _init(key, image_shape, num_classes):
@@ -244,11 +217,6 @@ def _train_step(params, opt_state, images, labels, key, num_classes):
 
   updates, opt_state = _OPTIMIZER.update(jax.grad(loss)(params), opt_state, params)
   return optax.apply_updates(params, updates), opt_state
-
-
-def _fingerprint(images, labels, num_classes):
-  facts = repr((VERSION, images.shape, num_classes)).encode()
-  return hashlib.sha256(facts + images.tobytes() + labels.tobytes()).hexdigest()[:16]
 
 
 def _read(path, image_shape, num_classes):
