@@ -14,6 +14,7 @@ tables and figures as comparison.json, and
 """
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -47,13 +48,11 @@ def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
   key_noise, key_start = jax.random.split(jax.random.key(0))
   x1 = jnp.asarray(data.to_unit_range(images[chosen]))
   x0 = jax.random.normal(key_noise, x1.shape)
-  velocity = model.velocity_function(exp.network(), params)
+  batch = model.velocity_function(exp.network(), params), x0, x1, jnp.asarray(labels[chosen])
   training = {"null_class": exp.null_class, "t_interval": exp.objective.t_interval}
-  c, scales = jnp.asarray(labels[chosen]), []
+  scales = []
   for d in JUMPS:
-    scale, residual = diagnosis.effective_scale(
-      velocity, x0, x1, c, key_start, d=d, w=w, **training
-    )
+    scale, residual = diagnosis.effective_scale(*batch, key_start, d=d, w=w, **training)
     message = "%s: a jump of %g has effective CFG scale %.2f (residual %.4f)."
     logging.info(message, run.workdir, d, scale, residual)
     scales.append(scale)
@@ -63,12 +62,10 @@ def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
 def pool_gain(x0, x1, c, key, cfg: couplings.CouplingConfig, num_classes: int) -> dict:
   """What `couplings.pair` gains on a pool of n noises and images [N, ...] of classes c [N].
 
-  Returns:
-    "gain": (mean cost of random pairs - mean cost of the pairs) / D: half of what pairing takes off
-    the mean squared distance, per dimension. "optimal_gain": that of SciPy's best assignment under
-    the same cost with its class penalty, or None where n is too large. (With a penalty, `gain` can
-    exceed it: pairs that cross classes are cheaper.) "attained_gain" and "class_shift": see
-    `couplings`.
+  "gain": (mean cost of random pairs - mean cost of the pairs) / D: half of what pairing takes off
+  the mean squared distance, per dimension. "optimal_gain": that of SciPy's best assignment under
+  the same cost with its class penalty, or None where n is too large. (With a penalty, `gain` can
+  exceed it: pairs that cross classes are cheaper.) "attained_gain", "class_shift": see `couplings`.
   """
   paired, info = jax.jit(couplings.pair, static_argnames=("cfg", "num_classes"))(
     x0, x1, c, key, cfg=cfg, num_classes=num_classes
@@ -140,28 +137,25 @@ def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
     return format_spread(values, form) + (f" ({at:g})" if w is None and values else "")
 
   lines = []
-  for name, runs in rows.items():
-    distances = [cell(runs, "distance", n) for n in counts]
-    accuracy = cell(runs, "accuracy", 1, ".3f")
-    ema = runs[0].config["ema"]
-    decays = " / ".join(map(str, dict.fromkeys([ema["inference_decay"], ema["target_decay"]])))
-    lines.append([name, decays, *distances, accuracy])
-  return files.markdown_table(
-    ["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"], lines
-  )
+  for name, (run, *others) in rows.items():
+    decays = (str(run.config["ema"][key]) for key in ("inference_decay", "target_decay"))
+    distances = (cell([run, *others], "distance", n) for n in counts)
+    accuracy = cell([run, *others], "accuracy", 1, ".3f")
+    lines.append([name, " / ".join(dict.fromkeys(decays)), *distances, accuracy])
+  header = ["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"]
+  return files.markdown_table(header, lines)
 
 
 def spectrum_table(rows: dict[str, list[Run]], w: float) -> list[str]:
   """High frequencies and wavelet bands of one-step and of the finest samples, over the real."""
   counts = summary.step_counts([run for runs in rows.values() for run in runs])
-  ends = list(dict.fromkeys((counts[0], counts[-1])))
   header, lines = [""], [[name] for name in rows]
-  for n in ends:
+  for n in dict.fromkeys((counts[0], counts[-1])):
     header += [f"finest octave, NFE {n}", f"bands, finest first, NFE {n}"]
     for line, runs in zip(lines, rows.values(), strict=True):
-      bands = summary.measured(runs, "bands", n, w)
+      bands = np.mean(summary.measured(runs, "bands", n, w) or [[]], axis=0)
       line.append(format_spread(summary.measured(runs, "finest_octave", n, w)))
-      line.append(", ".join(f"{b:.2f}" for b in np.mean(bands, axis=0)) if bands else "–")
+      line.append(", ".join(f"{b:.2f}" for b in bands) or "–")
   return files.markdown_table(header, lines)
 
 
@@ -170,13 +164,13 @@ def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
   strengths = dict.fromkeys((0.0, w))
   header = ["", *(f"1000 × deviation from the chord, w = {s:g}" for s in strengths)]
   header += ["attained gain of OT", "class shift", "gradient norm of the consistency loss"]
-  means = [("coupling/attained_gain", ".3f"), ("coupling/class_shift", "z.4f")]
-  means += [("gradient_norm/consistency", ".3f")]
+  means = {"coupling/attained_gain": ".3f", "coupling/class_shift": "z.4f"}
+  means |= {"gradient_norm/consistency": ".3f"}
   lines = []
   for name, runs in rows.items():
-    deviations = ([1000 * v for v in summary.straightness(runs, s)] for s in strengths)
-    line = [name, *map(format_spread, deviations)]
-    lines.append(line + [format_spread(summary.trained(runs, n), form) for n, form in means])
+    line = [format_spread([1000 * v for v in summary.straightness(runs, s)]) for s in strengths]
+    line += [format_spread(summary.trained(runs, n), form) for n, form in means.items()]
+    lines.append([name, *line])
   return files.markdown_table(header, lines)
 
 
@@ -225,41 +219,31 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
       "pools.",
       "",
     ]
-    names = ("gain", "optimal_gain", "attained_gain", "class_shift")
-    number = lambda value: "–" if value is None else f"{value:z.4f}"
+    forms = {"K": "d", "n": "d", "class_penalty": "g"}
+    forms |= dict.fromkeys(("gain", "optimal_gain", "attained_gain", "class_shift"), "z.4f")
     lines += files.markdown_table(
-      [name.replace("_", " ") for name in ("K", "n", "class_penalty", *names)],
+      [name.replace("_", " ") for name in forms],
       [
-        [str(f["K"]), str(f["n"]), f"{f['class_penalty']:g}", *(number(f[name]) for name in names)]
-        for f in content["pools"]
+        ["–" if pool[name] is None else format(pool[name], form) for name, form in forms.items()]
+        for pool in content["pools"]
       ],
     )
   return "\n".join(lines)
 
 
 def compare(
-  workdirs: list[str],
-  out: str,
-  *,
-  w: float,
-  guidance: bool,
-  examples: int,
-  against: str | None,
-  pools: list[int],
+  workdirs: list[str], out: str, *, w: float, guidance: bool, examples: int, against, pools
 ) -> None:
   """Writes the comparison of these runs to the folder `out`; see the flags."""
   reports = {workdir: summary.read_report(workdir) for workdir in workdirs}
   summary.check_comparable(reports)
   runs = [summary.read_run(workdir, report) for workdir, report in reports.items()]
   rows, report = summary.group(runs), reports[workdirs[0]]
-  path = lambda name: os.path.join(out, name)
+  path = functools.partial(os.path.join, out)
   if w not in (evaluated := sorted({r["w"] for run in runs for r in run.results})):
     raise ValueError(f"no run was evaluated at --w={w:g}; there are {evaluated}.")
   # Before what takes minutes: it may have nothing to show.
   points = summary.against(runs, against) if against else {}
-  counts = summary.step_counts(runs)
-  few = [n for n in counts if n <= 8] or counts
-  spectra = {n: summary.spectra(rows, n, w) for n in dict.fromkeys((few[0], few[-1]))}
   content = {
     "dataset": report["config"]["data"]["name"],
     "w": w,
@@ -281,20 +265,21 @@ def compare(
   files.write_whole(path("comparison.json"), json.dumps(content, indent=2))
   files.write_whole(path("comparison.md"), as_markdown(content, rows))
   if report["reference_spectrum"]:
+    counts = summary.step_counts(runs)
+    few = [n for n in counts if n <= 8] or counts
+    spectra = {n: summary.spectra(rows, n, w) for n in dict.fromkeys((few[0], few[-1]))}
     figures.spectra(spectra, rows, w, path("spectrum.png"))
   if by_w := summary.frechet_by_w(rows):
     figures.frechet_against_w(by_w, rows, content["distance_is"], path("frechet_against_w.png"))
   if guidance:
     figures.effective_guidance(content["effective_scale"], JUMPS, w, path("effective_guidance.png"))
   if against:
-    figures.against(
-      content["against"][against], list(points), against, path(f"against_{against}.png")
-    )
+    panels = content["against"][against]
+    figures.against(panels, list(points), against, path(f"against_{against}.png"))
   if pools:
     figures.pools(content["pools"], path("pools.png"))
-  figures.grids(
-    {name: figures.find_grids(runs[0].workdir, w) for name, runs in rows.items()}, path("grids.png")
-  )
+  grids = {name: figures.find_grids(runs[0].workdir, w) for name, runs in rows.items()}
+  figures.grids(grids, path("grids.png"))
   logging.info("Wrote %s.", path("comparison.md"))
 
 
@@ -317,16 +302,9 @@ def define_flags() -> None:
 def main(argv):
   """Compares the runs named on the command line."""
   matplotlib.use("Agg")
-  args = flags.FLAGS
+  options = {name: flags.FLAGS[name].value for name in ("w", "guidance", "examples", "against")}
+  pools = [int(size) for size in flags.FLAGS.pools]
   with commands.one_line_errors():
     if not argv[1:]:
       raise ValueError("no runs to compare: name the workdirs of evaluated runs.")
-    compare(
-      argv[1:],
-      args.out,
-      w=args.w,
-      guidance=args.guidance,
-      examples=args.examples,
-      against=args.against,
-      pools=[int(size) for size in args.pools],
-    )
+    compare(argv[1:], flags.FLAGS.out, pools=pools, **options)
