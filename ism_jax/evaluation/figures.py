@@ -129,18 +129,17 @@ def sweep(run: Run, path: str) -> None:
     for w in strengths
     if (values := summary.measured([run], "distance", steps, w))
   }
+  best = [(n, summary.best_w([run], n)) for n in counts]
+  ring = {"ls": "", "marker": "o", "ms": 12, "mfc": "none", "mec": "black"}
   fig, (axes,) = _panels((11, 4), columns=2, sharey=True)
   by_w = {f"w = {w:g}": [(n, (n, w)) for n in counts] for w in strengths}
   by_steps = {f"NFE {n}": [(w, (n, w)) for w in strengths] for n in counts}
-  for ax, lines in zip(axes, (by_w, by_steps), strict=True):
+  for ax, lines, rings in zip(axes, (by_w, by_steps), zip(*best, strict=True), strict=True):
     for number, (label, points) in enumerate(lines.items()):
       at, values = zip(*[(x, means[key]) for x, key in points if key in means], strict=True)
       ax.plot(at, values, label=label, **style(number))
+    ax.plot(rings, [means[key] for key in best], **ring)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-  best = [(n, summary.best_w([run], n)) for n in counts]
-  ring = {"ls": "", "marker": "o", "ms": 12, "mfc": "none", "mec": "black"}
-  for ax, at in zip(axes, zip(*best, strict=True), strict=True):
-    ax.plot(at, [means[key] for key in best], **ring)
   _log2(axes[0].xaxis, counts)
   axes[0].set(xlabel="NFE", ylabel=run.distance_is)
   axes[1].set(xlabel="w (rings: the best w of each NFE)")

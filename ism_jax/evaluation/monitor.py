@@ -5,6 +5,7 @@ training.
 """
 
 from concurrent import futures
+import functools
 import os
 
 from absl import logging
@@ -43,17 +44,10 @@ class Monitor:
   def start(self, params) -> dict:
     """Starts drawing: {steps: (images, finite)} on the device."""
     params = jax.device_put(params, sharding.replicated(self._mesh))  # once for all steps
+    draw = functools.partial(generate.draw, self._exp, self._mesh, params, labels=self._labels)
+    each = {"numbers": np.arange(self._count), "w": np.full(self._count, self._exp.monitor.w)}
     return {
-      steps: generate.draw(
-        self._exp,
-        self._mesh,
-        params,
-        numbers=np.arange(self._count),
-        labels=self._labels,
-        schedule=paths.parse_schedule(steps),
-        w=np.full(self._count, self._exp.monitor.w),
-        seed=0,
-      )
+      steps: draw(schedule=paths.parse_schedule(steps), seed=0, **each)
       for steps in self._exp.monitor.steps
     }
 
@@ -76,8 +70,7 @@ class Monitor:
         )
       images = images[: self._exp.monitor.num_images]
       if self._reference:
-        scores = self._reference.score(images, self._labels[: len(images)])
-        for network, metrics in scores.items():
+        for network, metrics in self._reference.score(images, self._labels[: len(images)]).items():
           values |= {f"monitor/steps_{steps}/{network}_{k}": v for k, v in metrics.items()}
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
       files.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)

@@ -67,12 +67,10 @@ def _load(path, names=None) -> dict[str, np.ndarray]:
 
 
 def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
-  """Reads statistics that this project or another wrote.
+  """(statistics, {"file", "sha256", perhaps "protocol"}) that this project or another wrote.
 
   Of ADM's file the images (arr_0) are seen by the network, for precision, recall and KID.
 
-  Returns:
-    (statistics, {"file", "sha256", and "protocol" as it was written})
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: it is damaged, or holds other keys or the features of another network.
@@ -96,37 +94,36 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       f"{path} was made with {made_with[0]}, weights {made_with[1][:12]}; this evaluation uses "
       f"{network.name}, weights {network.sha256[:12]}: make it again, or pass those weights."
     )
-  sizes = {k: a.shape[-1] for k, a in output_shapes(network, (64, 64, 3)).items()}
-  count = int(arrays.get(_COUNT, 0))
-  moments = _moments(path, arrays, names, count, sizes["features"], network)
-  spatial = None
+  sizes = output_sizes(network, (64, 64, 3))
+
+  def moments(names, size):
+    mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
+    if mean.shape != (size,) or covariance.shape != (size, size):
+      raise ValueError(
+        f"{names[0]} of {path} has shape {mean.shape} and {names[1]} {covariance.shape}; "
+        f"{network.name} has {size} features: needed are [{size}] and [{size}, {size}]."
+      )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+      raise ValueError(f"{names[0]} or {names[1]} of {path} holds NaN or infinity: make it again.")
+    return FeatureStatistics(mean, covariance, int(arrays.get(_COUNT, 0)))
+
+  means, spatial = moments(names, sizes["features"]), None
   if "spatial" in sizes and all(name in arrays for name in _SPATIAL_MOMENTS):
-    spatial = _moments(path, arrays, _SPATIAL_MOMENTS, count, sizes["spatial"], network)
+    spatial = moments(_SPATIAL_MOMENTS, sizes["spatial"])
   single = arrays.get(_FEATURES)
   if single is None and arrays.get(_IMAGES, np.empty(0)).ndim == 4:
     logging.info("%s sees the %d images of %s.", network.name, len(arrays[_IMAGES]), path)
     single = features.of_images(network, mesh, arrays[_IMAGES])
   source = {"file": path, "sha256": files.sha256(path)}
   source |= {"protocol": protocol} if protocol else {}
-  return scores.Statistics(moments, spatial, single), source
+  return scores.Statistics(means, spatial, single), source
 
 
-def _moments(path, arrays, names, count, size, network):
-  mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
-  if mean.shape != (size,) or covariance.shape != (size, size):
-    raise ValueError(
-      f"{names[0]} of {path} has shape {mean.shape} and {names[1]} {covariance.shape}; "
-      f"{network.name} has {size} features: needed are [{size}] and [{size}, {size}]."
-    )
-  if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-    raise ValueError(f"{names[0]} or {names[1]} of {path} holds NaN or infinity: make it again.")
-  return FeatureStatistics(mean, covariance, count)
-
-
-def output_shapes(network: Network, image_shape) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes [1, ...] of what a network gives for an image [H, W, C]."""
+def output_sizes(network: Network, image_shape) -> dict[str, int]:
+  """How many numbers of each kind a network gives for an image [H, W, C]."""
   image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
-  return jax.eval_shape(network.apply, network.params, image)
+  outputs = jax.eval_shape(network.apply, network.params, image)
+  return {name: output.shape[-1] for name, output in outputs.items()}
 
 
 class Reference:
@@ -143,7 +140,6 @@ class Reference:
 
   def __init__(self, exp: Experiment, mesh):
     self._mesh, ev = mesh, exp.evaluation
-    self._num_images = ev.num_images
     reference_files, weights = ev.reference_files(), ev.weight_files()
     if not reference_files and exp.data.vae:
       raise ValueError(
@@ -151,8 +147,7 @@ class Reference:
         f"statistics with python -m ism_jax statistics --images=IMAGES --networks={ev.networks} "
         "--out=DIR, or download ADM's, and pass --config.evaluation.reference=FILE."
       )
-    self.images = None if reference_files else DatasetImages(exp)
-    real = self.images
+    self.images = real = None if reference_files else DatasetImages(exp)
     load = {
       "classifier": lambda: features.classifier(
         *real.training, num_classes=exp.data.num_classes, cache_dir=real.cache_dir
@@ -172,22 +167,20 @@ class Reference:
       self.sources = {name: source for name, (_, source) in contents.items()}
       self.floors = {}
     else:
-      self.statistics = self._see(real.reference)
+      tallies = {n.name: scores.Tally(n, len(real.reference), keep=KEPT) for n in self.networks}
+      seen = features.of_batches(self.networks, mesh, features.in_batches(real.reference))
+      for _, outputs in seen:
+        for name, tally in tallies.items():
+          tally.add(outputs[name])
+      self.statistics = {name: tally.statistics() for name, tally in tallies.items()}
       source = {"split": ev.reference_split, "images": len(real.reference)}
-      self.sources = {n.name: source for n in self.networks}
-      self.floors = {n.name: self._floor(n) for n in self.networks if n.name in OF_THE_DATASET}
+      self.sources = dict.fromkeys(tallies, source)
+      made_of_it = (n for n in self.networks if n.name in OF_THE_DATASET)
+      self.floors = {n.name: self._floor(n, ev.num_images) for n in made_of_it}
     self.check_count(ev.num_images)
 
-  def _see(self, images) -> dict[str, scores.Statistics]:
-    tallies = {n.name: scores.Tally(n, len(images), keep=KEPT) for n in self.networks}
-    seen = features.of_batches(self.networks, self._mesh, features.in_batches(images))
-    for _, outputs in seen:
-      for name, tally in tallies.items():
-        tally.add(outputs[name])
-    return {name: tally.statistics() for name, tally in tallies.items()}
-
-  def _floor(self, network):
-    real, count = self.statistics[network.name], self._num_images
+  def _floor(self, network, count):
+    real = self.statistics[network.name]
     floor = functools.partial(distances.bootstrap_floor, seed=0, repeats=FLOOR_REPEATS)
     if self.images.held_out:
       seen = features.of_images(network, self._mesh, self.images.training[0])
@@ -199,14 +192,10 @@ class Reference:
   def check_count(self, num_images: int) -> None:
     """Warns of distances that would mean little, after hours of sampling."""
     for name, real in self.statistics.items():
-      size = len(real.features.mean)
-      if num_images <= size:
+      if num_images <= (size := len(real.features.mean)):
         logging.warning(
-          "%d samples do not determine the covariance of %d features of %s: the Fréchet distance "
-          "comes out too large. 50,000 samples are usual.",
-          num_images,
-          size,
-          name,
+          f"{num_images} samples do not determine the covariance of {size} features of {name}: the "
+          "Fréchet distance comes out too large. 50,000 samples are usual."
         )
 
   def check_images(self, path: str, image_shape, labels) -> None:
@@ -228,10 +217,9 @@ class Reference:
     return self.judge(features.in_batches(images), len(images), labels, brief=True)["scores"]
 
   def judge(self, batches, total: int, labels, brief: bool = False) -> dict:
-    """`Judging.result` of host batches of images.
+    """`Judging.result` of host batches, uint8 [b, H, W, C], all of one size but the last.
 
     Args:
-      batches: uint8 [b, H, W, C], all of one size but the last.
       total: of images.
       labels: [total], or None.
       brief: see `Judging`.
@@ -260,13 +248,10 @@ class Reference:
 
 
 class Judging:
-  """What is added up of a set of samples, batch by batch, until it can be scored.
+  """What is added up of `total` samples, batch by batch, until they can be scored.
 
-  Args:
-    reference: what they are judged against.
-    total: samples that will be added.
-    brief: without frequencies, and without what compares single images: nearest neighbours, KID,
-      precision and recall.
+  Brief, without frequencies, and without what compares single images: nearest neighbours, KID,
+  precision and recall.
   """
 
   def __init__(self, reference: Reference, total: int, brief: bool = False):
@@ -284,11 +269,10 @@ class Judging:
     self._first, self._added, self._spectrum, self._bands = [], 0, 0.0, 0.0
 
   def add(self, outputs: dict, images, labels) -> None:
-    """Adds samples.
+    """Adds samples uint8 [B, H, W, C], which are fetched only if they are described.
 
     Args:
       outputs: of `features.extractor`, whose rows behind the labels or images are padding.
-      images: uint8 [B, H, W, C], fetched only if they are described.
       labels: [b], b <= B, or None for samples without.
     """
     count = len(images) if labels is None else len(labels)
@@ -309,9 +293,8 @@ class Judging:
     result = {"scores": {}}
     for name, tally in self._tallies.items():
       values = tally.scores(self._reference.statistics[name], labelled=self._labelled)
-      if name in self._reference.floors:
-        floor = self._reference.floors[name]["mean"]
-        values["times_floor"] = values["frechet_distance"] / floor
+      if floor := self._reference.floors.get(name):
+        values["times_floor"] = values["frechet_distance"] / floor["mean"]
       result["scores"][name] = values
     if self._images:
       result["nearest_neighbour"] = distances.nearest_neighbour_distance(
@@ -330,10 +313,8 @@ class DatasetImages:
     reference: uint8 [N, H, W, C], of `evaluation.reference_split`.
     held_out: whether that is another split than the one trained on. Then a floor is the distance of
       training images to the reference; else that of a bootstrap resample of it.
-    spectrum: of the reference, see `spectra.radial_power`.
-    bands: of the reference, see `spectra.band_energies`.
+    spectrum, bands: of the reference, see `spectra`.
     flat: float64 [N, H W C], the training images.
-    num_classes: of the dataset.
     cache_dir: of judges.
   """
 
@@ -358,8 +339,8 @@ class DatasetImages:
       chosen = rng.permutation(len(images))[: self._num_images]
       images, labels = images[chosen], labels[chosen]
     class_means = np.stack([images[labels == c].mean(0) for c in range(self.num_classes)])
-    coarse = images.reshape(len(images), images.shape[1] // 2, 2, images.shape[2] // 2, 2, -1)
-    coarse = coarse.mean((2, 4)).repeat(2, 1).repeat(2, 2)
+    n, h, w, _ = images.shape
+    coarse = images.reshape(n, h // 2, 2, w // 2, 2, -1).mean((2, 4)).repeat(2, 1).repeat(2, 2)
     noise = np.asarray(generate.to_uint8(rng.standard_normal(images.shape)))
     return {
       "training images" if self.held_out else "real images": (images, labels),

@@ -36,10 +36,9 @@ class Statistics:
 
 
 class Tally:
-  """What is added up of one network's outputs.
+  """What is added up of one network's outputs for `total` images.
 
   Args:
-    total: images that will be added.
     keep: how many images' features stay, evenly spread.
     inception_score: whether it is wanted; the network needs logits.
   """
@@ -82,21 +81,17 @@ class Tally:
     )
 
   def scores(self, real: Statistics, *, labelled: bool) -> dict[str, float]:
-    """The metrics that the network and the reference allow.
+    """The metrics that the network, the reference and the labels, if any were added, allow.
 
-    Args:
-      labelled: whether labels were added.
-    Returns:
-      "frechet_distance" (FID, FD-DINOv2), and where there is what they need
-      "spatial_frechet_distance" (sFID), "inception_score", "kid", "precision", "recall" and
-      "accuracy". Beside means over splits or subsets is their deviation, with "_sd" in its name.
+    "frechet_distance" (FID, FD-DINOv2), and where there is what they need
+    "spatial_frechet_distance" (sFID), "inception_score", "kid", "precision", "recall" and
+    "accuracy". Beside means over splits or subsets is their deviation, with "_sd" in its name.
     """
     generated = self.statistics()
-    values = {"frechet_distance": distances.frechet_distance(generated.features, real.features)}
+    distance = distances.frechet_distance
+    values = {"frechet_distance": distance(generated.features, real.features)}
     if generated.spatial and real.spatial:
-      values["spatial_frechet_distance"] = distances.frechet_distance(
-        generated.spatial, real.spatial
-      )
+      values["spatial_frechet_distance"] = distance(generated.spatial, real.spatial)
     if self._score:
       values["inception_score"], values["inception_score_sd"] = self._score.result()
     if generated.kept is not None and real.kept is not None:

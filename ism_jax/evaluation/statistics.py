@@ -37,8 +37,6 @@ from ism_jax.metrics import features
 from ism_jax.protocol import parse_files
 from ism_jax.runtime import commands, files, logs, multihost, sharding
 
-SPLIT = "train"
-SIZE = 256
 _BATCHES_AHEAD = 4  # cropped while the devices work
 # What a file says and two runs of the same protocol may differ in.
 _DESCRIPTIONS = ("source", "features", "images", "unreadable", "jax")
@@ -64,21 +62,10 @@ def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSe
     if ready:
       yield np.stack(ready)
 
-  protocol = {
-    "source": named,
-    "listing": source.listing,
-    "listed": source.size,
-    "crop": images_lib.CROP,
-    "size": size,
-  }
-  return ImageSet(
-    source=named,
-    count=source.size,
-    image_shape=(size, size, 3),
-    batches=batches,
-    protocol=lambda: protocol,
-    unreadable=unreadable,
-  )
+  protocol = {"source": named, "listing": source.listing, "listed": source.size}
+  protocol |= {"crop": images_lib.CROP, "size": size}
+  shape = (size, size, 3)
+  return ImageSet(named, source.size, shape, batches, lambda: protocol, unreadable=unreadable)
 
 
 def of_dataset(cfg: pipeline.DataConfig, split: str) -> ImageSet:
@@ -104,11 +91,10 @@ def of_dataset(cfg: pipeline.DataConfig, split: str) -> ImageSet:
 def compute(
   images: ImageSet, networks, mesh, *, keep: int, batch_size: int
 ) -> dict[str, scores.Statistics]:
-  """{network: statistics} in one pass over the images.
+  """{network: statistics} in one pass over the images, `batch_size` at a time on each device.
 
   Args:
     keep: the most images whose features the statistics hold, evenly spread.
-    batch_size: images at a time on each device.
   Raises:
     ValueError: fewer than two images could be read, or one that must be could not.
     OSError: the images' storage fails.
@@ -150,14 +136,11 @@ def make(
 ) -> dict[str, str]:
   """Writes the statistics of each network into the folder `out`, but for those that are there.
 
-  Args:
-    keep: see `compute`.
-    batch_size: see `compute`.
-    devices: default all that are local.
+  As `compute`, on all local devices by default; a ValueError if `out` holds statistics of another
+  protocol.
+
   Returns:
     {network: file}
-  Raises:
-    ValueError: `out` holds statistics of another protocol; or as `compute`.
   """
   paths = {n.name: os.path.join(out, f"{n.name}.npz") for n in networks}
   what = images.protocol() | {"keep": min(keep, images.count), "jax": jax.__version__}
@@ -166,14 +149,11 @@ def make(
   }
   todo = [n for n in networks if not _is_done(paths[n.name], protocols[n.name])]
   for network in todo:
-    shape = reference.output_shapes(network, images.image_shape)["features"].shape
-    if images.count <= shape[-1]:
+    size = reference.output_sizes(network, images.image_shape)["features"]
+    if images.count <= size:
       logging.warning(
-        "%d images do not determine the covariance of the %d features of %s: distances to them "
-        "are too large, and compare with no others.",
-        images.count,
-        shape[-1],
-        network.name,
+        f"{images.count} images do not determine the covariance of the {size} features of "
+        f"{network.name}: distances to them are too large, and compare with no others."
       )
   if not todo:
     return paths
@@ -182,10 +162,8 @@ def make(
   unreadable, readable = images.unreadable, images.count - len(images.unreadable)
   if unreadable:
     logging.warning(
-      "%d of %d images could not be read and are left out, such as %s; the files list them.",
-      len(unreadable),
-      images.count,
-      next(iter(unreadable)),
+      f"{len(unreadable)} of {images.count} images could not be read and are left out, such as "
+      f"{next(iter(unreadable))}; the files list them."
     )
   for name, values in statistics.items():
     protocol = protocols[name] | {"images": readable, "unreadable": unreadable}
@@ -220,19 +198,16 @@ def define_flags() -> None:
   text = "Config file that names a dataset of images, taken as they are."
   config_flags.DEFINE_config_file("config", None, text, lock_config=True)
   positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
-  positive("size", SIZE, "With --images: height and width of the crops, in pixels.")
+  positive("size", 256, "With --images: height and width of the crops, in pixels.")
   flags.DEFINE_string("tfds_dir", "", "With --images=tfds:NAME: its folder; TFDS's default.")
-  flags.DEFINE_string("split", SPLIT, "With --config: the dataset's split.")
+  flags.DEFINE_string("split", "train", "With --config: the dataset's split.")
   flags.DEFINE_string("out", None, "Folder of the files.")
-  flags.DEFINE_string(
-    "networks", "inception", f"Comma-separated, of {', '.join(features.PUBLISHED)}."
-  )
-  flags.DEFINE_string(
-    "weights", "", "NETWORK=FILE,...; the published ones for others; random for checks."
-  )
-  flags.DEFINE_integer(
-    "keep_features", reference.KEPT, "The most images whose features a file holds.", lower_bound=0
-  )
+  text = f"Comma-separated, of {', '.join(features.PUBLISHED)}."
+  flags.DEFINE_string("networks", "inception", text)
+  text = "NETWORK=FILE,...; the published ones for others; random for checks."
+  flags.DEFINE_string("weights", "", text)
+  text = "The most images whose features a file holds."
+  flags.DEFINE_integer("keep_features", reference.KEPT, text, lower_bound=0)
   positive("batch_size", 64, "Images at a time, on each device.")
   positive("num_threads", os.cpu_count(), "Threads that decode images.")
   flags.mark_flags_as_required(["out"])

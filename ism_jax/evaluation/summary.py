@@ -32,10 +32,8 @@ class Run:
   """An evaluated run.
 
   Attributes:
-    workdir: its folder.
     config: nested, as it was evaluated.
     results: those of evaluation.json as `over_real` has them.
-    distance_is: what their distance is.
     straightness: [{"w", "deviation_from_chord"}].
     training: means over the run of the couplings' diagnostics and of the gradient norms of the
       losses, under their names in metrics.jsonl.
@@ -96,8 +94,8 @@ def over_real(result: dict, report: dict) -> dict:
   if "spectrum" in result:
     for name in ("spectrum", "bands"):
       metrics[name] = (np.array(result[name]) / np.array(report[f"reference_{name}"])).tolist()
-    octave = [finest_octave(r) for r in (result["spectrum"], report["reference_spectrum"])]
-    metrics["finest_octave"] = octave[0] / octave[1]
+    octave, real = map(finest_octave, (result["spectrum"], report["reference_spectrum"]))
+    metrics["finest_octave"] = octave / real
   return metrics
 
 
@@ -247,27 +245,24 @@ def against(runs: list[Run], key: str) -> dict[str, list[Run]]:
   families, independent = collections.defaultdict(lambda: collections.defaultdict(list)), []
   for run, config in zip(runs, flat, strict=True):
     if of_coupling and config["coupling.coupling"] == "independent":
-      independent.append((run, config))
+      independent.append(run)
     else:
-      families[without(config, key)][config[key]].append((run, config))
+      families[without(config, key)][config[key]].append(run)
   family = max(families.values(), key=len, default={})
   if len(family) < 2:
     raise ValueError(f"no two of the runs differ only in {key}; leave --against={key} out.")
-  some_config = next(iter(family.values()))[0][1]
-  beside = [
-    run
-    for run, config in independent
-    if without(config, "coupling") == without(some_config, "coupling")
-  ]
+  some_run = next(iter(family.values()))[0]
+  rest = lambda run: without(learnt(run.config), "coupling")
+  beside = [run for run in independent if rest(run) == rest(some_run)]
   label = lambda value: (
-    f"K={value}\nn={value * some_config['batch_size']}"
+    f"K={value}\nn={value * some_run.config['batch_size']}"
     if key == "coupling.pool_size"
     else f"{value:g}"
     if isinstance(value, float)
     else str(value)
   )
   in_order = sorted(family) if all(isinstance(v, (int, float)) for v in family) else family
-  points = {label(value): [run for run, _ in family[value]] for value in in_order}
+  points = {label(value): family[value] for value in in_order}
   return ({"independent": beside} if beside else {}) | points
 
 
@@ -278,12 +273,10 @@ def panels(
 
   What the coupling attains is shown for its own keys; it does not depend on others.
   """
-  counts = step_counts([run for runs in points.values() for run in runs])
+  runs = [run for at in points.values() for run in at]
+  counts, strengths, distance = step_counts(runs), dict.fromkeys((0.0, w)), runs[0].distance_is
   few = next((n for n in (4, 2) if n in counts), 1)
   counts = [n for n in dict.fromkeys((1, few, counts[-1])) if n in counts]
-  jumps = dict.fromkeys(d for runs in points.values() for run in runs for d in run.jumps)
-  strengths = dict.fromkeys((0.0, w))
-  distance = next(iter(points.values()))[0].distance_is
   per_point = lambda value: {label: v for label, runs in points.items() if (v := value(runs))}
   shown = {
     f"{distance}, w = {s:g}": {
@@ -299,7 +292,7 @@ def panels(
       shown[title] = {"": per_point(lambda runs: trained(runs, f"coupling/{name}"))}
   shown["consistency loss, end of training"] = {
     f"d = {d}": per_point(lambda runs: [run.jumps[d] for run in runs if d in run.jumps])
-    for d in jumps
+    for d in dict.fromkeys(d for run in runs for d in run.jumps)
   }
   filled = {title: {n: at for n, at in lines.items() if at} for title, lines in shown.items()}
   return {title: lines for title, lines in filled.items() if lines}

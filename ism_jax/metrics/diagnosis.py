@@ -39,9 +39,7 @@ def effective_scale(velocity, x0, x1, c, key, *, d, w, null_class, t_interval):
 
   Args:
     velocity: velocity(x_t, t, c, d, w).
-    x0: [B, ...] noise.
-    x1: [B, ...] data.
-    c: [B] classes.
+    x0, x1, c: noise and data [B, ...], classes [B].
     key: of the start times, which are multiples of d.
     d: the jump, 1/64 ... 1.
     w: guidance, the network's input for the jump.
@@ -78,15 +76,7 @@ def deviation_from_chord(velocity, x0, c, w):
   """Mean square distance of the 128-step paths from x0 [B, ...] to the chords of their ends.
 
   mean_{t, B, dims} (x_t - ((1 - t) x_0 + t x_1))^2 over t = 1/128, ..., 127/128: 0 for straight
-  paths at constant speed.
-
-  Args:
-    velocity: velocity(x_t, t, c, d, w), called at d = 0.
-    x0: [B, ...] noise.
-    c: [B] classes.
-    w: [B] guidance.
-  Returns:
-    A scalar array.
+  paths at constant speed, of velocity(x_t, t, c, d, w) at d = 0, classes c [B] and guidance w [B].
   """
   x1, x_t = _fine_steps(velocity, x0, jnp.zeros(len(c)), c, w, paths.FINEST)
   times = jnp.arange(paths.FINEST) / paths.FINEST

@@ -33,8 +33,6 @@ def frechet_distance(a, b):
 
   Args:
     a, b: FeatureStatistics over the same F.
-  Returns:
-    float, not negative.
   """
   if a.mean.shape != b.mean.shape:
     raise ValueError(
@@ -62,7 +60,6 @@ def kernel_distance(
 
   Args:
     generated, real: [N, F] and [M, F].
-    subsets: how many subsets of each.
     subset_size: samples in a subset, drawn without replacement.
   Returns:
     (mean, standard deviation (ddof=0) over subsets). The standard error of the mean is smaller, but
@@ -138,8 +135,6 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
   Args:
     a, b: [N, D] and [M, D].
     exclude_self: a is the first rows of b, in the same order, and row i must not find itself.
-  Returns:
-    float.
   """
   from sklearn.neighbors import NearestNeighbors  # slow to import
 
@@ -166,19 +161,15 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
 
 
 def bootstrap_floor(features, seed, repeats, count=None, real=None):
-  """Mean and standard deviation of the Fréchet distance of a resample to all the features.
+  """Mean and standard deviation of the Fréchet distance of a resample to all the features [N, F].
 
   A resample has rows drawn with replacement. A generator whose samples, as many, score no worse
   than this cannot be told from the data by this distance.
 
   Args:
-    features: [N, F].
-    seed: whatever `numpy.random.default_rng` takes.
     repeats: number of resamples, at least 2.
     count: rows of a resample, default N.
     real: FeatureStatistics that are compared with, default those of all the features.
-  Returns:
-    (mean, standard deviation), floats.
   """
   if repeats < 2:
     raise ValueError(f"repeats={repeats} gives no standard deviation; use at least 2.")
@@ -214,9 +205,7 @@ def _factor(covariance):
 
 def _cubic_kernel(x, y):
   """(x . y / F + 1)^3 of all pairs of rows."""
-  k = x @ y.T
-  k /= x.shape[1]
-  k += 1
+  k = x @ y.T / x.shape[1] + 1
   return k * k * k
 
 

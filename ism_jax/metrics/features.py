@@ -79,13 +79,10 @@ def random(images, mesh) -> Network:
 
 
 def published(name: str, weights: str = "") -> Network:
-  """`inception` or `dinov2`.
+  """`inception` or `dinov2`; errors as of `pretrained.inception.load` and `pretrained.dinov2.load`.
 
   Args:
-    name: of the network.
     weights: a file, "" for the published ones (cached, else downloaded), or "random".
-  Raises:
-    FileNotFoundError, ValueError: as `pretrained.inception.load` and `pretrained.dinov2.load`.
   """
   module = PUBLISHED[name]
   loaded = module.load(weights)
@@ -127,15 +124,14 @@ def extractor(networks: tuple[Network, ...], mesh):
 def of_batches(networks, mesh, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict]]:
   """(batch, {network: {output: NumPy array [b, ...]}}) for each host batch, uint8 [b, H, W, C].
 
-  Args:
-    batches: all of one size, but the last, which may be smaller.
+  All are of one size, but the last, which may be smaller.
   """
   extract, size = extractor(tuple(networks), mesh), None
   for images in batches:
-    size = size or -(-len(images) // mesh.size) * mesh.size
-    padded = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)])
     count = len(images)
-    yield images, jax.tree.map(lambda a, n=count: np.asarray(a)[:n], extract(padded))
+    size = size or -(-count // mesh.size) * mesh.size
+    outputs = extract(np.pad(images, [(0, size - count), (0, 0), (0, 0), (0, 0)]))
+    yield images, jax.tree.map(lambda a: np.asarray(a)[:count], outputs)
 
 
 def in_batches(images: np.ndarray) -> Iterator[np.ndarray]:

@@ -61,30 +61,24 @@ class Moments:
         "one network."
       )
     for start in range(0, len(features), _BLOCK_ROWS):
-      self._add(features[start : start + _BLOCK_ROWS])
-
-  def _add(self, block):
-    mean = block.mean(axis=0, dtype=np.float64)
-    total, step = self._count + len(block), mean - self._mean
-    # The distance between the two means is one more centred row.
-    between = np.sqrt(self._count * len(block) / total) * step[None]
-    rows = np.concatenate([np.subtract(block, mean, dtype=np.float64), between])
-    self._mean = self._mean + len(block) / total * step
-    self._count = total
-    # A transpose is a matrix in BLAS's own order, which it adds to in place: its upper triangle is
-    # our lower one. That is five times faster than `+= rows.T @ rows` for small batches.
-    self._scatter = scipy.linalg.blas.dsyrk(
-      1.0, rows.T, beta=1.0, c=self._scatter.T, overwrite_c=True
-    ).T
+      block = features[start : start + _BLOCK_ROWS]
+      mean = block.mean(axis=0, dtype=np.float64)
+      total, step = self._count + len(block), mean - self._mean
+      # The distance between the two means is one more centred row.
+      between = np.sqrt(self._count * len(block) / total) * step[None]
+      rows = np.concatenate([np.subtract(block, mean, dtype=np.float64), between])
+      self._mean = self._mean + len(block) / total * step
+      self._count = total
+      # A transpose is a matrix in BLAS's own order, which it adds to in place: its upper triangle
+      # is our lower one. That is five times faster than `+= rows.T @ rows` for small batches.
+      place = {"c": self._scatter.T, "overwrite_c": True}
+      self._scatter = scipy.linalg.blas.dsyrk(1.0, rows.T, beta=1.0, **place).T
 
   def statistics(self) -> FeatureStatistics:
     """Of everything that was added.
 
     With N <= F the covariance is singular: the Fréchet distance is still defined, but it is biased
     upwards so much that it compares with no published value. That is a warning, not an error.
-
-    Raises:
-      ValueError: fewer than two rows.
     """
     if self._count < 2:
       raise ValueError(f"a covariance needs at least 2 feature rows; got {self._count}.")
@@ -110,12 +104,9 @@ class InceptionScore:
   """exp of the mean of KL(p(c|x) || p(c)), of a classifier's p(c|x), in equal parts of the samples.
 
   Each part has its own p(c), and the score is biased downwards where parts are small: it compares
-  only between equal numbers of samples. Samples are dealt to the parts by torch-fidelity's
-  permutation, so that images in order of their classes do not make parts of few classes.
-
-  Args:
-    total: samples that will be added.
-    splits: parts.
+  only between equal numbers of samples. The `total` samples are dealt to the parts by
+  torch-fidelity's permutation, so that images in order of their classes do not make parts of few
+  classes.
   """
 
   def __init__(self, total: int, splits: int = 10):
@@ -130,10 +121,9 @@ class InceptionScore:
     self._negative_entropies = np.zeros(splits)  # sums of sum_c p(c|x) log p(c|x)
 
   def update(self, logits) -> None:
-    """Adds the next samples; a ValueError for rows that do not fit adds nothing.
+    """Adds the next samples' logits [B, C]; a ValueError for rows that do not fit adds nothing.
 
-    Args:
-      logits: [B, C]. For the published score, of the Inception of 2015 without its bias.
+    For the published score they are those of the Inception of 2015 without its bias.
     """
     logits = finite_rows(logits, "logits").astype(np.float64)
     stop = self._added + len(logits)
@@ -149,9 +139,8 @@ class InceptionScore:
     p = np.exp(log_p)
     split = self._split_of[self._added : stop]
     self._sums += (split == np.arange(len(self._sums))[:, None]) @ p
-    self._negative_entropies += np.bincount(
-      split, np.sum(p * log_p, axis=1), minlength=len(self._sums)
-    )
+    negative = np.sum(p * log_p, axis=1)
+    self._negative_entropies += np.bincount(split, negative, minlength=len(self._sums))
     self._added = stop
 
   def result(self) -> tuple[float, float]:
@@ -161,9 +150,8 @@ class InceptionScore:
     counts = np.bincount(self._split_of)
     marginal = self._sums / counts[:, None]
     # A class that no sample could be has no logarithm, and counts for nothing.
-    scores = np.exp(
-      self._negative_entropies / counts - scipy.special.xlogy(marginal, marginal).sum(axis=1)
-    )
+    entropy = -scipy.special.xlogy(marginal, marginal).sum(axis=1)
+    scores = np.exp(self._negative_entropies / counts + entropy)
     return float(scores.mean()), float(scores.std())
 
 
