@@ -48,11 +48,11 @@ def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
   key_noise, key_start = jax.random.split(jax.random.key(0))
   x1 = jnp.asarray(data.to_unit_range(images[chosen]))
   x0 = jax.random.normal(key_noise, x1.shape)
-  batch = model.velocity_function(exp.network(), params), x0, x1, jnp.asarray(labels[chosen])
+  jumps = model.velocity_function(exp.network(), params), x0, x1, jnp.asarray(labels[chosen])
   training = {"null_class": exp.null_class, "t_interval": exp.objective.t_interval}
   scales = []
   for d in JUMPS:
-    scale, residual = diagnosis.effective_scale(*batch, key_start, d=d, w=w, **training)
+    scale, residual = diagnosis.effective_scale(*jumps, key_start, d=d, w=w, **training)
     message = "%s: a jump of %g has effective CFG scale %.2f (residual %.4f)."
     logging.info(message, run.workdir, d, scale, residual)
     scales.append(scale)
@@ -67,9 +67,8 @@ def pool_gain(x0, x1, c, key, cfg: couplings.CouplingConfig, num_classes: int) -
   the same cost with its class penalty, or None where n is too large. (With a penalty, `gain` can
   exceed it: pairs that cross classes are cheaper.) "attained_gain", "class_shift": see `couplings`.
   """
-  paired, info = jax.jit(couplings.pair, static_argnames=("cfg", "num_classes"))(
-    x0, x1, c, key, cfg=cfg, num_classes=num_classes
-  )
+  pair = jax.jit(couplings.pair, static_argnames=("cfg", "num_classes"))
+  paired, info = pair(x0, x1, c, key, cfg=cfg, num_classes=num_classes)
   flat0, flat1, flat_paired = (np.asarray(x).reshape(len(c), -1) for x in (x0, x1, paired))
   dot = couplings.transport_cost(flat1, flat0)
   random = float(jnp.mean(dot))
@@ -77,10 +76,8 @@ def pool_gain(x0, x1, c, key, cfg: couplings.CouplingConfig, num_classes: int) -
   optimal = None
   if len(c) <= LARGEST_ASSIGNMENT:
     penalty = cfg.class_penalty * couplings.centred_deviation(dot)
-    rows, columns = scipy.optimize.linear_sum_assignment(
-      dot + couplings.crossing_penalty(c, penalty)
-    )
-    optimal = per_dimension(np.mean(np.asarray(dot)[rows, columns]))
+    pairs = scipy.optimize.linear_sum_assignment(dot + couplings.crossing_penalty(c, penalty))
+    optimal = per_dimension(np.mean(np.asarray(dot)[pairs]))
   return {
     "gain": per_dimension(-np.mean(np.sum(flat1 * flat_paired, axis=1))),
     "optimal_gain": optimal,
@@ -137,11 +134,12 @@ def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
     return format_spread(values, form) + (f" ({at:g})" if w is None and values else "")
 
   lines = []
-  for name, (run, *others) in rows.items():
-    decays = (str(run.config["ema"][key]) for key in ("inference_decay", "target_decay"))
-    distances = (cell([run, *others], "distance", n) for n in counts)
-    accuracy = cell([run, *others], "accuracy", 1, ".3f")
-    lines.append([name, " / ".join(dict.fromkeys(decays)), *distances, accuracy])
+  for name, runs in rows.items():
+    ema = runs[0].config["ema"]
+    decays = dict.fromkeys((ema["inference_decay"], ema["target_decay"]))
+    distances = (cell(runs, "distance", n) for n in counts)
+    accuracy = cell(runs, "accuracy", 1, ".3f")
+    lines.append([name, " / ".join(map(str, decays)), *distances, accuracy])
   header = ["", "EMA decay", *(f"NFE {n}" for n in counts), "accuracy, NFE 1"]
   return files.markdown_table(header, lines)
 

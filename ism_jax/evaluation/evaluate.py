@@ -41,17 +41,15 @@ def straightness(exp: Experiment, params, w: float, seed: int) -> float:
     )
   x0 = sampling.draw_noise(jax.random.key(seed), np.arange(PATHS), exp.image_shape)
   c, strength = np.int32(generate.class_labels(exp, PATHS)), np.full(PATHS, w, np.float32)
-  return float(
-    jax.jit(functools.partial(diagnosis.deviation_from_chord, velocity))(x0, c, strength)
-  )
+  deviation = functools.partial(diagnosis.deviation_from_chord, velocity)
+  return float(jax.jit(deviation)(x0, c, strength))
 
 
 def load_reference(exp: Experiment, mesh) -> reference_lib.Reference:
   """The reference, on this process's devices of the mesh: what it scores needs no other process."""
   local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-  return reference_lib.Reference(
-    exp, mesh if len(local) == mesh.size else sharding.data_mesh(local)
-  )
+  mesh = mesh if len(local) == mesh.size else sharding.data_mesh(local)
+  return reference_lib.Reference(exp, mesh)
 
 
 def check(config) -> None:
@@ -185,8 +183,9 @@ def _judge_batches(exp, reference, extract, batches, archive, compiled):
   """(`reference.Judging.result` with the speed, the first images) of one setting's samples."""
   total, first_process = exp.evaluation.num_images, jax.process_index() == 0
   judging, grid, seconds = reference_lib.Judging(reference, total), None, []
-  shape, waiting = generate.decoded_shape(exp), collections.deque()
-  writer = samples_lib.writer(archive, total, shape) if archive else contextlib.nullcontext()
+  waiting, writer = collections.deque(), contextlib.nullcontext()
+  if archive:
+    writer = samples_lib.writer(archive, total, generate.decoded_shape(exp))
   with writer as save, futures.ThreadPoolExecutor(1) as behind:
     for batch in batches:  # the host works on it while the next one is drawn
       seconds.append((len(batch.labels), batch.drawing, batch.drawing + batch.decoding))

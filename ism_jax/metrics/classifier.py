@@ -75,13 +75,7 @@ class _RandomNetwork(nn.Module):
 
 
 def judge_features(judge, images):
-  """What the judge sees in images.
-
-  Args:
-    images: uint8 [N, H, W, C] of the judge's image shape.
-  Returns:
-    features float32 [N, 64], probabilities float32 [N, num_classes]; NumPy arrays.
-  """
+  """(features [N, 64], probabilities [N, num_classes]), of uint8 [N, H, W, C]: NumPy arrays."""
   images = np.asarray(images)
   if images.dtype != np.uint8 or images.shape[1:] != judge.image_shape:
     raise ValueError(
@@ -118,11 +112,9 @@ def random_features(params, images):
 
 
 def train_judge(images, labels, *, num_classes, seed=0):
-  """Trains a judge on 80 % of the images; on one machine the same seed gives the same judge.
+  """Trains a judge on 80 % of images uint8 [N, H, W, C], of labels [N] in [0, num_classes).
 
-  Args:
-    images: uint8 [N, H, W, C].
-    labels: integers [N] in [0, num_classes).
+  On one machine the same seed gives the same judge.
   """
   images, labels = np.asarray(images), np.asarray(labels)
   if images.dtype != np.uint8 or images.ndim != 4:
@@ -159,7 +151,8 @@ def train_judge(images, labels, *, num_classes, seed=0):
 def load_judge(images, labels, *, num_classes, cache_dir):
   """The judge of this data set (seed 0): read from cache_dir, or trained and written there.
 
-  Args: as of `train_judge`, NumPy arrays. A file that cannot be read is reported and replaced.
+  The file is named by a hash of the images, the labels and `VERSION`. A file that cannot be read is
+  reported and replaced.
   """
   facts = repr((VERSION, images.shape, num_classes)).encode() + images.tobytes()
   digest = hashlib.sha256(facts + labels.astype(np.int32).tobytes()).hexdigest()
