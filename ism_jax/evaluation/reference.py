@@ -96,7 +96,7 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
     )
   sizes = output_sizes(network, (64, 64, 3))
 
-  def moments(names, size):
+  def moments_of(names, size):
     mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
     if mean.shape != (size,) or covariance.shape != (size, size):
       raise ValueError(
@@ -107,16 +107,16 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       raise ValueError(f"{names[0]} or {names[1]} of {path} holds NaN or infinity: make it again.")
     return FeatureStatistics(mean, covariance, int(arrays.get(_COUNT, 0)))
 
-  means, spatial = moments(names, sizes["features"]), None
+  moments, spatial = moments_of(names, sizes["features"]), None
   if "spatial" in sizes and all(name in arrays for name in _SPATIAL_MOMENTS):
-    spatial = moments(_SPATIAL_MOMENTS, sizes["spatial"])
+    spatial = moments_of(_SPATIAL_MOMENTS, sizes["spatial"])
   single = arrays.get(_FEATURES)
   if single is None and arrays.get(_IMAGES, np.empty(0)).ndim == 4:
     logging.info("%s sees the %d images of %s.", network.name, len(arrays[_IMAGES]), path)
     single = features.of_images(network, mesh, arrays[_IMAGES])
   source = {"file": path, "sha256": files.sha256(path)}
   source |= {"protocol": protocol} if protocol else {}
-  return scores.Statistics(means, spatial, single), source
+  return scores.Statistics(moments, spatial, single), source
 
 
 def output_sizes(network: Network, image_shape) -> dict[str, int]:

@@ -78,7 +78,8 @@ class Moments:
     """Of everything that was added.
 
     With N <= F the covariance is singular: the Fréchet distance is still defined, but it is biased
-    upwards so much that it compares with no published value. That is a warning, not an error.
+    upwards so much that it compares with no published value. That is a warning; fewer than two rows
+    are a ValueError.
     """
     if self._count < 2:
       raise ValueError(f"a covariance needs at least 2 feature rows; got {self._count}.")
