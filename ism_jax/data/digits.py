@@ -12,6 +12,13 @@ import tensorflow_datasets as tfds
 _MAX_LEVEL = 16  # scikit-learn counts ink in 0..16
 
 
+def image_features(shape, **classes):
+  """TFDS's features of images uint8 of a shape, and their classes."""
+  # Raw bytes: tfds.features.Image needs TensorFlow to encode, and plain tensors are slower to read.
+  image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="bytes")
+  return tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(**classes)})
+
+
 class Digits(tfds.core.GeneratorBasedBuilder):
   """`image` uint8 [8, 8, 1] in 0..255, `label` 0..9; one split, `train`."""
 
@@ -25,18 +32,10 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description=__doc__,
       homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
-      features=tfds.features.FeaturesDict(
-        {
-          # Raw bytes: tfds.features.Image needs TensorFlow to encode, and plain tensors are
-          # slower to read.
-          "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding="bytes"),
-          "label": tfds.features.ClassLabel(num_classes=10),
-        }
-      ),
+      features=image_features((8, 8, 1), num_classes=10),
     )
 
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing to download
+  def _split_generators(self, dl_manager):  # nothing to download
     return {"train": self._generate_examples()}
 
   def _generate_examples(self):

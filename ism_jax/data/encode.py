@@ -18,6 +18,7 @@ listed in the manifest by name and reason.
 from collections.abc import Iterator
 import contextlib
 import functools
+import itertools
 import os
 import time
 
@@ -50,7 +51,7 @@ def encode(
   process_count: int = 1,
   devices=None,
 ) -> latents.Settings:
-  """Makes the shards of a process that are not there yet: p, p + P, p + 2 P, ...
+  """Makes the shards of a process that are not there yet, p, p + P, ...; returns what they share.
 
   Args:
     out: folder of the shards.
@@ -58,12 +59,8 @@ def encode(
     batch_size: images at a time on each device; each shard has batches of its own, padded to this
       size, so that its bytes do not depend on where a run was stopped.
     images_per_shard: listed ones, readable or not.
-    num_threads: that read and decode images.
-    process_index: p.
-    process_count: P.
+    process_index, process_count: p, P.
     devices: of this process; default all that are local.
-  Returns:
-    What the shards in `out` share.
   Raises:
     ValueError: a value is out of range, or `out` holds shards of other settings.
     OSError: `out` cannot be written, or the images' files cannot be reached.
@@ -84,25 +81,20 @@ def encode(
   make_folder(out)
   shards = range(process_index, settings.shards, process_count)
   finished = latents.finished_shards(out, settings)
-  todo = [shard for shard in shards if shard not in finished]
-  count = sum(len(settings.images_of(shard)) for shard in todo)
+  todo = {shard: settings.images_of(shard) for shard in shards if shard not in finished}
+  count = sum(map(len, todo.values()))
   logging.info(
     f"{source.size} images of {len(source.classes)} classes in {settings.shards} shards; this "
     f"process makes {len(shards)} and has {count} images to do."
   )
   mesh = sharding.data_mesh(jax.local_devices() if devices is None else devices)
   rows = batch_size * mesh.size
-  batches = [
-    settings.images_of(shard)[start : start + rows]
-    for shard in todo
-    for start in range(0, len(settings.images_of(shard)), rows)
-  ]
+  batches = [listed[i : i + rows] for listed in todo.values() for i in range(0, len(listed), rows)]
   progress = logs.Progress(count)
   with contextlib.closing(_encoded(source, vae, size, batches, rows, mesh, num_threads)) as encoded:
-    for shard in todo:
+    for shard, listed in todo.items():
       with latents.ShardWriter(out, settings, shard) as writer:
-        for _ in settings.images_of(shard):
-          crop, moments = next(encoded)
+        for crop, moments in itertools.islice(encoded, len(listed)):
           name = source.name(crop.index)
           if crop.reason is not None:
             writer.add_unreadable(name, crop.reason)
@@ -126,23 +118,20 @@ def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:
   crop = functools.partial(images.read_crop, source, size)
   indices = (i for batch in batches for i in batch)
   crops = images.in_order(crop, indices, ahead=_BATCHES_AHEAD * rows, num_threads=num_threads)
+
+  def start(batch):
+    read = [next(crops) for _ in batch]
+    pixels = np.zeros((rows, size, size, 3), np.uint8)
+    for row, image in enumerate(read):
+      if image.pixels is not None:
+        pixels[row] = image.pixels
+    moments = both_moments(vae.cfg, mesh, params, jax.device_put(pixels, sharding.rows(mesh)))
+    return [image._replace(pixels=None) for image in read], moments  # which frees the pixels
+
   with contextlib.closing(crops):
-    pending = None
-    for batch in [*batches, None]:
-      started = None
-      if batch is not None:
-        read = [next(crops) for _ in batch]
-        pixels = np.zeros((rows, size, size, 3), np.uint8)
-        for row, image in enumerate(read):
-          if image.pixels is not None:
-            pixels[row] = image.pixels
-        read = [image._replace(pixels=None) for image in read]  # frees them
-        pixels = jax.device_put(pixels, sharding.rows(mesh))
-        started = read, both_moments(vae.cfg, mesh, params, pixels)
-      if pending is not None:
-        read, moments = pending
-        yield from zip(read, np.asarray(moments).swapaxes(0, 1), strict=False)  # rows are padded
-      pending = started
+    started = itertools.chain(map(start, batches), [None])
+    for (read, moments), _ in itertools.pairwise(started):
+      yield from zip(read, np.asarray(moments).swapaxes(0, 1), strict=False)  # rows are padded
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
@@ -152,10 +141,9 @@ def both_moments(cfg: vae_lib.VaeConfig, mesh, params, pixels):
   Rows [N] are split over the mesh.
   """
   x = data.to_unit_range(pixels)
+  encode_view = functools.partial(vae_lib.encode, cfg, params)
   # One after the other: half of the memory.
-  both = jax.lax.map(
-    lambda view: vae_lib.encode(cfg, params, view), jnp.stack([x, jnp.flip(x, axis=2)])
-  )
+  both = jax.lax.map(encode_view, jnp.stack([x, jnp.flip(x, axis=2)]))
   return jax.lax.with_sharding_constraint(both.astype(jnp.float16), sharding.rows(mesh, axis=1))
 
 

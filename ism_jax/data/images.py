@@ -8,6 +8,7 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -49,14 +50,13 @@ class Source:
   read: Callable[[int], tuple[bytes | np.ndarray, int]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _File:
-  """`size` bytes at `offset` of `path`, or the whole file where they are None."""
+class _File(NamedTuple):
+  """`size` bytes at `offset` of `path`; -1 is all to its end."""
 
   name: str
   path: str
-  offset: int | None = None
-  size: int | None = None
+  offset: int = 0
+  size: int = -1
 
 
 def open_source(images: str, tfds_dir: str) -> Source:
@@ -74,32 +74,30 @@ def open_source(images: str, tfds_dir: str) -> Source:
   if images.startswith(TFDS):
     return _from_tfds(images.removeprefix(TFDS), tfds_dir)
   if os.path.isdir(images):
-    files = _files_of_folder(images)
+    listings = _classes_of_folder(images)
   elif os.path.isfile(images):
-    files = _files_of_tar_of_tars(images)
+    listings = _classes_of_tar_of_tars(images)
   else:
     raise ValueError(
       f"--images={images}: there is no such file or folder. Needed is a folder of class folders, "
       "a folder of class tar files, ILSVRC2012_img_train.tar, or tfds:NAME."
     )
+  # In threads: on network storage nearly all of the time is waiting for one header after another.
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    members = pool.map(lambda listing: listing(), listings.values())
+    files = dict(zip(listings, members, strict=True))
   if empty := sorted(name for name, members in files.items() if not members):
     raise ValueError(
       f"{len(empty)} of the {len(files)} classes of {images} have no image: {', '.join(empty)}. "
       f"Remove them, or add their images (files with one of the suffixes {' '.join(SUFFIXES)})."
     )
   classes = tuple(sorted(files))
-  flat = [
-    (file, label)
-    for label, name in enumerate(classes)
-    for file in sorted(files[name], key=lambda file: file.name)
-  ]
+  flat = [(file, label) for label, name in enumerate(classes) for file in sorted(files[name])]
   names = "\n".join((*classes, "", *(file.name for file, _ in flat)))
 
   def read(i):
     file, label = flat[i]
     with open(file.path, "rb") as f:
-      if file.offset is None:
-        return f.read(), label
       f.seek(file.offset)
       return f.read(file.size), label
 
@@ -124,7 +122,8 @@ def only_images(names, where):
   return images
 
 
-def _files_of_folder(folder) -> dict[str, list[_File]]:
+def _classes_of_folder(folder) -> dict[str, Callable[[], list[_File]]]:
+  """Of each class, what lists its files."""
   entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
   classes = [entry.name for entry in entries if entry.is_dir()]
   tars = [entry.name for entry in entries if entry.is_file() and entry.name.endswith(".tar")]
@@ -138,15 +137,13 @@ def _files_of_folder(folder) -> dict[str, list[_File]]:
       f"{folder} holds neither class folders nor tar files of classes; needed is a folder like "
       f"{folder}/CLASS/IMAGE.jpg or {folder}/CLASS.tar."
     )
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    if tars:
-      members = pool.map(lambda name: _members(os.path.join(folder, name), name[:-4]), tars)
-      return dict(zip((name[:-4] for name in tars), members, strict=True))
-    members = pool.map(lambda name: _files_of_class_folder(folder, name), classes)
-    return dict(zip(classes, members, strict=True))
+  if classes:
+    return {name: functools.partial(_files_of_class_folder, folder, name) for name in classes}
+  path = lambda tar: os.path.join(folder, tar)
+  return {tar[:-4]: functools.partial(_members, path(tar), tar[:-4]) for tar in tars}
 
 
-def _files_of_class_folder(folder, name):
+def _files_of_class_folder(folder, name) -> list[_File]:
   path = os.path.join(folder, name)
   with os.scandir(path) as entries:
     is_folder = {entry.name: entry.is_dir() for entry in entries}
@@ -159,25 +156,22 @@ def _files_of_class_folder(folder, name):
   return [_File(f"{name}/{file}", os.path.join(path, file)) for file in only_images(files, path)]
 
 
-def _files_of_tar_of_tars(path) -> dict[str, list[_File]]:
-  outer = _regular_members(path, 0, os.path.getsize(path))
-  tars = [member for member in outer if member.name.endswith(".tar")]
-  if not tars or len(tars) != len(outer):
-    strange = next((member.name for member in outer if member not in tars), "nothing")
+def _classes_of_tar_of_tars(path) -> dict[str, Callable[[], list[_File]]]:
+  tars = _regular_members(path)
+  others = [member.name for member in tars if not member.name.endswith(".tar")]
+  if others or not tars:
     raise ValueError(
       f"{path} is no tar file of class tar files such as ILSVRC2012_img_train.tar: it holds "
-      f"{strange}. Images in class folders are read from the folder, unpacked."
+      f"{others[0] if others else 'nothing'}. Images in class folders are read from the folder, "
+      "unpacked."
     )
-  class_of = lambda member: os.path.basename(member.name)[:-4]
-  # In threads: on network storage nearly all of the time is waiting for one header after another.
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    members = pool.map(lambda m: _members(path, class_of(m), m.offset_data, m.size), tars)
-    return dict(zip(map(class_of, tars), members, strict=True))
+  names = [os.path.basename(member.name)[:-4] for member in tars]
+  listing = lambda name, tar: functools.partial(_members, path, name, tar.offset_data, tar.size)
+  return dict(zip(names, map(listing, names, tars), strict=True))
 
 
 def _members(path, class_name, start=0, size=None) -> list[_File]:
   """The images in the tar file of a class, which begins at byte `start` of `path`."""
-  size = os.path.getsize(path) - start if size is None else size
   members = {m.name.removeprefix("./"): m for m in _regular_members(path, start, size)}
   return [
     _File(f"{class_name}/{name}", path, members[name].offset_data, members[name].size)
@@ -185,7 +179,8 @@ def _members(path, class_name, start=0, size=None) -> list[_File]:
   ]
 
 
-def _regular_members(path, start, size) -> list[tarfile.TarInfo]:
+def _regular_members(path, start=0, size=None) -> list[tarfile.TarInfo]:
+  size = os.path.getsize(path) if size is None else size
   damaged = (
     f"{path} is truncated, damaged or no (uncompressed) tar file: the archive of {size} bytes that "
     f"begins at byte {start} "
@@ -256,14 +251,11 @@ def decode(content: bytes | np.ndarray) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-  """The centre square in `size` pixels, by the recipe of ADM (Dhariwal and Nichol 2021).
+  """The centre square, uint8 [size, size, 3], by the recipe of ADM (Dhariwal and Nichol 2021).
 
   Halved by box filters while the short side has at least twice the pixels, then resized
   bicubically, so that the short side has `size`; smaller images are enlarged. The recipe decides
   what FIDs are compared with.
-
-  Returns:
-    uint8 [size, size, 3].
   """
   while min(image.size) >= 2 * size:
     image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

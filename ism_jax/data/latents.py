@@ -123,26 +123,23 @@ class ShardWriter:
   def __exit__(self, kind, *_):
     try:
       if kind is None:
-        self._finish()
+        trailer = dataclasses.asdict(self._settings) | {
+          "shard": self._shard,
+          "images": self._counts.total(),
+          "counts": {str(label): count for label, count in sorted(self._counts.items())},
+          "unreadable": self._unreadable,
+        }
+        with self._failing_as_os_error():
+          self._writer.write(json.dumps(trailer).encode())
+          self._writer.close()
+        with open(self._temporary, "rb") as f:
+          os.fsync(f.fileno())
+        os.replace(self._temporary, self._path)
     finally:
       with contextlib.suppress(RuntimeError):
         self._writer.close()
       with contextlib.suppress(FileNotFoundError):  # renamed
         os.remove(self._temporary)
-
-  def _finish(self) -> None:
-    trailer = dataclasses.asdict(self._settings) | {
-      "shard": self._shard,
-      "images": self._counts.total(),
-      "counts": {str(label): self._counts[label] for label in sorted(self._counts)},
-      "unreadable": self._unreadable,
-    }
-    with self._failing_as_os_error():
-      self._writer.write(json.dumps(trailer).encode())
-      self._writer.close()
-    with open(self._temporary, "rb") as f:
-      os.fsync(f.fileno())
-    os.replace(self._temporary, self._path)
 
   def add(self, label: int, moments: np.ndarray) -> None:
     """Writes an image: moments float16 [2, h, w, 2 C], as it is and mirrored."""
@@ -176,33 +173,32 @@ def read_trailer(path: str) -> dict | None:
     if not reader.num_records():  # of a file that is not whole, too
       return None
     trailer = json.loads(reader.read([reader.num_records() - 1])[0])
-    whole = reader.num_records() == VIEWS * trailer["images"] + 1
+    return trailer if reader.num_records() == VIEWS * trailer["images"] + 1 else None
   except (RuntimeError, ValueError, KeyError, TypeError):
     return None
   finally:
     with contextlib.suppress(RuntimeError):
       reader.close()
-  return trailer if whole else None
 
 
-def _trailers(paths) -> list[dict | None]:
+def _trailers(paths) -> dict[str, dict | None]:
   with concurrent.futures.ThreadPoolExecutor(32) as pool:
-    return list(pool.map(read_trailer, paths))
+    return dict(zip(paths, pool.map(read_trailer, paths), strict=True))
 
 
 def finished_shards(directory: str, settings: Settings) -> dict[int, dict]:
   """The trailers of a folder's whole shards, by number; raises ValueError for other settings."""
-  names = sorted(name for name in os.listdir(directory) if _SHARD.fullmatch(name))
-  trailers = _trailers([os.path.join(directory, name) for name in names])
+  matches = [m for name in sorted(os.listdir(directory)) if (m := _SHARD.fullmatch(name))]
+  trailers = _trailers([os.path.join(directory, match[0]) for match in matches])
   finished = {}
-  for name, trailer in zip(names, trailers, strict=True):
-    if trailer is None:
-      continue  # damaged since: made again
-    shard = int(_SHARD.fullmatch(name)[1])
+  for match, trailer in zip(matches, trailers.values(), strict=True):
+    if trailer is None:  # damaged since: made again
+      continue
+    shard = int(match[1])
     if differ := _differences(trailer, dataclasses.asdict(settings) | {"shard": shard}):
       raise ValueError(
-        f"{directory} holds shards of another encoding: {name} has {differ}. Choose another folder "
-        "for --out, or the images and flags that this one was made with."
+        f"{directory} holds shards of another encoding: {match[0]} has {differ}. Choose another "
+        "folder for --out, or the images and flags that this one was made with."
       )
     finished[shard] = trailer
   return finished
@@ -287,18 +283,26 @@ class Latents:
   def __init__(self, cfg):
     """Opens `cfg.dir`; raises ValueError for what is absent, damaged, or not as the DataConfig."""
     content = read_manifest(cfg.dir)
-    _check(cfg, content)
+    side, _, channels = content["moments"]
+    encoded = (side, side, channels // 2, len(content["classes"]), content["vae"])
+    wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes, cfg.vae)
+    if encoded != wanted:
+      describe = "{}x{} latents of {} channels in {} classes, of the VAE {!r}".format
+      size = content["size"]
+      raise ValueError(
+        f"data.dir={cfg.dir} holds {describe(*encoded)} ({size}x{size} images), but the config is "
+        f"for {describe(*wanted)}. Set data.image_size, data.channels, data.num_classes and "
+        "data.vae to the dataset's, or data.dir to another."
+      )
     settings = Settings(**{f.name: content[f.name] for f in dataclasses.fields(Settings)})
     paths = [settings.path(cfg.dir, shard) for shard in range(settings.shards)]
     _check_shards(settings, content["shards"], paths)
     _allow_open_files(len(paths) + _SPARE_FILES)
-    self._size = content["images"]
-    self._type = record_type(content["moments"])
+    self._size, self._type = content["images"], record_type(content["moments"])
     # Without the trailers, image i of the dataset has the records 2 i and 2 i + 1.
     counts = zip(paths, content["shards"], strict=True)
-    self._records = grain.sources.ArrayRecordDataSource(
-      [f"{path}[0:{VIEWS * count}]" for path, count in counts if count]
-    )
+    shards = [f"{path}[0:{VIEWS * count}]" for path, count in counts if count]
+    self._records = grain.sources.ArrayRecordDataSource(shards)
 
   def __len__(self):
     return self._size
@@ -310,45 +314,27 @@ class Latents:
     return {"moments": records["moments"].copy()}, records["label"].astype(np.int32)
 
 
-def _check(cfg, content) -> None:
-  """Raises ValueError for a manifest of other data than the config's."""
-  side, _, channels = content["moments"]
-  encoded = (side, side, channels // 2, len(content["classes"]), content["vae"])
-  wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes, cfg.vae)
-  if encoded != wanted:
-    describe = "{}x{} latents of {} channels in {} classes, of the VAE {!r}".format
-    size = content["size"]
-    raise ValueError(
-      f"data.dir={cfg.dir} holds {describe(*encoded)} ({size}x{size} images), but the config is "
-      f"for {describe(*wanted)}. Set data.image_size, data.channels, "
-      "data.num_classes and data.vae to the dataset's, or data.dir to another."
-    )
-
-
 def _check_shards(settings, counts, paths) -> None:
   """Raises for shards that are absent, damaged or of another folder, from one read of each."""
   trailers = _trailers(paths)
-  if missing := [path for path in paths if not os.path.exists(path)]:
-    raise ValueError(
-      f"{len(missing)} of {len(paths)} shards are missing: {_first(missing)}. The encoding command "
-      "makes them again, and no others."
-    )
-  if damaged := [p for p, trailer in zip(paths, trailers, strict=True) if trailer is None]:
-    raise ValueError(
-      f"{len(damaged)} of {len(paths)} shards are truncated or damaged: {_first(damaged)}. Delete "
-      "them; the encoding command makes them again, and no others."
-    )
-  for shard, (path, trailer, count) in enumerate(zip(paths, trailers, counts, strict=True)):
+  problems = {
+    "missing: {}. The": [path for path in paths if not os.path.exists(path)],
+    "truncated or damaged: {}. Delete them; the": [p for p in paths if trailers[p] is None],
+  }
+  for problem, broken in problems.items():
+    if broken:
+      first = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+      raise ValueError(
+        f"{len(broken)} of {len(paths)} shards are {problem.format(first)} encoding command makes "
+        "them again, and no others."
+      )
+  for shard, (path, count) in enumerate(zip(paths, counts, strict=True)):
     wanted = dataclasses.asdict(settings) | {"shard": shard, "images": count}
-    if differ := _differences(trailer, wanted):
+    if differ := _differences(trailers[path], wanted):
       raise ValueError(
         f"{path} does not belong to the other shards and their {MANIFEST}: it has {differ}. Delete "
         "it; the encoding command makes it again."
       )
-
-
-def _first(paths):
-  return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
 
 
 def _allow_open_files(needed: int) -> None:

@@ -14,6 +14,8 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ism_jax.data.digits import image_features
+
 # Narrow strips, so that both splits see all of a scene: with every fourth strip of 64 held out, the
 # splits were as far from each other (Fréchet distance) as blurred crops; now a fourth of that.
 _PERIOD = 3  # strips 2, 5, ... are held out
@@ -46,16 +48,10 @@ class Photos(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description=__doc__,
       homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_sample_images.html",
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Tensor(shape=(size, size, 3), dtype=np.uint8, encoding="bytes"),
-          "label": tfds.features.ClassLabel(names=["china", "flower"]),
-        }
-      ),
+      features=image_features((size, size, 3), names=["china", "flower"]),
     )
 
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing to download
+  def _split_generators(self, dl_manager):  # nothing to download
     return {
       "train": self._generate_examples(16_384, held_out=False),
       "test": self._generate_examples(4_096, held_out=True),
@@ -76,9 +72,7 @@ def draw_places(rng, shape, size, held_out, count):
   """Where crops begin: `count` different places (y, x), int [count, 2], all equally likely.
 
   Args:
-    rng: a numpy Generator.
     shape: (height, width) of the photograph.
-    size: of a crop, in pixels.
     held_out: whether the crops lie in held-out strips, or else outside of them all.
   """
   height, width = shape

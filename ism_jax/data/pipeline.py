@@ -94,9 +94,8 @@ class Images:
   def stored(self, keys):
     """Images as they are, uint8 [N, H, W, C], and labels int32 [N]."""
     records = self._records.__getitems__(np.asarray(keys).tolist())
-    return np.stack([r["image"] for r in records]), np.array(
-      [r["label"] for r in records], np.int32
-    )
+    labels = np.array([record["label"] for record in records], np.int32)
+    return np.stack([record["image"] for record in records]), labels
 
 
 def tfds_builder(name, directory):
@@ -116,12 +115,7 @@ def tfds_builder(name, directory):
 def open_split(builder, split, decoders=None):
   """A split of a TFDS dataset that is prepared: a random access source of its records.
 
-  Args:
-    builder: see `tfds_builder`.
-    split: as TFDS writes it: "test", "train[:90%]".
-    decoders: of TFDS, by feature.
-  Raises:
-    ValueError: the dataset is not prepared, or has no such split.
+  The split is as TFDS writes it: "test", "train[:90%]"; a ValueError if there is none.
   """
   try:
     return builder.as_data_source(split=split, decoders=decoders)
@@ -146,8 +140,8 @@ def directory(cfg):
   return os.path.dirname(os.fspath(tfds_builder(cfg.name, cfg.dir).data_path))
 
 
-def load_source(cfg, split="train"):
-  """Opens a split, and prepares the dataset first where it is ours and that has not been done.
+def load_source(cfg: DataConfig, split="train"):
+  """Opens a split as a source, and prepares the dataset first where it is ours and not prepared.
 
   Preparation writes into a folder of its own and renames it when complete. So one that was
   interrupted leaves nothing that counts, and of processes that prepare the same dataset at once
@@ -155,10 +149,7 @@ def load_source(cfg, split="train"):
   one process.
 
   Args:
-    cfg: a DataConfig.
     split: as TFDS writes it: "test", "train[:90%]". Latents only have "train".
-  Returns:
-    A source, `Images` or `latents.Latents`.
   Raises:
     ValueError: the dataset is unknown, not of classified images, not what the model is built for,
       TFDS's and not prepared, or without such a split; latents that are not whole.
@@ -167,14 +158,22 @@ def load_source(cfg, split="train"):
     if split != "train":
       raise ValueError(f"latents have no split {split!r}: what is in data.dir is 'train'.")
     return latents.Latents(cfg)
-  make = functools.partial(tfds_builder, cfg.name, cfg.dir)
-  builder = make()
-  _check_fits(cfg, builder.info.features)
+  builder = tfds_builder(cfg.name, cfg.dir)
+  image, label = image_and_label(cfg.name, builder.info.features, one_size=True)
+  sizes = (*image.shape, label.num_classes)
+  wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
+  if sizes != wanted:
+    describe = "{}x{} images of {} channel(s) in {} classes".format
+    raise ValueError(
+      f"dataset {cfg.name!r} holds {describe(*sizes)}, but the model is built for "
+      f"{describe(*wanted)}; set data.image_size, data.channels and data.num_classes to the "
+      "dataset's, or name another dataset."
+    )
   if isinstance(builder, _OWN):
     try:
       builder.download_and_prepare(file_format="array_record")
     except OSError:
-      builder = make()  # knows what lies on the disk now
+      builder = tfds_builder(cfg.name, cfg.dir)  # knows what lies on the disk now
       if not builder.data_path.exists():
         raise
   return Images(open_split(builder, split))
@@ -189,9 +188,7 @@ def pools(source, *, batch_size, pool_size, seed, flip=False, num_threads=4, row
     rows: the numbers of those M that this process reads, in order, see `sharding.local_rows`;
       default all.
     pool_size: batches in a pool, K.
-    seed: of the shuffle and the flips.
-    flip: see DataConfig; does not change the order.
-    num_threads: see DataConfig; does not change what is read.
+    seed, flip, num_threads: see DataConfig; only the seed changes which images a batch has.
   Returns:
     A grain DatasetIterator of {"x1": float32 [K, M, H, W, C] in [-1, 1], "c": int32 [K, M]}; of
     latents, of {"moments": float16 [K, M, H, W, 2 C], "c"}, mean and log-variance.
@@ -242,29 +239,12 @@ def image_and_label(name, features, one_size=False):
   """TFDS's features "image" and "label" of a dataset; a ValueError if it is of other things."""
   image, label = (dict(features.items()).get(key) for key in ("image", "label"))
   # TFDS's `dtype` needs TensorFlow.
-  if (
-    image is None
-    or image.np_dtype != np.uint8
-    or len(image.shape) != 3
-    or (one_size and None in image.shape)
-    or not isinstance(label, tfds.features.ClassLabel)
-  ):
+  is_image = image is not None and image.np_dtype == np.uint8 and len(image.shape) == 3
+  fits = is_image and not (one_size and None in image.shape)
+  if not fits or not isinstance(label, tfds.features.ClassLabel):
     raise ValueError(
       f"dataset {name!r} {'does not fit' if one_size else 'is not one of classified images'}: "
       f"needed are 'image', uint8 [H, W, C]{' of one size' if one_size else ''}, and 'label', a "
       f"ClassLabel. It has {textwrap.shorten(str(features), 500)}."
     )
   return image, label
-
-
-def _check_fits(cfg, features):
-  image, label = image_and_label(cfg.name, features, one_size=True)
-  sizes = (*image.shape, label.num_classes)
-  wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
-  if sizes != wanted:
-    describe = "{}x{} images of {} channel(s) in {} classes".format
-    raise ValueError(
-      f"dataset {cfg.name!r} holds {describe(*sizes)}, but the model is built for "
-      f"{describe(*wanted)}; set data.image_size, data.channels and data.num_classes to the "
-      "dataset's, or name another dataset."
-    )

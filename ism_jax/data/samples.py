@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 import pathlib
@@ -108,26 +109,19 @@ class _Array:
 
 
 def _open_arrays(path) -> ImageSet:
-  try:
-    arrays = []
-    with pathlib.Path(path).open("rb") as file:
-      if file.read(len(_ZIP)) == _ZIP:  # also of one that has lost its end
-        with zipfile.ZipFile(file) as archive:
-          for member in archive.infolist():
-            if member.filename.endswith(".npy"):
-              with archive.open(member) as entry:
-                arrays.append(_header(path, member.filename, entry, member.file_size))
-      else:
-        file.seek(0)
-        arrays = [_header(path, "", file, os.path.getsize(path))]
-  except _DAMAGE as error:
-    raise _damaged(path, error) from error
+  with _opened(path, "") as file:
+    members = [("", os.path.getsize(path))]
+    if file.read(len(_ZIP)) == _ZIP:  # also of one that has lost its end
+      members = [(member.filename, member.file_size) for member in zipfile.ZipFile(file).infolist()]
+      members = [(name, size) for name, size in members if name.endswith(".npy")]
+  arrays = [_header(path, name, size) for name, size in members]
   images, labels = _images_of(path, arrays), None
   for array in arrays:
     named = array.name.removesuffix(".npy") in _LABEL_NAMES
     if named and array.shape == images.shape[:1] and array.dtype.kind in "iu":
-      with _opened(path, array) as f:
-        labels = np.frombuffer(f.read(), array.dtype).astype(np.int64)
+      with _opened(path, array.name) as file:
+        _read_header(file)
+        labels = np.frombuffer(file.read(), array.dtype).astype(np.int64)
       break
   return ImageSet(
     source=path,
@@ -139,17 +133,18 @@ def _open_arrays(path) -> ImageSet:
   )
 
 
-def _header(path, name, file, size) -> _Array:
-  """Reads the header of an npy file of `size` bytes, from its beginning."""
+def _header(path, name, size) -> _Array:
+  """The header of an array in a file, which has `size` bytes with it."""
   where = f"{name} in {path}" if name else path
-  try:
-    shape, fortran_order, dtype = _read_header(file)
-  except ValueError as error:
-    raise ValueError(
-      f"{where} is no array of NumPy's, or its header is damaged ({error}): needed is an npz or an "
-      "npy file of images, or a folder of image files."
-    ) from error
-  needed = file.tell() + math.prod(shape) * dtype.itemsize
+  with _opened(path, name) as file:
+    try:
+      shape, fortran_order, dtype = _read_header(file)
+    except ValueError as error:
+      raise ValueError(
+        f"{where} is no array of NumPy's, or its header is damaged ({error}): needed is an npz or "
+        "an npy file of images, or a folder of image files."
+      ) from error
+    needed = file.tell() + math.prod(shape) * dtype.itemsize
   if not dtype.hasobject and size != needed:
     raise ValueError(
       f"{where} is truncated or damaged: {size} bytes, and an array of shape {shape} has {needed}. "
@@ -171,9 +166,8 @@ def _images_of(path, arrays) -> _Array:
   named = [array for array in arrays if array.name == f"{_IMAGES}.npy"]
   chosen = named if named and named[0] in of_four_axes else of_four_axes
   if len(chosen) != 1:
-    held = ", ".join(
-      f"{a.name.removesuffix('.npy')} {a.dtype} {list(a.shape)}".strip() for a in arrays
-    )
+    describe = lambda a: f"{a.name.removesuffix('.npy')} {a.dtype} {list(a.shape)}".strip()
+    held = ", ".join(map(describe, arrays))
     raise ValueError(
       f"{path} holds {held or 'no arrays'}, of which {len(chosen) or 'none'} may be images: needed "
       f"are uint8 [N, H, W, C] in {_IMAGES}."
@@ -204,28 +198,24 @@ def _images_of(path, arrays) -> _Array:
 
 
 @contextlib.contextmanager
-def _opened(path, array: _Array):
-  """The file of an array, at its data. Damage is a ValueError, also inside the context."""
+def _opened(path, name):
+  """A file, or the member of a zip that has a name. Damage is a ValueError, also inside."""
   try:
     with contextlib.ExitStack() as stack:
-      if array.name:
+      if name:
         archive = stack.enter_context(zipfile.ZipFile(path))
-        file = stack.enter_context(archive.open(array.name))
+        yield stack.enter_context(archive.open(name))
       else:
-        file = stack.enter_context(pathlib.Path(path).open("rb"))
-      _read_header(file)
-      yield file
+        yield stack.enter_context(pathlib.Path(path).open("rb"))
   except _DAMAGE as error:
-    raise _damaged(path, error) from error
-
-
-def _damaged(path, error) -> ValueError:
-  return ValueError(f"{path} is truncated or damaged: {error}. Fetch or write it again.")
+    damage = f"{path} is truncated or damaged: {error}"
+    raise ValueError(f"{damage}. Fetch or write it again.") from error
 
 
 def _array_batches(path, images: _Array, batch_size) -> Iterator[np.ndarray]:
   count, *image_shape = images.shape
-  with _opened(path, images) as file:
+  with _opened(path, images.name) as file:
+    _read_header(file)
     for start in range(0, count, batch_size):
       shape = (min(batch_size, count - start), *image_shape)
       content = file.read(math.prod(shape))
@@ -261,60 +251,53 @@ def _open_folder(folder, num_threads) -> ImageSet:
     )
   if lossy := [name for name in names if name.lower().endswith(_LOSSY)]:
     logging.warning(
-      "%s: %d of %d images are JPEG files, such as %s: what compression lost moves the Fréchet "
-      "distance. PNG or npz loses nothing.",
-      folder,
-      len(lossy),
-      len(names),
-      lossy[0],
+      f"{folder}: {len(lossy)} of {len(names)} images are JPEG files, such as {lossy[0]}: what "
+      "compression lost moves the Fréchet distance. PNG or npz loses nothing."
     )
-  width, height = sizes[0]
-  channels = 1 if all(grey for _, grey in headers) else 3
+  image_shape = (*sizes[0][::-1], 1 if all(grey for _, grey in headers) else 3)
 
   def sha256():
-    digest = hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-      for name, content in zip(names, pool.map(files.sha256, paths), strict=True):
-        digest.update(f"{name}\n{content}\n".encode())
-    return digest.hexdigest()
+      contents = zip(names, pool.map(files.sha256, paths), strict=True)
+      lines = "".join(f"{name}\n{content}\n" for name, content in contents)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
   return ImageSet(
     source=folder,
     count=len(names),
-    image_shape=(height, width, channels),
-    batches=functools.partial(_folder_batches, paths, (height, width, channels), num_threads),
+    image_shape=image_shape,
+    batches=functools.partial(_folder_batches, paths, image_shape, num_threads),
     protocol=lambda: {"source": folder, "sha256": sha256(), "listed": len(names)},
   )
 
 
 def _size_and_grey(path) -> tuple[tuple[int, int], bool]:
   """((width, height), whether it has no colours) from the header of an image file."""
-  try:
-    with Image.open(path) as image:
-      return image.size, image.mode in _GREY_MODES or image.mode.startswith("I;16")
-  except Exception as error:  # PIL raises all kinds for damaged files
-    raise _unreadable(path, error) from error
+  with _readable(path), Image.open(path) as image:
+    return image.size, image.mode in _GREY_MODES or image.mode.startswith("I;16")
 
 
 def _decode(path, image_shape) -> np.ndarray:
   """uint8 [H, W, C] of an image file."""
-  try:
+  with _readable(path):
     content = pathlib.Path(path).read_bytes()
     pixels = np.asarray(images_lib.decode(content))[..., : image_shape[2]]
-  except MemoryError:
-    raise
-  except Exception as error:
-    raise _unreadable(path, error) from error
   if pixels.shape != image_shape:
     raise ValueError(f"{path} has become {pixels.shape} since it was {image_shape}: start again.")
   return pixels
 
 
-def _unreadable(path, error) -> ValueError:
-  return ValueError(
-    f"{path} cannot be read as an image ({type(error).__name__}: {error}): remove it, or make it "
-    "again."
-  )
+@contextlib.contextmanager
+def _readable(path):
+  try:
+    yield
+  except MemoryError:
+    raise
+  except Exception as error:  # PIL raises all kinds for damaged files
+    raise ValueError(
+      f"{path} cannot be read as an image ({type(error).__name__}: {error}): remove it, or make it "
+      "again."
+    ) from error
 
 
 def _folder_batches(paths, image_shape, num_threads, batch_size) -> Iterator[np.ndarray]:
@@ -322,9 +305,8 @@ def _folder_batches(paths, image_shape, num_threads, batch_size) -> Iterator[np.
   # The next batch is decoded while this one is used.
   decoded = images_lib.in_order(decode, paths, ahead=batch_size, num_threads=num_threads)
   with contextlib.closing(decoded):
-    for start in range(0, len(paths), batch_size):
-      rows = min(batch_size, len(paths) - start)
-      yield np.stack([next(decoded) for _ in range(rows)])
+    while batch := list(itertools.islice(decoded, batch_size)):
+      yield np.stack(batch)
 
 
 # Writing.
@@ -332,7 +314,7 @@ def _folder_batches(paths, image_shape, num_threads, batch_size) -> Iterator[np.
 
 @contextlib.contextmanager
 def writer(path: str, count: int, image_shape: tuple[int, int, int]):
-  """A context in which add(images, labels) appends to ADM's npz, batch by batch.
+  """A context: add(images uint8 [B, H, W, C], labels int [B]), which appends to ADM's npz.
 
   The file is there once the context is left with all images, and whole; an error leaves none. Its
   bytes depend only on the images and labels. Only the first process writes.
@@ -341,76 +323,61 @@ def writer(path: str, count: int, image_shape: tuple[int, int, int]):
     path: local, or of an object store such as gs://, for which it passes through a temporary file.
     count: images that it will hold, N.
     image_shape: (H, W, C).
-  Returns:
-    add(images uint8 [B, H, W, C], labels int [B]).
   Raises:
     ValueError: images or labels of another type or shape, more or fewer than `count`.
     OSError: there is no room for `count` images.
   """
   path = os.fspath(path)
+  labels: list[np.ndarray] = []
+  add = functools.partial(_add, path, count, image_shape, labels)
   if jax.process_index() != 0:
-    yield _appender(path, count, image_shape, lambda images: None)[0]
+    yield functools.partial(add, lambda images: None)
     return
   with contextlib.ExitStack() as stack:
     local = os.path.abspath(path)
     if "://" in path:
       folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ism_jax_samples_"))
       local = os.path.join(folder, "samples.npz")
-    os.makedirs(os.path.dirname(local), exist_ok=True)
-    _check_room(path, os.path.dirname(local), count * math.prod(image_shape))
+    folder, needed = os.path.dirname(local), count * math.prod(image_shape)
+    os.makedirs(folder, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < needed:
+      raise OSError(
+        f"{path} takes {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB: make room, or "
+        "name another folder (in TMPDIR, for one through which files reach an object store)."
+      )
     with files.whole_file(local) as temporary, zipfile.ZipFile(temporary, "w") as archive:
       with _member(archive, _IMAGES) as member:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)}
         np.lib.format.write_array_header_1_0(member, header)
-        add, all_labels = _appender(path, count, image_shape, member.write)
-        yield add
-        labels = all_labels()
+        yield functools.partial(add, member.write)
+        if (added := sum(map(len, labels))) < count:
+          raise ValueError(f"{path} got {added} images, and is to hold {count}.")
       with _member(archive, _LABELS) as member:
-        np.lib.format.write_array(member, labels)
+        np.lib.format.write_array(member, np.concatenate([np.empty(0, np.int64), *labels]))
     if "://" in path:
       epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
       epath.Path(local).copy(path, overwrite=True)
 
 
-def _appender(path, count, image_shape, write):
-  """add(images, labels), which checks and writes them, and a function to all labels at the end."""
-  batches, added = [], 0
-
-  def add(images, labels):
-    nonlocal added
-    images, labels = np.ascontiguousarray(images), np.asarray(labels)
-    if images.dtype != np.uint8 or images.shape != (len(images), *image_shape):
-      raise ValueError(
-        f"{path} got {images.dtype} images of shape {images.shape}; needed are uint8 of "
-        f"shape [B, {', '.join(map(str, image_shape))}]."
-      )
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-      raise ValueError(
-        f"{path} got {labels.dtype} labels of shape {labels.shape} for {len(images)} images; "
-        "needed is one integer each."
-      )
-    added += len(images)
-    if added > count:
-      raise ValueError(f"{path} got {added} images, and is to hold {count}.")
-    write(images.data)
-    batches.append(labels.astype(np.int64))
-
-  def all_labels():
-    if added < count:
-      raise ValueError(f"{path} got {added} images, and is to hold {count}.")
-    return np.concatenate([np.empty(0, np.int64), *batches])
-
-  return add, all_labels
+def _add(path, count, image_shape, batches, write, images, labels):
+  """Checks images and labels, writes the images and appends the labels to `batches`."""
+  images, labels = np.ascontiguousarray(images), np.asarray(labels)
+  if images.dtype != np.uint8 or images.shape != (len(images), *image_shape):
+    raise ValueError(
+      f"{path} got {images.dtype} images of shape {images.shape}; needed are uint8 of "
+      f"shape [B, {', '.join(map(str, image_shape))}]."
+    )
+  if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+    raise ValueError(
+      f"{path} got {labels.dtype} labels of shape {labels.shape} for {len(images)} images; "
+      "needed is one integer each."
+    )
+  if (added := sum(map(len, [*batches, images]))) > count:
+    raise ValueError(f"{path} got {added} images, and is to hold {count}.")
+  write(images.data)
+  batches.append(labels.astype(np.int64))
 
 
 def _member(archive, name):
   """A member of a zip, open for writing, that has no date: equal samples make equal files."""
   return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
-
-
-def _check_room(path, folder, needed) -> None:
-  if (free := shutil.disk_usage(folder).free) < needed:
-    raise OSError(
-      f"{path} takes {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB: make room, or "
-      "name another folder (in TMPDIR, for one through which files reach an object store)."
-    )
