@@ -14,7 +14,6 @@ import dataclasses
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,8 +29,6 @@ PUBLISHED = weights.Published(
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue
 DEVIATION = (0.229, 0.224, 0.225)
 
-# By default TPUs multiply float32 in one pass of bfloat16, and GPUs as TF32.
-_PRECISION = jax.lax.Precision.HIGHEST
 _BITS = 22  # after the point of PIL's coefficients: an int32 less 8 of a pixel and 2 to spare
 
 # {module or parameter: (its key in the hub's file, its keys in transformers')}
@@ -93,22 +90,16 @@ VIT_L14 = Dinov2Config()
 def load(name: str) -> weights.Pretrained:
   """Loads weights by name, see `weights.load`: a file is the hub's, or that of transformers."""
   to_params = functools.partial(params_from_state_dict, VIT_L14)
-  return weights.load(name, PUBLISHED, _shapes(VIT_L14), to_params)
+  shapes = weights.shapes_of(_VisionTransformer(VIT_L14), VIT_L14.image_size)
+  return weights.load(name, PUBLISHED, shapes, to_params)
 
 
 def features(params, images, cfg: Dinov2Config = VIT_L14):
-  """The features that FD-DINOv2 compares.
+  """What FD-DINOv2 compares of images uint8 [B, H, W, 3], of any height and width.
 
-  Args:
-    params: as `load` gives them; those of the blocks are stacked.
-    images: uint8 [B, H, W, 3], of any height and width.
-  Returns:
-    {"features": float32 [B, D]}, the normed class token; D = 1024 in the published network.
+  {"features": float32 [B, D]}, the normed class token; D = 1024 in the published network.
   """
-  if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
-    raise ValueError(
-      f"got images of {images.dtype} {images.shape}; needed are uint8 [B, H, W, 3], not scaled."
-    )
+  weights.check_images(images)
   pixels = resize_bicubic(images, cfg.image_size).astype(jnp.float32) / 255
   pixels = (pixels - np.float32(MEAN)) / np.float32(DEVIATION)
   return {"features": _VisionTransformer(cfg).apply({"params": params}, pixels)}
@@ -117,15 +108,11 @@ def features(params, images, cfg: Dinov2Config = VIT_L14):
 def resize_bicubic(images, size: int):
   """Resizes as PIL does, bit for bit: `Image.resize((size, size), Image.BICUBIC)`.
 
-  Rows first, then columns, each rounded to 8 bits; widened where it shrinks, so that every pixel
-  counts. All sums are of integers, so every backend gives the same. PIL 13 takes the columns first
-  where that is less work, for images that are taller than `size` and whose height shrinks more than
-  their width; FD-DINOv2 was published, and is computed here, with the order of those before.
-
-  Args:
-    images: uint8 [B, H, W, C].
-  Returns:
-    uint8 [B, size, size, C].
+  uint8 [B, H, W, C] -> [B, size, size, C]: rows first, then columns, each rounded to 8 bits;
+  widened where it shrinks, so that every pixel counts. All sums are of integers, so every backend
+  gives the same. PIL 13 takes the columns first where that is less work, for images that are taller
+  than `size` and whose height shrinks more than their width; FD-DINOv2 was published, and is
+  computed here, with the order of those before.
   """
   return _resize_axis(_resize_axis(images, 2, size), 1, size)
 
@@ -133,11 +120,8 @@ def resize_bicubic(images, size: int):
 def position_weights(cfg: Dinov2Config) -> np.ndarray:
   """Bicubic interpolation of the position embedding along one side, as PyTorch does it.
 
-  Its cubic (a = -3/4) is not widened where it shrinks, and points beyond an edge take the edge's
-  value.
-
-  Returns:
-    float32 [image_size // patch, positions]: a row of weights for each patch of the image.
+  float32 [image_size // patch, positions]: a row of weights for each patch of the image. The cubic
+  (a = -3/4) is not widened where it shrinks, and points beyond an edge take the edge's value.
   """
   side, trained = cfg.image_size // cfg.patch, cfg.positions
   if side == trained:
@@ -152,41 +136,34 @@ def position_weights(cfg: Dinov2Config) -> np.ndarray:
 
 
 def params_from_state_dict(cfg: Dinov2Config, arrays, source="the state dict"):
-  """Parameters from PyTorch's tensors.
+  """Parameters, a nested dict of float32 arrays, from PyTorch's tensors.
 
   Args:
     arrays: NumPy arrays of any float type, by the keys of the hub's model or of transformers'
       Dinov2Model.
-    source: where the arrays are from, for the error.
-  Returns:
-    A nested dict of float32 arrays.
-  Raises:
-    ValueError: as `weights.check_tensors`.
+    source: where the arrays are from, for the ValueError of `weights.check_tensors`.
   """
   arrays = {key: array for key, array in arrays.items() if key not in _UNUSED}
   is_hub = not any(str(key).startswith(("embeddings.", "encoder.")) for key in arrays)
-  tensors = {path: _tensors(cfg, path, is_hub) for path in _shapes(cfg)}
+  shapes = weights.shapes_of(_VisionTransformer(cfg), cfg.image_size)
   return weights.params_from_tensors(
     arrays,
-    tensors,
-    _shapes(cfg),
+    {path: _tensors(cfg, path, leaf.shape, is_hub) for path, leaf in shapes.items()},
+    shapes,
     source=source,
     what="the weights of DINOv2 ViT-L/14 without registers",
     needed=f"the tensors of {PUBLISHED.url} or of https://huggingface.co/facebook/dinov2-large",
   )
 
 
-def _tensors(cfg: Dinov2Config, path, is_hub) -> list[dict[str, tuple[int, ...]]]:
+def _tensors(cfg: Dinov2Config, path, shape, is_hub) -> list[dict[str, tuple[int, ...]]]:
   """PyTorch's tensors for a parameter: of each layer, {key: shape} of what is concatenated."""
-  *_, kind = path
-  shape = _shapes(cfg)[path].shape
-  is_stacked = path[0] == "blocks"
-  if is_stacked:
-    shape = shape[1:]
-  if kind == "kernel":  # PyTorch's are [out, in], and that of the patches is [D, C, H, W]
-    shape = (shape[1], shape[0])
-    if path[0] == "patch_embed":
-      shape = (shape[0], 3, cfg.patch, cfg.patch)
+  kind, is_stacked = path[-1], path[0] == "blocks"
+  shape = shape[1:] if is_stacked else shape
+  if path == ("patch_embed", "kernel"):
+    shape = (shape[1], 3, cfg.patch, cfg.patch)  # [D, C, H, W]
+  elif kind == "kernel":
+    shape = weights.torch_shape(shape)
   hub, transformers = _KEYS["/".join(path[:-1] if kind in _KINDS else path)]
   names = (hub,) if is_hub else transformers
   part = (shape[0] // len(names), *shape[1:])
@@ -231,12 +208,8 @@ def _cubic(x, a):
   return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-def _shapes(cfg):
-  return weights.shapes_of(_VisionTransformer(cfg), cfg.image_size)
-
-
-_dense = functools.partial(nn.Dense, precision=_PRECISION)
-_einsum = functools.partial(jnp.einsum, precision=_PRECISION)
+_dense = functools.partial(nn.Dense, precision=weights.PRECISION)
+_einsum = functools.partial(jnp.einsum, precision=weights.PRECISION)
 # The fast variance, E[x^2] - E[x]^2, cancels where a token's mean is large.
 _norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 

@@ -33,13 +33,12 @@ _CLASSES = 1008
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _NORM_EPSILON = 1e-3
 _SPATIAL_CHANNELS = 7
-# By default TPUs multiply float32 in one pass of bfloat16, and GPUs as TF32.
-_PRECISION = jax.lax.Precision.HIGHEST
 
 
 def load(name: str = "") -> weights.Pretrained:
   """Loads weights by name: see `weights.load`."""
-  return weights.load(name, PUBLISHED, _shapes(), params_from_state_dict, gain=2)
+  shapes = weights.shapes_of(_Network(), SIZE)
+  return weights.load(name, PUBLISHED, shapes, params_from_state_dict, gain=2)
 
 
 def features(params, images):
@@ -63,16 +62,10 @@ def features(params, images):
 def resize(images):
   """Resizes as TensorFlow 1 does: bilinearly, without anti-aliasing or half-pixel centres.
 
-  Args:
-    images: uint8 [B, H, W, 3].
-  Returns:
-    float32 [B, 299, 299, 3] in [0, 255], not rounded; pixel i is the input at i * H / 299.
+  uint8 [B, H, W, 3] -> float32 [B, 299, 299, 3] in [0, 255], not rounded; pixel i is the input at
+  i * H / 299.
   """
-  if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
-    raise ValueError(
-      f"got images of {images.dtype} {images.shape}; needed are uint8 [B, H, W, 3]. Round floats "
-      "by a stated protocol, and repeat the channel of grey images."
-    )
+  weights.check_images(images)
   height, width = images.shape[1:3]
   # Two taps each, as a product of matrices: a fiftieth of the network's work, and fast on a TPU,
   # where gathering is not.
@@ -81,30 +74,26 @@ def resize(images):
     _interpolation(height),
     images.astype(jnp.float32),
     _interpolation(width),
-    precision=_PRECISION,
+    precision=weights.PRECISION,
   )
 
 
 def params_from_state_dict(arrays, source="the state dict"):
-  """Parameters from PyTorch's tensors, of pytorch-fid's and torch-fidelity's layout.
+  """Parameters, as in `features`, from tensors in pytorch-fid's and torch-fidelity's layout.
 
   Args:
     arrays: NumPy arrays by key; batch normalisation's counts of batches may be there or not.
-    source: where the arrays are from, for the error.
-  Returns:
-    As in `features`.
-  Raises:
-    ValueError: as `weights.check_tensors`.
+    source: where the arrays are from, for the ValueError of `weights.check_tensors`.
   """
   arrays = {key: a for key, a in arrays.items() if not str(key).endswith(".num_batches_tracked")}
-  layers, shapes = traverse_util.unflatten_dict(_shapes()), {}
-  for layer, leaves in layers.items():  # PyTorch's kernels are [out, in] and [out, in, H, W]
-    kernel, width = leaves["kernel"].shape, leaves["bias"].shape
+  layers = traverse_util.unflatten_dict(weights.shapes_of(_Network(), SIZE))
+  shapes = {}
+  for layer, leaves in layers.items():
+    kernel, width = weights.torch_shape(leaves["kernel"].shape), leaves["bias"].shape
     if layer == "fc":
-      shapes |= {"fc.weight": kernel[::-1], "fc.bias": width}
+      shapes |= {"fc.weight": kernel, "fc.bias": width}
     else:
-      shapes[f"{layer}.conv.weight"] = (kernel[3], kernel[2], *kernel[:2])
-      shapes |= {f"{layer}.bn.{kind}": width for kind in _NORM}
+      shapes |= {f"{layer}.conv.weight": kernel} | {f"{layer}.bn.{kind}": width for kind in _NORM}
   weights.check_tensors(
     arrays,
     shapes,
@@ -129,17 +118,12 @@ def _interpolation(size):
   """[299, size] weights of the input's pixels in each output pixel, at most two of them not 0."""
   # In float32, as TensorFlow computes the positions.
   position = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
-  low = position.astype(np.int64)
+  rows, low = np.arange(SIZE), position.astype(np.int64)
   high_weight = position - low.astype(np.float32)
   matrix = np.zeros((SIZE, size), np.float32)
-  rows = np.arange(SIZE)
   matrix[rows, low] = 1 - high_weight
   matrix[rows, np.minimum(low + 1, size - 1)] += high_weight  # the edge is repeated
   return matrix
-
-
-def _shapes():
-  return weights.shapes_of(_Network(), SIZE)
 
 
 class _Network(nn.Module):
@@ -147,16 +131,15 @@ class _Network(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    def conv(x, layer, channels, size=1, stride=1, padding=None, pool=lambda x: x):
+    def conv(x, layer, channels, size=1, stride=1, padding=None, pool=lambda x: x, block=""):
+      name, precision = block + layer, weights.PRECISION
       sizes = (size, size) if isinstance(size, int) else size
       # But for two at the beginning, those of stride 1 keep the size, and strided ones do not pad.
       padding = padding or ("SAME" if stride == 1 else "VALID")
-      x = nn.Conv(channels, sizes, stride, padding, precision=_PRECISION, name=layer)(x)
+      x = nn.Conv(channels, sizes, stride, padding, precision=precision, name=name)(x)
       return nn.relu(pool(x))
 
-    def within(block):
-      return lambda x, layer, *args, **options: conv(x, f"{block}.{layer}", *args, **options)
-
+    within = lambda block: functools.partial(conv, block=f"{block}.")
     outputs = {}
     x = conv(x, "Conv2d_1a_3x3", 32, 3, stride=2)
     x = conv(x, "Conv2d_2a_3x3", 32, 3, padding="VALID")
@@ -188,7 +171,7 @@ class _Classifier(nn.Module):
     kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], _CLASSES))
     # Part of the published file; the Inception Score leaves it out.
     self.param("bias", nn.initializers.zeros, (_CLASSES,))
-    return jnp.dot(x, kernel, precision=_PRECISION)
+    return jnp.dot(x, kernel, precision=weights.PRECISION)
 
 
 def _block_35(conv, x, pooled):
@@ -221,11 +204,8 @@ def _block_17(conv, x, width):
 def _block_17_to_8(conv, x):
   name = "branch7x7x3"
   wide = (f"{name}_1", 192), (f"{name}_2", 192, (1, 7)), (f"{name}_3", 192, (7, 1))
-  return _joined(
-    _chain(conv, x, ("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2)),
-    _chain(conv, x, *wide, (f"{name}_4", 192, 3, 2)),
-    _halve(x),
-  )
+  narrow = _chain(conv, x, ("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2))
+  return _joined(narrow, _chain(conv, x, *wide, (f"{name}_4", 192, 3, 2)), _halve(x))
 
 
 def _block_8(conv, x, pool_branch):

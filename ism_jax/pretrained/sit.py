@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.model import SiT, init_params, position_embedding
-from ism_jax.pretrained import torch_files
+from ism_jax.pretrained import torch_files, weights
 
 WEIGHTS = "model.safetensors"  # of a folder that `export` writes
 CONFIG = "config.json"
@@ -39,7 +39,6 @@ _MODULES = {  # of ours: SiT's name, with the number of the block
   "final_linear": "final_layer.linear",
 }
 _LEAVES = {"kernel": "weight", "bias": "bias", "embedding": "weight"}
-_LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 def from_params(params, model: SiT, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -49,11 +48,10 @@ def from_params(params, model: SiT, shape: tuple[int, int, int]) -> dict[str, An
   """
   grid = tuple(n // model.cfg.patch for n in shape[:2])
   state = {_POSITIONS: position_embedding(model.cfg.dimensions[1], grid)[None]}
-  for path, array in traverse_util.flatten_dict(params, sep="/").items():
-    if "{}" in (key := _key(path)):
-      state |= {key.format(i): _to_torch(path, layer, model) for i, layer in enumerate(array)}
-    else:
-      state[key] = _to_torch(path, array, model)
+  for path, array in traverse_util.flatten_dict(params).items():
+    key = _key(path)
+    layers = enumerate(array) if "{}" in key else [(0, array)]
+    state |= {key.format(i): _to_torch(path, layer, model.cfg.patch) for i, layer in layers}
   return state
 
 
@@ -64,8 +62,7 @@ def to_params(state: dict[str, Any], model: SiT, shape: tuple[int, int, int], so
 
   Args:
     state: arrays by key. The keys of an embedder of d or w may all be absent.
-    model: the network.
-    shape: [H, W, C] of its images.
+    shape: [H, W, C] of the network's images.
     source: where the arrays are from, for the error.
   Returns:
     A nested dict of float32 NumPy arrays, without the embedders that are absent: see `complete`.
@@ -77,22 +74,23 @@ def to_params(state: dict[str, Any], model: SiT, shape: tuple[int, int, int], so
   modules = {str(key).partition(".")[0] for key in state}
   abstract = {k: v for k, v in abstract.items() if k in modules or k not in EMBEDDERS}
   needed = jax.eval_shape(lambda params: from_params(params, model, shape), abstract)
-  if wrong := _differences(state, {key: tuple(a.shape) for key, a in needed.items()}):
-    raise ValueError(
+  if wrong := _differences(state, {key: array.shape for key, array in needed.items()}):
+    mismatch = (
       f"{source} does not hold the network of model.size={model.cfg.size!r} for {shape[0]}x"
       f"{shape[1]}x{shape[2]} images of {model.num_classes} classes"
-      f"{'' if model.guided else ', without a w input'}:\n"
-      + "\n".join(f"  {line}" for line in wrong)
-      + f"\n{_remedy(state)}"
+      f"{'' if model.guided else ', without a w input'}:"
     )
-  _check_positions(state[_POSITIONS], from_params({}, model, shape)[_POSITIONS], source)
-  flat, layers = {}, range(model.cfg.dimensions[0])
-  for path in traverse_util.flatten_dict(abstract, sep="/"):
-    if "{}" in (key := _key(path)):
-      flat[path] = np.stack([_to_flax(path, state[key.format(i)]) for i in layers])
-    else:
-      flat[path] = _to_flax(path, state[key])
-  return traverse_util.unflatten_dict(flat, sep="/")
+    raise ValueError("\n  ".join([mismatch, *wrong]) + f"\n{_remedy(state)}")
+  positions, computed = state[_POSITIONS], from_params({}, model, shape)[_POSITIONS]
+  error = np.abs(np.asarray(positions, np.float32) - computed).max()
+  if error > 4 * float(jnp.finfo(positions.dtype).eps):  # files of lower precision round them
+    raise ValueError(
+      f"{source} has another {_POSITIONS} than SiT's sinusoids, which are fixed here (they differ "
+      f"by up to {error:.2g}): its other weights would mean nothing. Name another file."
+    )
+  shapes, depth = traverse_util.flatten_dict(abstract), model.cfg.dimensions[0]
+  layers = lambda key: [[key.format(i)] for i in range(depth)] if "{}" in key else [[key]]
+  return weights.stack_layers(state, {path: layers(_key(path)) for path in shapes}, shapes)
 
 
 def complete(imported, fresh):
@@ -109,13 +107,11 @@ def complete(imported, fresh):
 
 
 def read(path) -> tuple[dict[str, Any], str]:
-  """Reads a state dict from a file, or from a folder that `export` wrote.
+  """Reads (arrays by key, what they are) from a file, or from a folder that `export` wrote.
 
   Args:
     path: what torch.save or safetensors wrote: a state dict, or a dict of several, as SiT's
       training saves: "ema", "model". The average is preferred.
-  Returns:
-    (arrays by key, what they are)
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: it is damaged, or no file of tensors; see `torch_files.read_state_dict`.
@@ -146,30 +142,20 @@ def load(path, model: SiT, shape: tuple[int, int, int]):
 
 
 def _key(path):
-  module, _, leaf = path.rpartition("/")
-  return f"{_MODULES[module]}.{_LEAVES[leaf]}"
+  *modules, leaf = path
+  return f"{_MODULES['/'.join(modules)]}.{_LEAVES[leaf]}"
 
 
-def _to_torch(path, array, model):
-  if path == "x_embedder/kernel":
-    patch = model.cfg.patch
+def _to_torch(path, array, patch):
+  if path == ("x_embedder", "kernel"):
     return array.reshape(patch, patch, -1, array.shape[-1]).transpose(3, 2, 0, 1)
-  return array.T if path.endswith("kernel") else array
-
-
-def _to_flax(path, array):
-  array = np.asarray(array, np.float32)
-  if path == "x_embedder/kernel":
-    array = array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
-  elif path.endswith("kernel"):
-    array = array.T
-  return np.ascontiguousarray(array)
+  return array.T if path[-1] == "kernel" else array
 
 
 def _without_variances(state, model, channels):
   """`state`, with the first half of the channels of each pixel where there are twice as many."""
   pixels, velocity = model.cfg.patch**2, {}
-  for key in _LAST:
+  for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
     array = state.get(key)
     if isinstance(array, np.ndarray) and array.shape[:1] == (2 * pixels * channels,):
       halves = array.reshape(pixels, 2, channels, *array.shape[1:])
@@ -206,13 +192,3 @@ def _remedy(state):
     f"It has {depth} blocks of width {embed.shape[0]}, patches of {embed.shape[2]} pixels and "
     f"{embed.shape[1]} channels: pass the model.size and data of that network, or another file."
   )
-
-
-def _check_positions(positions, computed, source):
-  # Files of lower precision round them.
-  error = np.abs(np.asarray(positions, np.float32) - computed).max()
-  if error > 4 * float(jnp.finfo(positions.dtype).eps):
-    raise ValueError(
-      f"{source} has another {_POSITIONS} than SiT's sinusoids, which are fixed here (they differ "
-      f"by up to {error:.2g}): its other weights would mean nothing. Name another file."
-    )

@@ -15,7 +15,6 @@ import re
 
 import flax.linen as nn
 from huggingface_hub import constants, errors, hf_hub_download
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,17 +22,11 @@ from ism_jax.pretrained import weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED = "stabilityai/sd-vae-ft-mse"
+_HUB = "https://huggingface.co"
 LOG_VARIANCES = (-30.0, 20.0)
 
-# By default TPUs multiply float32 in one pass of bfloat16, and GPUs as TF32.
-_PRECISION = jax.lax.Precision.HIGHEST
-
-_OLD_SPELLING = {  # of the attention's keys, as older files have them
-  "query": "to_q",
-  "key": "to_k",
-  "value": "to_v",
-  "proj_attn": "to_out.0",
-}
+# Of the attention's keys, as older files have them.
+_OLD_SPELLING = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_KEY = re.compile(rf"^(.*attentions\.\d+)\.({'|'.join(_OLD_SPELLING)})\.(weight|bias)$")
 
 
@@ -68,10 +61,8 @@ class VaeConfig:
 
 
 SD_VAE = VaeConfig()
-# Down-samples as the published one does, and encodes a 256x256 image in a fraction of a second on a
-# CPU.
-_SMALL = VaeConfig(channels=(16, 16, 32, 32), groups=8)
-_RANDOM = {"random": SD_VAE, "random-small": _SMALL}
+# The small one encodes a 256x256 image in a fraction of a second on a CPU.
+_RANDOM = {"random": SD_VAE, "random-small": VaeConfig(channels=(16, 16, 32, 32), groups=8)}
 
 
 def load(name: str) -> weights.Pretrained:
@@ -88,10 +79,10 @@ def load(name: str) -> weights.Pretrained:
     FileNotFoundError: no weights are there or to be had; says what to download and what to pass.
     ValueError: the file is damaged, or holds other weights than the published architecture's.
   """
-  if name in _RANDOM:
-    return weights.random(name, _shapes(_RANDOM[name]), cfg=_RANDOM[name])
+  if cfg := _RANDOM.get(name):
+    return weights.random(name, weights.shapes_of(_Autoencoder(cfg), cfg.factor), cfg=cfg)
   to_params = functools.partial(params_from_state_dict, SD_VAE)
-  return weights.read(name, _find(name), to_params, _page(PUBLISHED), SD_VAE)
+  return weights.read(name, _find(name), to_params, f"{_HUB}/{PUBLISHED}", SD_VAE)
 
 
 def encode(cfg: VaeConfig, params, images):
@@ -103,13 +94,13 @@ def encode(cfg: VaeConfig, params, images):
     moments float32 [B, H/8, W/8, 8]: the mean of the 4 latent channels, then their log-variance,
     clamped to [-30, 20]; not scaled.
   """
-  _check("images", images, 3)
+  _check("images", images, 3, ", scaled to [-1, 1]")
   height, width = images.shape[1:3]
-  if height % cfg.factor or width % cfg.factor:
+  crop = [side // cfg.factor * cfg.factor for side in (height, width)]
+  if crop != [height, width]:
     raise ValueError(
       f"images of {height}x{width} pixels have no whole latent: height and width must be multiples "
-      f"of {cfg.factor}. Crop them to "
-      f"{height // cfg.factor * cfg.factor}x{width // cfg.factor * cfg.factor}."
+      f"of {cfg.factor}. Crop them to {crop[0]}x{crop[1]}."
     )
   x = images.astype(jnp.float32)
   moments = _Autoencoder(cfg).apply({"params": params}, x, method="encode")
@@ -118,13 +109,11 @@ def encode(cfg: VaeConfig, params, images):
 
 
 def sample_latent(moments, noise, scale):
-  """A latent of the training scale: scale (mean + exp(log_variance / 2) noise).
+  """A latent of the training scale, float32 [..., 4]: scale (mean + exp(log_variance / 2) noise).
 
   Args:
     moments: [..., 8] as `encode` returns them, of any float type.
     noise: [..., 4], standard normal.
-  Returns:
-    float32 [..., 4].
   """
   mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
   if noise.shape != mean.shape:
@@ -136,12 +125,9 @@ def sample_latent(moments, noise, scale):
 
 
 def decode(cfg: VaeConfig, params, latents):
-  """The image of each latent.
+  """The image of each latent, float [B, h, w, 4] of the training scale.
 
-  Args:
-    latents: float [B, h, w, 4] of the training scale.
-  Returns:
-    float32 [B, 8 h, 8 w, 3], [-1, 1] but for overshoots, which are not clipped.
+  float32 [B, 8 h, 8 w, 3], [-1, 1] but for overshoots, which are not clipped.
   """
   _check("latents", latents, cfg.latent_channels)
   z = latents.astype(jnp.float32) / cfg.scale
@@ -149,37 +135,35 @@ def decode(cfg: VaeConfig, params, latents):
 
 
 def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
-  """Parameters from PyTorch's tensors.
+  """Parameters, a nested dict of float32 arrays, from PyTorch's tensors.
 
   Args:
     arrays: NumPy arrays by the keys of diffusers' AutoencoderKL, in either spelling of the
       attention's. Its projections may also be 1x1 convolutions, as old files have them.
-    source: where the arrays are from, for the error.
-  Returns:
-    A nested dict of float32 arrays.
-  Raises:
-    ValueError: as `weights.check_tensors`.
+    source: where the arrays are from, for the ValueError of `weights.check_tensors`.
   """
   renamed = {}
   for key, array in arrays.items():
     new = _OLD_KEY.sub(lambda m: f"{m[1]}.{_OLD_SPELLING[m[2]]}.{m[3]}", str(key))
     # Where one tensor comes in both spellings, the old one keeps its key, which is unexpected.
     renamed[key if new in arrays else new] = array
-  tensors = {}
-  for path, leaf in _shapes(cfg).items():
-    key, shape = _state_dict_key(path), leaf.shape
-    if path[-1] == "kernel":  # PyTorch's are [out, in] and [out, in, H, W]
-      shape = (shape[-1], shape[-2], *shape[:-2])
+  shapes, tensors = weights.shapes_of(_Autoencoder(cfg), cfg.factor), {}
+  for path, leaf in shapes.items():
+    *modules, kind = path
+    # ("encoder", "down_blocks_0_resnets_1", "conv1"): encoder.down_blocks.0.resnets.1.conv1
+    modules = [re.sub(r"_(\d+)_?", r".\1.", name).strip(".") for name in modules]
+    key = ".".join([*modules, "bias" if kind == "bias" else "weight"])
+    shape = weights.torch_shape(leaf.shape) if kind == "kernel" else leaf.shape
     if len(shape) == 2 and np.shape(renamed.get(key)) == (*shape, 1, 1):
       renamed[key] = renamed[key].reshape(shape)
     tensors[path] = [{key: shape}]
   return weights.params_from_tensors(
     renamed,
     tensors,
-    _shapes(cfg),
+    shapes,
     source=source,
     what="this autoencoder's weights",
-    needed=f"the tensors of {WEIGHTS} at {_page(PUBLISHED)}, the layout of diffusers",
+    needed=f"the tensors of {WEIGHTS} at {_HUB}/{PUBLISHED}, the layout of diffusers",
   )
 
 
@@ -194,60 +178,38 @@ def _find(name):
     return path
   if path.suffix == ".safetensors" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
     raise _absent(name, "there is no such file or folder")
+  neither = "there is no such folder, and"
   try:
     return hf_hub_download(name, WEIGHTS)
   except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
-    raise _absent(
-      name,
-      f"there is no such folder, and no such repository with {WEIGHTS} on the Hugging Face hub",
-    ) from error
+    reason = f"{neither} no such repository with {WEIGHTS} on the Hugging Face hub"
+    raise _absent(name, reason) from error
   # No network, a full disk, a download that breaks off: the hub's errors have no base in common,
   # and the remedy is the same for all.
   except Exception as error:
-    raise _absent(
-      name,
-      "there is no such folder, and the Hugging Face hub did not give it "
-      f"({weights.cause_of(error)})",
-      name,
-    ) from error
+    reason = f"{neither} the Hugging Face hub did not give it ({weights.cause_of(error)})"
+    raise _absent(name, reason, name) from error
 
 
 def _absent(name, reason, repository=PUBLISHED):
   return FileNotFoundError(
-    f"no VAE weights under {name!r}: {reason}. Download {WEIGHTS} from {_page(repository)} and "
+    f"no VAE weights under {name!r}: {reason}. Download {WEIGHTS} from {_HUB}/{repository} and "
     "name that file, or the folder you put it in; or name the repository, "
     f"{repository!r}, on a machine with network: it is then kept in {constants.HF_HUB_CACHE}, "
     "which can also be copied from another machine."
   )
 
 
-def _page(repository):
-  return f"https://huggingface.co/{repository}"
-
-
-def _check(what, array, channels):
-  if (
-    array.ndim != 4 or array.shape[-1] != channels or not jnp.issubdtype(array.dtype, jnp.floating)
-  ):
+def _check(what, array, channels, scale=""):
+  is_float = jnp.issubdtype(array.dtype, jnp.floating)
+  if array.ndim != 4 or array.shape[-1] != channels or not is_float:
     raise ValueError(
-      f"got {what} of {array.dtype} {array.shape}; needed are floats [B, H, W, {channels}]"
-      + (", scaled to [-1, 1]." if what == "images" else ".")
+      f"got {what} of {array.dtype} {array.shape}; needed are floats [B, H, W, {channels}]{scale}."
     )
 
 
-def _shapes(cfg):
-  return weights.shapes_of(_Autoencoder(cfg), cfg.factor)
-
-
-def _state_dict_key(path):
-  """("encoder", "down_blocks_0_resnets_1", "conv1", "kernel") -> diffusers' key."""
-  *modules, kind = path
-  modules = [re.sub(r"_(\d+)_?", r".\1.", name).strip(".") for name in modules]
-  return ".".join([*modules, "bias" if kind == "bias" else "weight"])
-
-
 def _conv(channels, size=3, **options):
-  options = {"padding": size // 2, "precision": _PRECISION} | options
+  options = {"padding": size // 2, "precision": weights.PRECISION} | options
   return nn.Conv(channels, (size, size), **options)
 
 
@@ -262,10 +224,10 @@ class _ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    h = nn.silu(_norm(self.cfg, "norm1")(x))
-    h = _conv(self.channels, name="conv1")(h)
-    h = nn.silu(_norm(self.cfg, "norm2")(h))
-    h = _conv(self.channels, name="conv2")(h)
+    h = x
+    for i in (1, 2):
+      h = nn.silu(_norm(self.cfg, f"norm{i}")(h))
+      h = _conv(self.channels, name=f"conv{i}")(h)
     if x.shape[-1] != self.channels:
       x = _conv(self.channels, size=1, name="conv_shortcut")(x)
     return x + h
@@ -279,8 +241,8 @@ class _Attention(nn.Module):
   @nn.compact
   def __call__(self, x):
     channels = x.shape[-1]
-    dense = functools.partial(nn.Dense, channels, precision=_PRECISION)
-    einsum = functools.partial(jnp.einsum, precision=_PRECISION)
+    dense = functools.partial(nn.Dense, channels, precision=weights.PRECISION)
+    einsum = functools.partial(jnp.einsum, precision=weights.PRECISION)
     x_BxTxC = x.reshape(len(x), -1, channels)
     h_BxTxC = _norm(self.cfg, "group_norm")(x_BxTxC)
     q_BxTxC, k_BxTxC, v_BxTxC = (dense(name=f"to_{a}")(h_BxTxC) for a in "qkv")
@@ -344,10 +306,9 @@ class _Autoencoder(nn.Module):
   cfg: VaeConfig
 
   def setup(self):
-    latent_channels = self.cfg.latent_channels
     self.encoder = _Encoder(self.cfg)
-    self.quant_conv = _conv(2 * latent_channels, size=1)
-    self.post_quant_conv = _conv(latent_channels, size=1)
+    self.quant_conv = _conv(2 * self.cfg.latent_channels, size=1)
+    self.post_quant_conv = _conv(self.cfg.latent_channels, size=1)
     self.decoder = _Decoder(self.cfg)
 
   def encode(self, images):

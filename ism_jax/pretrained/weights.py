@@ -23,6 +23,8 @@ from ism_jax.pretrained import torch_files
 from ism_jax.runtime import files
 
 CACHE = "ISM_JAX_CACHE"
+# By default TPUs multiply float32 in one pass of bfloat16, and GPUs as TF32.
+PRECISION = jax.lax.Precision.HIGHEST
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 1 << 20
 _LISTED = 6  # keys of each kind in an error
@@ -73,12 +75,9 @@ def load(
   """Loads weights of a published architecture.
 
   Args:
-    name: "" for the published ones (cached, else downloaded); a file of them, that `torch.save` or
-      safetensors wrote; or "random", for checks of a set-up without any weights: see `random`.
-    published: the file.
+    name: "random", for checks of a set-up without any weights, see `random`; else see `find`.
     shapes: of the parameters, see `shapes_of`.
     params_from_state_dict: (arrays by key, source=file) -> parameters.
-    gain: of random weights.
   Raises:
     FileNotFoundError: no weights are there or to be had; says what to download and what to pass.
     ValueError: the file is damaged, or holds the weights of another network.
@@ -102,23 +101,19 @@ def random(name: str, shapes: dict, gain: int = 1, cfg=None) -> Pretrained:
   """A network with weights that mean nothing and are the same for everyone.
 
   Args:
-    name: what it was asked for by.
     shapes: see `shapes_of`. Of the kernels, those with three axes are matrices, stacked.
     gain: variance of an output for inputs of variance 1; 2 keeps activations of one size through
       ReLUs (He et al. 2015).
-    cfg: its architecture.
   """
   # NumPy's float32 uniforms are exact, whatever machine and accelerator: so is the checksum.
-  rng = np.random.default_rng(0)
-  flat = {}
+  rng, flat = np.random.default_rng(0), {}
   for path, leaf in shapes.items():
     noise = 2 * rng.random(leaf.shape, np.float32) - 1  # of variance 1/3
     if path[-1] == "kernel":
       inputs = leaf.shape[1] if len(leaf.shape) == 3 else np.prod(leaf.shape[:-1])
       flat[path] = noise * np.sqrt(3 * gain / inputs, dtype=np.float32)
-    else:
-      is_factor = path[-1] in ("scale", "ls1", "ls2")
-      flat[path] = np.float32(0.1) * noise + np.float32(is_factor)
+    else:  # around 1 where it is a factor
+      flat[path] = np.float32(0.1) * noise + np.float32(path[-1] in ("scale", "ls1", "ls2"))
   params = traverse_util.unflatten_dict(flat)
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(params):
@@ -134,22 +129,38 @@ def shapes_of(network, size: int) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]
   return dict(sorted(traverse_util.flatten_dict(params).items()))
 
 
+def check_images(images) -> None:
+  """Raises ValueError unless images are uint8 [B, H, W, 3]."""
+  if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
+    raise ValueError(
+      f"got images of {images.dtype} {images.shape}; needed are uint8 [B, H, W, 3], not scaled. "
+      "Round floats by a stated protocol, and repeat the channel of grey images."
+    )
+
+
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape in PyTorch of a kernel [in, out] or [H, W, in, out]: [out, in] or [out, in, H, W]."""
+  return (shape[-1], shape[-2], *shape[:-2])
+
+
 def params_from_tensors(arrays, tensors: dict, shapes: dict, **messages: str):
-  """Parameters from PyTorch's tensors, whose kernels are [out, in] and [out, in, H, W].
+  """Parameters, a nested dict of float32 arrays, from PyTorch's tensors by key.
 
   Args:
-    arrays: by key.
     tensors: for each parameter's path, of each layer, {key: shape} of what is concatenated.
     shapes: of the parameters, see `shapes_of`.
     messages: as `check_tensors` takes them.
-  Returns:
-    A nested dict of float32 arrays.
   """
   parts = [part for layers in tensors.values() for part in layers]
   check_tensors(arrays, {key: shape for part in parts for key, shape in part.items()}, **messages)
+  return stack_layers(arrays, tensors, shapes)
+
+
+def stack_layers(arrays, keys: dict, shapes: dict):
+  """`params_from_tensors`, of tensors that are checked: `keys` has those of each layer."""
   params = {}
   for path, leaf in shapes.items():
-    layers = [np.concatenate([arrays[key] for key in layer]) for layer in tensors[path]]
+    layers = [np.concatenate([arrays[key] for key in layer]) for layer in keys[path]]
     if path[-1] == "kernel":
       layers = [np.moveaxis(array, (0, 1), (-1, -2)) for array in layers]
     params[path] = np.ascontiguousarray(np.stack(layers).reshape(leaf.shape), np.float32)
@@ -160,7 +171,6 @@ def check_tensors(arrays, shapes, *, source: str, what: str, needed: str) -> Non
   """Raises ValueError unless arrays by key have exactly these {key: shape}.
 
   Args:
-    source: where the arrays are from.
     what: what they should be: "the weights of ...".
     needed: which tensors those are, and where.
   """
@@ -184,10 +194,11 @@ def check_tensors(arrays, shapes, *, source: str, what: str, needed: str) -> Non
 
 
 def find(name: str, published: Published) -> pathlib.Path:
-  """The file of weights that a name stands for, downloaded where there is none yet.
+  """The file of weights that a name stands for.
 
   Args:
-    name: of a file, whatever its checksum; or "" for the published weights.
+    name: of a file that `torch.save` or safetensors wrote, whatever its checksum; or "" for the
+      published weights, downloaded where they are not yet in the cache.
   Raises:
     FileNotFoundError: the file is not there, or cannot be downloaded; says what to download from
       where, and where to put it.
@@ -201,8 +212,7 @@ def find(name: str, published: Published) -> pathlib.Path:
   path = cache() / published.file
   if not path.is_file():
     _download(published, path)
-  sha256 = files.sha256(path)
-  if sha256 != published.sha256:
+  if (sha256 := files.sha256(path)) != published.sha256:
     raise ValueError(
       f"{path} ({path.stat().st_size} bytes) is not the published file of {published.what} "
       f"weights: its sha256 is {sha256}, not {published.sha256}. Delete it and download "
