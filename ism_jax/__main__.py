@@ -1,22 +1,11 @@
 """The one door: python -m ism_jax COMMAND [FLAGS], installed as the command ism-jax too."""
 
+import collections
 import importlib
 import sys
-from typing import NamedTuple
 
-
-class Command(NamedTuple):
-  """A command.
-
-  Attributes:
-    module: where it is; imported once the command is asked for.
-    about: what it does, in a line.
-    mode: of the module, where that has several.
-  """
-
-  module: str
-  about: str
-  mode: str | None = None
+# Its module, imported once it is asked for; what it does, in a line; its mode, of several.
+Command = collections.namedtuple("Command", "module about mode", defaults=[None])
 
 
 COMMANDS = {

@@ -64,12 +64,23 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
       f"{source} is no workdir (it has no folder checkpoints), and an export holds one tree of one "
       "step: leave tree and step out."
     )
-  return _of_export(_find_export(str(source)), mesh)
+  folder = _find_export(str(source))
+  try:
+    details = json.loads((folder / sit.CONFIG).read_text())
+    config, about = details["config"], restore.describe(details["tree"], details["step"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{folder / sit.CONFIG} is none that python -m ism_jax.export writes "
+      f"({type(error).__name__}: {error})."
+    ) from error
+  exp = experiment_lib.parse(config)
+  params = sit.load(folder, exp.network(), exp.image_shape)
+  return Model(exp, jax.device_put(params, sharding.replicated(mesh)), mesh, about)
 
 
-def _find_export(source) -> pathlib.Path:
+def _find_export(source: str) -> pathlib.Path:
   """The folder of an export."""
-  path = pathlib.Path(source).expanduser()
+  path, files = pathlib.Path(source).expanduser(), [sit.CONFIG, sit.WEIGHTS]
   if path.name == sit.WEIGHTS:
     path = path.parent
   if (path / sit.CONFIG).is_file():
@@ -82,33 +93,16 @@ def _find_export(source) -> pathlib.Path:
   if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
     raise absent(": there is no such model")
   try:
-    files = [sit.CONFIG, sit.WEIGHTS]
     folder = pathlib.Path(snapshot_download(source, allow_patterns=files))
   # No network, no such repository: the hub's errors have no base in common, and the remedy is the
   # same for all.
   except Exception as error:
-    reason = (
-      f"there is no such folder, and the Hugging Face hub did not give it ({cause_of(error)})"
-    )
-    raise absent(f": {reason}") from error
+    raise absent(
+      f": there is no such folder, and the Hugging Face hub did not give it ({cause_of(error)})"
+    ) from error
   if missing := [name for name in files if not (folder / name).is_file()]:
     raise absent(f" on the Hugging Face hub has no {' and no '.join(missing)}")
   return folder
-
-
-def _of_export(folder: pathlib.Path, mesh) -> "Model":
-  try:
-    details = json.loads((folder / sit.CONFIG).read_text())
-    config, about = details["config"], restore.describe(details["tree"], details["step"])
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"{folder / sit.CONFIG} is none that python -m ism_jax.export writes "
-      f"({type(error).__name__}: {error})."
-    ) from error
-  exp = experiment_lib.parse(config)
-  params = sit.load(folder, exp.network(), exp.image_shape)
-  params = jax.device_put(params, sharding.replicated(mesh))
-  return Model(exp, params, mesh, about)
 
 
 def fit(config, workdir: str, devices=None) -> "Model":
@@ -197,20 +191,10 @@ class Model:
     batch_size = exp.sample.batch_size if batch_size is None else batch_size
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    batches = generate.batches(
-      exp,
-      self.mesh,
-      self.params,
-      self._labels(labels, n),
-      schedule=schedule,
-      w=w,
-      seed=seed,
-      batch_size=batch_size,
-      noise=noise,
-    )
+    draw = functools.partial(generate.batches, exp, self.mesh, self.params, self._labels(labels, n))
+    batches = draw(schedule=schedule, w=w, seed=seed, batch_size=batch_size, noise=noise)
     parts = [(np.asarray(batch.images)[: len(batch.labels)], batch.labels) for batch in batches]
-    images, labels = map(np.concatenate, zip(*parts, strict=True))
-    return images, labels
+    return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
   def noise(self, num_images: int, seed: int = 0) -> np.ndarray:
     """The noise that `sample` starts from, float32 [N, h, w, c]."""

@@ -14,11 +14,6 @@ def interval_weight(w, t, t_interval):
   return jnp.where(t >= t_interval, w, 0.0)
 
 
-def extrapolate(s_cond, s_uncond, w):
-  """s_uncond + (1 + w) (s_cond - s_uncond), for w [B]."""
-  return s_uncond + paths.expand(1 + w, s_cond) * (s_cond - s_uncond)
-
-
 def fixed(velocity, *, null_class: int, t_interval: float, every_level: bool):
   """E15: s_uncond + (1 + w) (s_cond - s_uncond), the fixed guidance of the Shortcut Models (SM).
 
@@ -37,6 +32,7 @@ def fixed(velocity, *, null_class: int, t_interval: float, every_level: bool):
     s = velocity(twice(x_t), twice(t), c_and_null, twice(d), jnp.zeros_like(twice(w)))
     s_cond, s_uncond = jnp.split(s, 2)
     w = interval_weight(w, t, t_interval)
-    return extrapolate(s_cond, s_uncond, w if every_level else jnp.where(d == 0, w, 0.0))
+    w = w if every_level else jnp.where(d == 0, w, 0.0)
+    return s_uncond + paths.expand(1 + w, s_cond) * (s_cond - s_uncond)
 
   return guided

@@ -31,10 +31,7 @@ MODES = ("train", "evaluate", "sample")
 def define_flags(mode: str | None = None) -> None:
   """Defines the flags of a mode; without one, those of all."""
   config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, with a variant behind a colon: configs/digits.py:sm.",
-    lock_config=True,
+    "config", None, "Config file, with a variant behind a colon: configs/digits.py:sm."
   )
   flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
   flags.DEFINE_enum("mode", mode or "train", [mode] if mode else MODES, "What to do.")
@@ -91,23 +88,14 @@ def main(arguments):
 
 
 def default_workdir(config: str) -> str:
-  """Where a run of a config is by default: configs/imagenet256.py:sm,b2 -> runs/imagenet256-sm-b2.
-
-  Args:
-    config: the value of --config.
-  """
+  """Where a run of --config=configs/imagenet256.py:sm,b2 is by default: runs/imagenet256-sm-b2."""
   path, _, words = config.partition(":")
   name, _ = os.path.splitext(os.path.basename(path))
   return os.path.join("runs", "-".join([name, *filter(None, words.split(","))]))
 
 
 def override(saved: dict, arguments) -> ml_collections.ConfigDict:
-  """A checkpoint's config with the --config.KEY=VALUE of the arguments, as --config holds one.
-
-  Args:
-    saved: the checkpoint's config, a nested dict.
-    arguments: the name of the command, and what is no flag of it.
-  """
+  """A checkpoint's config with the --config.KEY=VALUE of the arguments, as --config holds one."""
   as_tuples = lambda v: tuple(map(as_tuples, v)) if isinstance(v, list) else v  # JSON has lists
   nested = lambda d: {k: nested(v) if isinstance(v, dict) else as_tuples(v) for k, v in d.items()}
   values = flags.FlagValues()
@@ -121,12 +109,7 @@ def override(saved: dict, arguments) -> ml_collections.ConfigDict:
 
 
 def parse_flags(argv):
-  """The flags; what is wrong with them is one line.
-
-  Returns:
-    The arguments that are no flags. Without --config, the overrides of the checkpoint's are among
-    them.
-  """
+  """The arguments that are no flags; without --config, with the overrides of the checkpoint's."""
   has_config = any(re.match("--?config(=|$)", argument) for argument in argv)
   arguments = commands.parse_flags(argv, known_only=not has_config)
   for argument in arguments[1:]:

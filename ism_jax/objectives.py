@@ -67,11 +67,8 @@ class ObjectiveConfig:
   clip: float
 
   def __post_init__(self):
-    for name, known in (
-      ("guidance", GUIDANCES),
-      ("guidance_parameters", PARAMETERS),
-      ("times", TIMES),
-    ):
+    choices = {"guidance": GUIDANCES, "guidance_parameters": PARAMETERS, "times": TIMES}
+    for name, known in choices.items():
       if (value := getattr(self, name)) not in known:
         raise ValueError(f"objective.{name}={value!r} is unknown; known are {', '.join(known)}.")
     if len(self.shares) != 3 or min(self.shares) < 0 or self.shares[0] < 1:
@@ -147,12 +144,6 @@ class Conditions(NamedTuple):
   w: jax.Array
 
 
-def draw_w(key, shape, cfg: ObjectiveConfig):
-  """w uniform on 0, w_spacing, ..., w_max."""
-  count = round(cfg.w_max / cfg.w_spacing) + 1
-  return cfg.w_spacing * jax.random.randint(key, shape, 0, count).astype(jnp.float32)
-
-
 def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions:
   """Draws (t, c, d, w) for a global batch with labels c [B], row by row for the row's loss.
 
@@ -173,7 +164,9 @@ def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions
   t = jnp.where(is_consistency, paths.draw_start(key_start, jump), t)
   d = jnp.where(is_consistency, jump, 0.0)
   if cfg.intrinsic:
-    w = jnp.where(is_velocity, 0.0, draw_w(key_w, (n,), cfg))
+    count = round(cfg.w_max / cfg.w_spacing) + 1
+    drawn = cfg.w_spacing * jax.random.randint(key_w, (n,), 0, count).astype(jnp.float32)
+    w = jnp.where(is_velocity, 0.0, drawn)
   else:
     w = jnp.where(is_consistency, cfg.fixed_w, jnp.zeros(n))
   may_drop = is_velocity | (is_consistency & (cfg.guidance == "fixed_every_level"))

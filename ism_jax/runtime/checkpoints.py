@@ -44,10 +44,10 @@ def open_manager(workdir, *, keep, keep_every=0, read_only=False):
   if keep_every < 0:
     raise ValueError(f"keep_every={keep_every} must be a number of steps, or 0 for none.")
   workdir = os.fspath(workdir)
+  if not read_only:
+    files.check_writable(workdir)
   if "://" not in workdir:
     workdir = os.path.abspath(os.path.expanduser(workdir))
-    if not read_only:
-      files.check_writable(workdir)
   state, plain = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
   handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
   handlers.add("state", ocp.args.StandardSave, state)
@@ -155,11 +155,7 @@ def restore(manager, like, step=None):
   """
   step = _existing_step(manager, step)
   saved, checksums = _contents(manager, step)
-  _check_same_tree(manager, step, saved, like)
-  args = ocp.args.StandardRestore(like)
-  with _reading(manager, step):
-    state = manager.restore(step, args=ocp.args.Composite(state=args)).state
-    _check_sums(_state_checksums(state), checksums["state"])
+  state = _read_arrays(manager, step, saved, like, checksums)
   return state, _read_json(manager, step, "data", checksums)
 
 
@@ -171,19 +167,13 @@ def restore_tree(manager, name, like, step=None):
     like: the pytree of that field.
   """
   step = _existing_step(manager, step)
-  (saved, checksums), item = _contents(manager, step), {name: like}
+  saved, checksums = _contents(manager, step)
   if name not in saved:
     raise ValueError(
       f"the state in {manager.directory}/{step} has no {name!r}; "
       f"it has: {', '.join(sorted(saved))}."
     )
-  _check_same_tree(manager, step, {name: saved[name]}, item)
-  placed = ocp.checkpoint_utils.construct_restore_args(item)
-  args = ocp.args.PyTreeRestore(item=item, restore_args=placed, partial_restore=True)
-  with _reading(manager, step):
-    tree = manager.restore(step, args=ocp.args.Composite(state=args)).state[name]
-    _check_sums(_state_checksums({name: tree}), checksums["state"])
-  return tree
+  return _read_arrays(manager, step, {name: saved[name]}, {name: like}, checksums)[name]
 
 
 def read_config(manager, step=None):
@@ -242,6 +232,17 @@ def _contents(manager, step):
     if _leaves(metadata.tree).keys() != checksums["state"].keys():
       raise ValueError("its metadata and its checksums name different arrays")
   return metadata.tree, checksums
+
+
+def _read_arrays(manager, step, saved, like, checksums):
+  """The state, or fields of it: `saved` has their shapes, `like` their structure and placement."""
+  _check_same_tree(manager, step, saved, like)
+  placed = ocp.checkpoint_utils.construct_restore_args(like)
+  args = ocp.args.PyTreeRestore(item=like, restore_args=placed, partial_restore=True)
+  with _reading(manager, step):
+    arrays = manager.restore(step, args=ocp.args.Composite(state=args)).state
+    _check_sums(_state_checksums(arrays), checksums["state"])
+  return arrays
 
 
 def _check_sums(sums, saved):

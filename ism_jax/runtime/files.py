@@ -56,10 +56,15 @@ def whole_file(path) -> Iterator[str]:
   """
   path = os.path.abspath(path)
   os.makedirs(os.path.dirname(path), exist_ok=True)
+  # Renaming is atomic, within one file system, and replaces no folder that has something in it.
   with tempfile.TemporaryDirectory(prefix=".writing-", dir=os.path.dirname(path)) as folder:
     temporary = os.path.join(folder, os.path.basename(path))
     yield temporary
-    _replace(temporary, path)
+    for file in pathlib.Path(folder).rglob("*"):
+      if file.is_file():
+        with open(file, "rb") as f:
+          os.fsync(f.fileno())
+    os.replace(temporary, path)
 
 
 def check_empty(path) -> None:
@@ -75,27 +80,11 @@ def check_empty(path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path) -> Iterator[pathlib.Path]:
-  """A folder to write files into, which is at `path` once the block has ended without an error.
-
-  Raises:
-    OSError: see `check_empty`.
-  """
+  """A folder as `whole_file`, to write files into; raises as `check_empty` does."""
   check_empty(path)
-  # Renaming is atomic, within one file system, and replaces no folder that has something in it.
-  parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
-  os.makedirs(parent, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
-    folder = pathlib.Path(temporary) / name
-    folder.mkdir()
-    yield folder
-    _replace(folder, os.path.join(parent, name))
-
-
-def _replace(temporary, path) -> None:
-  for file in [temporary] if os.path.isfile(temporary) else pathlib.Path(temporary).iterdir():
-    with open(file, "rb") as f:
-      os.fsync(f.fileno())
-  os.replace(temporary, path)
+  with whole_file(os.path.expanduser(path)) as folder:
+    os.mkdir(folder)
+    yield pathlib.Path(folder)
 
 
 def write_whole(path, data: str | bytes) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 from concurrent import futures
+import contextlib
 import datetime
 import fractions
 import glob
@@ -116,13 +117,14 @@ class Writer:
     self._pace = _Pace(total, "steps")
     self._start_clock()
     self._bar = self._events = self._copies = None
+    self._closing = contextlib.ExitStack()
     if jax.process_index() != 0:
       return
     folder = workdir = os.fspath(workdir)
     metrics_path = os.path.join(workdir, "metrics.jsonl")
     if "://" in workdir:
-      self._temporary = tempfile.TemporaryDirectory(prefix="ism_jax_logs_")
-      folder = self._temporary.name
+      temporary = tempfile.TemporaryDirectory(prefix="ism_jax_logs_")
+      folder = self._closing.enter_context(temporary)
     self._lines_path = os.path.join(folder, "metrics.jsonl")
     if epath.Path(metrics_path).exists():
       # A run that continues from step `start` writes what came after it anew.
@@ -132,20 +134,18 @@ class Writer:
         files.write_whole(path, "".join(lines))
     if folder != workdir:
       self._copies = _Copies(folder, workdir)
-    self._events = tensorboardX.SummaryWriter(folder, purge_step=start + 1, flush_secs=30)
+      self._closing.callback(self._copies.finish)
+    events = tensorboardX.SummaryWriter(folder, purge_step=start + 1, flush_secs=30)
+    self._events = self._closing.enter_context(events)
     if sys.stderr.isatty():
-      self._bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+      bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+      self._bar = self._closing.enter_context(bar)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    for sink in (self._bar, self._events):
-      if sink is not None:
-        sink.close()
-    if self._copies is not None:
-      self._copies.finish()
-      self._temporary.cleanup()
+    self._closing.close()
 
   def _start_clock(self) -> None:
     self._since, self._since_step, self._waited = time.perf_counter(), self._step, 0.0
@@ -178,7 +178,12 @@ class Writer:
     self._start_clock()
     self.write(last_step, entry)
     self._pace.add(last_step)
-    self._show_progress(last_step, entry)
+    names = ("loss", "velocity", "guidance", "consistency")
+    losses = ", ".join(f"{name} {entry[name]:.4f}" for name in names if name in entry)
+    if self._bar is not None:
+      self._bar.set_postfix_str(losses)
+    elif self._events is not None:
+      logging.info("step %d/%d: %s, %s", last_step, self._total, losses, self._pace)
 
   def _count(self, metrics: dict[str, np.ndarray]) -> None:
     jumps = metrics.pop("jumps", None)
@@ -209,16 +214,6 @@ class Writer:
       pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
       self._events.add_image(name, pixels, step, dataformats="HWC")
 
-  def _show_progress(self, step: int, entry: dict[str, float]) -> None:
-    if self._events is None:
-      return
-    names = ("loss", "velocity", "guidance", "consistency")
-    losses = ", ".join(f"{name} {entry[name]:.4f}" for name in names if name in entry)
-    if self._bar is not None:
-      self._bar.set_postfix_str(losses)
-    else:
-      logging.info("step %d/%d: %s, %s", step, self._total, losses, self._pace)
-
 
 class Profile:
   """A profile of some steps of a run, for XProf, which is TensorBoard's profile page too.
@@ -230,38 +225,36 @@ class Profile:
 
   def __init__(self, workdir: str, *, first: int, steps: int):
     self._workdir, self._first, self._steps = os.fspath(workdir), first, steps
-    self._folder, self._result = None, None
+    self._running, self._result = contextlib.ExitStack(), None
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    self._stop()
+    self._running.close()
 
   def start(self, step: int) -> None:
     """Starts, if `step` is the first."""
     if self._steps and step == self._first:
-      self._folder = tempfile.TemporaryDirectory(prefix="ism_jax_profile_")
+      temporary = tempfile.TemporaryDirectory(prefix="ism_jax_profile_")
+      folder = self._running.enter_context(temporary)
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0
-      jax.profiler.start_trace(self._folder.name, profiler_options=options)
+      jax.profiler.start_trace(folder, profiler_options=options)
+      self._running.callback(self._write, folder)
 
   def done(self, step: int, result) -> None:
     """Ends after the last of its steps; `result` is what the step computes."""
     self._result = result
     if step >= self._first + self._steps:
-      self._stop()
+      self._running.close()
 
-  def _stop(self):
-    if self._folder is None:
-      return
-    folder, self._folder = self._folder, None
-    with folder as name:
-      jax.block_until_ready(self._result)
-      jax.profiler.stop_trace()
-      for path in glob.glob("plugins/profile/*/*.xplane.pb", root_dir=name):
-        with open(os.path.join(name, path), "rb") as f:
-          files.write_here(os.path.join(self._workdir, path), f.read())
+  def _write(self, folder: str) -> None:
+    jax.block_until_ready(self._result)
+    jax.profiler.stop_trace()
+    for path in glob.glob("plugins/profile/*/*.xplane.pb", root_dir=folder):
+      with open(os.path.join(folder, path), "rb") as f:
+        files.write_here(os.path.join(self._workdir, path), f.read())
     logging.info("Profiled; `pip install xprof` and `xprof %s` show it.", self._workdir)
 
 

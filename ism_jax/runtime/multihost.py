@@ -136,8 +136,7 @@ def _place_of_flags(coordinator, processes, process):
     raise ValueError(f"--processes={processes} must be at least 1.")
   if not 0 <= process < processes:
     raise ValueError(
-      f"--process={process} must lie in 0 .. {processes - 1}: --processes={processes} are numbered "
-      "from 0."
+      f"--process={process} must lie in 0 .. {processes - 1}, the numbers of --processes={processes}."
     )
   port = re.fullmatch(r"(?:[^:]+|\[.+\]):(\d{1,5})", coordinator)
   if port is None or not 0 < int(port[1]) < 2**16:
@@ -163,8 +162,8 @@ def _place_of_environment():
   except OSError as error:  # as in hosted notebooks: a TPU without Cloud TPU's metadata server
     logging.warning("No metadata server (%s): this is taken for the only process.", error)
     return None
+  port = os.environ.get("JAX_COORDINATOR_PORT")
   try:
-    port = os.environ.get("JAX_COORDINATOR_PORT")
     coordinator = cluster.get_coordinator_address(JOIN_SECONDS, port)
   except RuntimeError as error:
     raise OSError(
@@ -175,14 +174,14 @@ def _place_of_environment():
 
 def _local_devices(cluster, processes):
   """[a GPU's number] where a node runs several processes; None for all devices of the node."""
-  one_per_node = (
+  # jax.distributed itself would leave the only process of a node a single GPU.
+  has_all = (
     os.environ.get("SLURM_STEP_NUM_NODES") == str(processes)
     or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    or "JAX_LOCAL_DEVICE_IDS" in os.environ
   )
   number = cluster.get_local_process_id()  # None on TPUs
-  # jax.distributed itself would leave the only process of a node a single GPU.
-  listed = "JAX_LOCAL_DEVICE_IDS" in os.environ
-  return None if one_per_node or number is None or listed else [number]
+  return None if has_all or number is None else [number]
 
 
 def _check_port(coordinator):
@@ -218,13 +217,10 @@ def _fail(error):
   exits = isinstance(error, SystemExit)
   message = str(error.code) if exits else "".join(traceback.format_exception_only(error)).strip()
   message = message.removeprefix("Error: ")
-  failures = []
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 died: all know that
-    failures = _failures(client)
-    if not failures:
-      client.key_value_set(f"{_FAILED}{distributed.global_state.process_id}", message)
-  if failures:
-    _leave(failures, client)
+    if failures := _failures(client):
+      _leave(failures, client)
+    client.key_value_set(f"{_FAILED}{distributed.global_state.process_id}", message)
   if not exits:
     traceback.print_exception(error)
   _leave([message] if exits else [], client)
