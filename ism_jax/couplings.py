@@ -11,6 +11,7 @@ Axes: N images or noises of the pool (rows of the cost are images, columns noise
 """
 
 import dataclasses
+from operator import getitem
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +67,6 @@ class CouplingConfig:
 def dot_rows(x, y):
   """<x_i, y_j> for x, y [N, D]: [N, N]."""
   return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def take_rows(x, indices):
-  """x[indices] for x [N, ...] and indices [N]."""
-  return x[indices]
 
 
 def transport_cost(x1, x0, dot_rows=dot_rows):
@@ -155,10 +151,7 @@ def attained_gain(cost, pairs, potential):
   on the optimal cost, so the fraction is never overstated. (A bound on the cost itself would
   forgive everything: in 4096 dimensions random pairs cost 5 % more than optimal ones.)
 
-  Args:
-    cost: [N, N].
-    pairs: [N], the column of each row.
-    potential: g [N].
+  Of a cost [N, N]; pairs [N] has the column of each row.
   """
   c_random = jnp.mean(cost)
   # Along rows: indexing both axes would gather rows that are split over devices.
@@ -186,9 +179,7 @@ def class_shift(x0, c, num_classes: int):
   return jnp.sum(jnp.where(n_c > 0, shift, 0.0)) / jnp.sum(n_c > 0)
 
 
-def pair(
-  x0, x1, c, key, cfg: CouplingConfig, num_classes: int, dot_rows=dot_rows, take_rows=take_rows
-):
+def pair(x0, x1, c, key, cfg: CouplingConfig, num_classes, dot_rows=dot_rows, take_rows=getitem):
   """Pairs n noises with n images.
 
   Args:
@@ -196,8 +187,8 @@ def pair(
     x1: [N, ...] images.
     c: [N] int, the class of each image.
     key: for pairing="rows".
-    dot_rows: `dot_rows` for rows that lie on many devices.
-    take_rows: `take_rows` for rows that lie on many devices.
+    dot_rows: the products of rows, which may lie on many devices.
+    take_rows: x[indices] for x [N, ...] and indices [N], likewise.
   Returns:
     (x0 [N, ...] in the order of the images, diagnostics: a dict of scalars)
   """
@@ -208,9 +199,8 @@ def pair(
   deviation = centred_deviation(dot)
   cost = dot + crossing_penalty(c, cfg.class_penalty * deviation)
   log_plan, g, converged, iterations = sinkhorn_plan(cost, cfg, deviation)
-  pairs = (
-    greedy_permutation(log_plan) if cfg.pairing == "permutation" else sample_rows(log_plan, key)
-  )
+  permute = cfg.pairing == "permutation"
+  pairs = greedy_permutation(log_plan) if permute else sample_rows(log_plan, key)
   flat0 = take_rows(flat0, pairs)
   return flat0.reshape(x0.shape), {
     "converged": converged,

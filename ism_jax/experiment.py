@@ -52,7 +52,6 @@ class SampleConfig:
   """What `--mode=sample` draws.
 
   Attributes:
-    num_images: how many images.
     steps: a count or a schedule, see `paths.parse_schedule`.
     w: guidance.
     label: a class, or -1 for all classes in turn.
@@ -96,8 +95,7 @@ class MonitorConfig:
 class Marks:
   """What a key of the config means to a run beside its value.
 
-  A field has them as its metadata. Those of a section hold for its fields but where these have
-  their own.
+  A field has them as its metadata, or else as that of its section.
 
   Attributes:
     learnt: whether it changes what is learnt, so that runs that differ in it do not compare as
@@ -177,15 +175,15 @@ class Experiment:
     return model_lib.SiT(self.model, self.data.num_classes, self.objective.intrinsic)
 
 
-def _marks(config_class, section: Marks | None = None, prefix: str = "") -> dict[str, Marks]:
-  """{"section.key": marks} of a dataclass of the config, within a section with these marks."""
+def _marks(config_class, section=None, prefix: str = "") -> dict[str, Marks]:
+  """{"section.key": marks} of a dataclass of the config, within a section with this metadata."""
   marks = {}
   for field in dataclasses.fields(config_class):
-    key = prefix + field.name
-    inherited = dataclasses.asdict(section) if section else {}
-    marks[key] = Marks(**inherited | field.metadata)
+    key, metadata = prefix + field.name, (section or {}) | field.metadata
     if dataclasses.is_dataclass(field.type):
-      marks |= _marks(field.type, marks.pop(key), f"{key}.")
+      marks |= _marks(field.type, metadata, f"{key}.")
+    else:
+      marks[key] = Marks(**metadata)
   return marks
 
 
@@ -218,10 +216,8 @@ def _build(config_class, values, prefix: str = ""):
   arguments = {}
   for name, value in values.items():
     key, kind = prefix + name, config_class.__annotations__[name]
-    if dataclasses.is_dataclass(kind):
-      arguments[name] = _build(kind, value, f"{key}.")
-      continue
-    arguments[name] = _as_tuples(value)
+    is_section = dataclasses.is_dataclass(kind)
+    arguments[name] = _build(kind, value, f"{key}.") if is_section else _as_tuples(value)
     if typing.get_origin(kind) is tuple:
       element = typing.get_args(kind)[0]
       allowed = (int, float) if element is float else element
@@ -241,10 +237,8 @@ def parse(config) -> Experiment:
     for key in keys.split():
       if (value := operator.attrgetter(key)(exp)) < least:
         raise ValueError(f"config.{key}={value} must be at least {least}.")
-  if exp.placement not in sharding.PLACEMENTS:
-    raise ValueError(
-      f"placement={exp.placement!r} is unknown; known are {', '.join(sharding.PLACEMENTS)}."
-    )
+  if exp.placement not in (known := sharding.PLACEMENTS):
+    raise ValueError(f"placement={exp.placement!r} is unknown; known are {', '.join(known)}.")
   if exp.coupling.pool_size % exp.scan_steps:
     raise ValueError(
       f"scan_steps={exp.scan_steps} does not divide coupling.pool_size="
@@ -281,10 +275,7 @@ def check_guidance(exp: Experiment, schedule, w: float) -> None:
 
 
 def check_continues(saved: dict, config: dict) -> None:
-  """Raises if a checkpoint made with `saved` is not of the run of `config`; logs what else differs.
-
-  Both are plain nested dicts.
-  """
+  """Raises if a checkpoint made with `saved` is not of `config`'s run; logs what else differs."""
   before, now = flatten(saved), flatten(config)
   differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
   describe = lambda keys: ", ".join(f"{k}={before.get(k)!r}, now {now.get(k)!r}" for k in keys)

@@ -7,11 +7,11 @@ Axes: N images, B batch, H/W size, C channels.
 """
 
 from collections.abc import Callable, Iterator
-import dataclasses
 import functools
 import io
 import os
 import time
+from typing import NamedTuple
 
 from absl import logging
 import jax
@@ -47,14 +47,12 @@ def sampler(exp: Experiment, schedule) -> Callable:
 
   A `schedule` is as `paths.parse_schedule` returns it, here and everywhere in this module.
   """
-  network, integrate = exp.network(), sampling.sample
+  velocity = functools.partial(model.velocity_function, exp.network())
+  integrate = sampling.sample
   if not exp.objective.intrinsic:
-    integrate = functools.partial(
-      sampling.sample_fixed, t_interval=exp.objective.t_interval, null_class=exp.null_class
-    )
-  return lambda params, x0, c, w: integrate(
-    model.velocity_function(network, params), x0, c, w, schedule
-  )
+    fixed = {"t_interval": exp.objective.t_interval, "null_class": exp.null_class}
+    integrate = functools.partial(sampling.sample_fixed, **fixed)
+  return lambda params, x0, c, w: integrate(velocity(params), x0, c, w, schedule)
 
 
 @functools.lru_cache
@@ -64,17 +62,14 @@ def sample_function(exp: Experiment, mesh, schedule):
   Compiled for one schedule; x0 and x1 are split over the mesh, the others whole everywhere.
   """
   integrate = sampler(exp, schedule)
+  everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
 
   def sample(params, x0, *per_sample):
-    x1 = integrate(params, x0, *jax.lax.with_sharding_constraint(per_sample, sharding.rows(mesh)))
+    x1 = integrate(params, x0, *jax.lax.with_sharding_constraint(per_sample, rows))
     return x1, jnp.isfinite(x1).all()
 
-  everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
-  return jax.jit(
-    sample,
-    in_shardings=(everywhere, rows, everywhere, everywhere),
-    out_shardings=(rows, everywhere),
-  )
+  in_shardings = (everywhere, rows, everywhere, everywhere)
+  return jax.jit(sample, in_shardings=in_shardings, out_shardings=(rows, everywhere))
 
 
 @functools.lru_cache
@@ -143,8 +138,7 @@ def class_labels(exp: Experiment, num_images: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).integers(exp.data.num_classes, size=num_images)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
   """A batch of samples.
 
   Attributes:
@@ -198,9 +192,8 @@ def batches(
       )
     sampled = time.perf_counter()
     images = jax.block_until_ready(pixels(x1))
-    yield Batch(
-      images, labels[start : start + batch_size], sampled - began, time.perf_counter() - sampled
-    )
+    decoding = time.perf_counter() - sampled
+    yield Batch(images, labels[start : start + batch_size], sampled - began, decoding)
 
 
 def write_samples(config, workdir: str, out: str, devices=None) -> None:
@@ -219,16 +212,8 @@ def write_samples(config, workdir: str, out: str, devices=None) -> None:
   labels = class_labels(exp, cfg.num_images, cfg.seed)
   if cfg.label != -1:
     labels = np.full(cfg.num_images, cfg.label)
-  parts = batches(
-    exp,
-    mesh,
-    trained.params,
-    labels,
-    schedule=cfg.schedule,
-    w=cfg.w,
-    seed=cfg.seed,
-    batch_size=cfg.batch_size,
-  )
+  settings = {name: getattr(cfg, name) for name in ("schedule", "w", "seed", "batch_size")}
+  parts = batches(exp, mesh, trained.params, labels, **settings)
   with samples.writer(out, cfg.num_images, decoded_shape(exp)) as add:
     for batch in parts:
       add(np.asarray(batch.images)[: len(batch.labels)], batch.labels)

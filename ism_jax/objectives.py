@@ -152,9 +152,8 @@ def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions
   """
   n = c.shape[0]
   rows = deal_rows(n, cfg.shares)
-  is_velocity, is_consistency = (
-    np.isin(np.arange(n), r) for r in (rows.velocity, rows.consistency)
-  )
+  is_velocity = np.isin(np.arange(n), rows.velocity)
+  is_consistency = np.isin(np.arange(n), rows.consistency)
   key_t, key_jump, key_start, key_w, key_drop = jax.random.split(key, 5)
   if cfg.times == "grid":
     t = paths.draw_start(key_t, jnp.zeros(n))

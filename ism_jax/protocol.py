@@ -15,12 +15,9 @@ NAMES = (*OF_THE_DATASET, *PUBLISHED)
 
 
 def parse_files(option: str, value: str, names) -> dict[str, str]:
-  """{network: file} of "NETWORK=FILE,...", or of one FILE where there is one network.
+  """{network: file} of the value "NETWORK=FILE,..." of an option, or of FILE for a single network.
 
-  Args:
-    option: where the value is from, for errors.
-    value: what was written there.
-    names: of the networks in use.
+  The networks in use have these names.
   """
   files = {}
   for entry in filter(None, value.split(",")):
@@ -80,19 +77,17 @@ class EvaluationConfig:
       if (value := getattr(self, name)) not in known:
         raise ValueError(f"evaluation.{name}={value!r} is unknown; known are {', '.join(known)}.")
     names = self.network_names()
+    networks = f"evaluation.networks={self.networks!r}"
     if wrong := [name for name in names if name not in NAMES]:
-      raise ValueError(
-        f"evaluation.networks={self.networks!r}: {wrong[0]!r} is unknown; known are "
-        f"{', '.join(NAMES)}."
-      )
+      raise ValueError(f"{networks}: {wrong[0]!r} is unknown; known are {', '.join(NAMES)}.")
     if len(set(names)) < len(names):
-      raise ValueError(f"evaluation.networks={self.networks!r} names a network twice.")
+      raise ValueError(f"{networks} names a network twice.")
     files = self.reference_files()
     of_dataset = [name for name in names if name in OF_THE_DATASET]
     if of_dataset and (wrong := of_dataset if files else self.weight_files().keys() & of_dataset):
       raise ValueError(
-        f"evaluation.networks={self.networks!r}: {', '.join(wrong)} is made of the dataset and "
-        "takes no file of weights or reference statistics."
+        f"{networks}: {', '.join(wrong)} is made of the dataset and takes no file of weights or "
+        "reference statistics."
       )
     if files and (missing := [name for name in names if name not in files]):
       raise ValueError(

@@ -5,6 +5,7 @@ state.
 """
 
 import dataclasses
+import functools
 
 import jax
 
@@ -37,7 +38,7 @@ class Trained:
 
   @property
   def about(self) -> str:
-    """What a reader calls these parameters: "inference EMA, step 8"."""
+    """`describe` of these parameters."""
     return describe(self.tree, self.step)
 
 
@@ -64,8 +65,7 @@ def read(
   """
   if tree not in TREES:
     raise ValueError(f"tree={tree!r} is unknown; known are {', '.join(TREES)}.")
-  if mesh is None:
-    mesh = sharding.data_mesh(jax.local_devices()[:1])
+  mesh = sharding.data_mesh(jax.local_devices()[:1]) if mesh is None else mesh
   continued = None if config is None else experiment.parse(config)
   with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
 
@@ -75,23 +75,16 @@ def read(
         experiment.check_continues(saved, files.as_dict(config))
       exp = continued or experiment.parse(saved)
       create = lambda: model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
-      abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
-        jax.eval_shape(create),
-      )
+      on_mesh = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh))
+      abstract = jax.tree.map(on_mesh, jax.eval_shape(create))
       params = checkpoints.restore_tree(manager, tree, abstract, step)
       return Trained(exp, saved, step, tree, params)
 
-    if step is not None:
-      return read_step(step)
-    _, trained = checkpoints.restore_newest(manager, read_step)
-    return trained
+    return checkpoints.restore_newest(manager, read_step)[1] if step is None else read_step(step)
 
 
 def read_config(workdir: str) -> dict:
   """The config of the newest checkpoint whose config is whole; raises as `read` does."""
   with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
-    _, config = checkpoints.restore_newest(
-      manager, lambda step: checkpoints.read_config(manager, step)
-    )
-    return config
+    read_step = functools.partial(checkpoints.read_config, manager)
+    return checkpoints.restore_newest(manager, read_step)[1]

@@ -12,7 +12,7 @@ from ism_jax import guidance, paths
 
 
 def sample(velocity, x0, c, w, schedule):
-  """E14: x_{t+d} = x_t + d s(x_t, t, c, d, w) along the schedule, from noise to samples.
+  """E14: x_{t+d} = x_t + d s(x_t, t, c, d, w) along the schedule, from noise to samples [B, ...].
 
   Args:
     velocity: velocity(x_t, t, c, d, w).
@@ -20,8 +20,6 @@ def sample(velocity, x0, c, w, schedule):
     c: [B] classes.
     w: [B] guidance, one for each sample.
     schedule: (t, d) pairs, as `paths.parse_schedule` returns.
-  Returns:
-    [B, ...], the samples.
   """
 
   def step(x_t, t_and_d):

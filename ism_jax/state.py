@@ -40,10 +40,8 @@ class OptimizerConfig:
   clip_norm: float
 
   def __post_init__(self):
-    if self.schedule not in SCHEDULES:
-      raise ValueError(
-        f"optimizer.schedule={self.schedule!r} is unknown; known are {', '.join(SCHEDULES)}."
-      )
+    if (name := self.schedule) not in SCHEDULES:
+      raise ValueError(f"optimizer.schedule={name!r} is unknown; known are {', '.join(SCHEDULES)}.")
     for name in ("warmup_steps", "weight_decay", "clip_norm"):
       if getattr(self, name) < 0:
         raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative.")
@@ -81,7 +79,6 @@ class TrainState:
   Attributes:
     step: int32 scalar, steps done.
     params: online parameters.
-    opt_state: of the optimizer.
     ema: slow average, for sampling.
     target_ema: fast average, for the consistency target.
   """
@@ -95,10 +92,9 @@ class TrainState:
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
   """The learning rate by step, for a run of `steps`."""
+  after = optax.constant_schedule(cfg.learning_rate)
   if cfg.schedule == "cosine":
     after = optax.cosine_decay_schedule(cfg.learning_rate, max(1, steps - cfg.warmup_steps))
-  else:
-    after = optax.constant_schedule(cfg.learning_rate)
   if not cfg.warmup_steps:
     return after
   warmup = optax.linear_schedule(0.0, cfg.learning_rate, cfg.warmup_steps)
@@ -107,9 +103,8 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """AdamW after clipping of the gradient's global norm."""
-  adamw = optax.adamw(
-    learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay
-  )
+  rate = learning_rate(cfg, steps)
+  adamw = optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
   # One structure with clipping and without: a run that diverged continues with it switched on.
   clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
   return optax.chain(clip, adamw)
@@ -136,12 +131,6 @@ def update(state: TrainState, gradient, tx: optax.GradientTransformation, ema: E
   """One optimizer step, then both averages."""
   updates, opt_state = tx.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  slow = decay_at(ema.inference_decay, state.step, ema.warmup)
-  fast = decay_at(ema.target_decay, state.step, ema.warmup)
-  return TrainState(
-    step=state.step + 1,
-    params=params,
-    opt_state=opt_state,
-    ema=average(state.ema, params, slow),
-    target_ema=average(state.target_ema, params, fast),
-  )
+  slow = average(state.ema, params, decay_at(ema.inference_decay, state.step, ema.warmup))
+  fast = average(state.target_ema, params, decay_at(ema.target_decay, state.step, ema.warmup))
+  return TrainState(state.step + 1, params, opt_state, ema=slow, target_ema=fast)

@@ -42,9 +42,7 @@ class Pending(NamedTuple):
 def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> None:
   """Raises FloatingPointError naming the first step with a metric that is not finite.
 
-  Args:
-    metrics: [S] of the S steps up to `last_step`.
-    info: diagnostics of the coupling of their pool.
+  Of the metrics [S] of the S steps up to `last_step`, and the coupling diagnostics of their pool.
   """
   bad_info = [f"coupling/{name}" for name, value in info.items() if not np.isfinite(value)]
   for i in range(len(metrics["loss"])):
@@ -102,20 +100,18 @@ def train(config, workdir: str, devices=None) -> TrainState:
   experiment.check_devices(exp, mesh.size)
   files.check_writable(workdir)
   source = data.load_source(exp.data)
-  total = exp.total_steps
+  total, pool_size = exp.total_steps, exp.coupling.pool_size
   if total != exp.steps:
-    pool_size = exp.coupling.pool_size
     logging.info("steps=%d rounds up to %d: whole pools of %d.", exp.steps, total, pool_size)
 
   # Leaving the manager waits for the checkpoint that is being written, whatever ends the run.
-  manager = checkpoints.open_manager(
-    workdir, keep=exp.checkpoint.keep, keep_every=exp.checkpoint.keep_every
-  )
+  cfg = exp.checkpoint
+  manager = checkpoints.open_manager(workdir, keep=cfg.keep, keep_every=cfg.keep_every)
   with watch_for_preemption(manager) as preempted, manager:
     pools = data.pools(
       source,
       batch_size=exp.batch_size,
-      pool_size=exp.coupling.pool_size,
+      pool_size=pool_size,
       flip=exp.data.flip,
       seed=exp.data.seed,
       rows=sharding.local_rows(mesh, exp.batch_size),
@@ -129,25 +125,20 @@ def train(config, workdir: str, devices=None) -> TrainState:
     logging.info("\n%s", overview)
     state = _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted)
   if (step := int(state.step)) < total:
-    logging.warning(
-      "Stopped by SIGTERM after step %d of %d, which is saved; the same command continues.",
-      step,
-      total,
-    )
+    stopped = "Stopped by SIGTERM after step %d of %d, which is saved; the same command continues."
+    logging.warning(stopped, step, total)
     raise SystemExit(PREEMPTED)
   return state
 
 
 def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pools):
-  """The newest whole checkpoint of this run, or a new state; `pools` is set to where it was.
+  """(TrainState, state of the log) of the newest whole checkpoint; `pools` is set to where it was.
 
-  Returns:
-    (the TrainState, the state of the log: None for a new run).
+  Of a new run: (a new state, None).
   """
   if manager.latest_step() is None:
-    imported = None
-    if exp.init_from:
-      imported = sit.load(exp.init_from, exp.network(), exp.image_shape)
+    path = exp.init_from
+    imported = sit.load(path, exp.network(), exp.image_shape) if path else None
     return steps.init_function(exp, mesh)(steps.base_keys(exp.seed).init, imported), None
   like = steps.abstract_state(exp, mesh)
 

@@ -104,15 +104,12 @@ def distance(e, cfg: WaveletConfig, loss: str):
   if cfg.form == "l2" or loss not in cfg.losses:
     return jnp.mean(jnp.square(e).reshape(e.shape[0], -1), axis=-1)
   levels = depth(cfg, e.shape[1:3])
-  decomposition = bands(e, cfg.family, levels)
-  energies = [jnp.mean(jnp.square(c_b), axis=-1) for _, c_b in decomposition]
+  energies = [  # (level of b, n_b, mean(c_b^2))
+    (level, c_b.shape[-1], jnp.mean(jnp.square(c_b), axis=-1))
+    for level, c_b in bands(e, cfg.family, levels)
+  ]
   if cfg.form == "norm":
-    root_n = [math.sqrt(c_b.shape[-1]) for _, c_b in decomposition]
-    norms = (r * jnp.sqrt(energy + cfg.epsilon) for r, energy in zip(root_n, energies, strict=True))
-    return sum(norms) / sum(root_n)
+    norms = (math.sqrt(n_b) * jnp.sqrt(energy + cfg.epsilon) for _, n_b, energy in energies)
+    return sum(norms) / sum(math.sqrt(n_b) for _, n_b, _ in energies)
   weights = cfg.weights or (1.0,) * (levels + 1)
-  n = e[0].size
-  return sum(
-    weights[level] * c_b.shape[-1] / n * energy
-    for (level, c_b), energy in zip(decomposition, energies, strict=True)
-  )
+  return sum(weights[level] * n_b / e[0].size * energy for level, n_b, energy in energies)

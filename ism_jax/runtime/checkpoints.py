@@ -84,21 +84,15 @@ def save(manager, step, state, data_state, config):
       f"step {step} cannot follow the checkpoint of step {latest} in {manager.directory}; "
       "remove the later ones, or train in another --workdir."
     )
-  checksums = {
-    "state": _state_checksums(state),
-    "data": _json_checksum(data_state),
-    "config": _json_checksum(config),
-  }
+  plain = {"data": data_state, "config": config}
+  checksums = {item: _json_checksum(value) for item, value in plain.items()}
+  plain["checksums"] = {"state": _state_checksums(state)} | checksums
+  items = {item: ocp.args.JsonSave(value) for item, value in plain.items()}
   # The state may be donated as soon as this returns. On accelerators its values are in host memory
   # by then. On CPU, Orbax goes on reading the arrays' own buffers in the background; XLA does not
   # reuse a buffer that NumPy still refers to, and allocates another for the donated step.
-  items = ocp.args.Composite(
-    state=ocp.args.StandardSave(state),
-    data=ocp.args.JsonSave(data_state),
-    config=ocp.args.JsonSave(config),
-    checksums=ocp.args.JsonSave(checksums),
-  )
-  if not manager.save(step, args=items):
+  args = ocp.args.Composite(state=ocp.args.StandardSave(state), **items)
+  if not manager.save(step, args=args):
     raise ValueError(f"step {step} was not saved: {manager.directory} was opened read_only.")
   return True
 
@@ -160,12 +154,7 @@ def restore(manager, like, step=None):
 
 
 def restore_tree(manager, name, like, step=None):
-  """Reads and checks one field of the state and no other, such as one EMA; otherwise as `restore`.
-
-  Args:
-    name: the field of the state.
-    like: the pytree of that field.
-  """
+  """Reads and checks one field of the state, such as one EMA, that is `like`; else as `restore`."""
   step = _existing_step(manager, step)
   saved, checksums = _contents(manager, step)
   if name not in saved:

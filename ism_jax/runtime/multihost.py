@@ -136,7 +136,7 @@ def _place_of_flags(coordinator, processes, process):
     raise ValueError(f"--processes={processes} must be at least 1.")
   if not 0 <= process < processes:
     raise ValueError(
-      f"--process={process} must lie in 0 .. {processes - 1}, the numbers of --processes={processes}."
+      f"--process={process} must lie in 0 .. {processes - 1}, as --processes={processes}."
     )
   port = re.fullmatch(r"(?:[^:]+|\[.+\]):(\d{1,5})", coordinator)
   if port is None or not 0 < int(port[1]) < 2**16:
