@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     )
   command = COMMANDS[name]
   module = importlib.import_module(f"ism_jax.{command.module}")
-  options = {} if command.mode is None else {"mode": command.mode}
+  options = {"mode": command.mode} if command.mode else {}
   commands.run(module, [f"ism_jax {name}", *argv[2:]], **options)
 
 

@@ -143,10 +143,8 @@ class Model:
 
   def __repr__(self):
     exp, count = self.experiment, sum(a.size for a in jax.tree.leaves(self.params))
-    return (
-      f"Model({exp.model.size} of {count:,} parameters on {exp.data.name}, {exp.variant}; "
-      f"{self.about})"
-    )
+    network = f"{exp.model.size} of {count:,} parameters"
+    return f"Model({network} on {exp.data.name}, {exp.variant}; {self.about})"
 
   def sample(
     self,
@@ -183,11 +181,8 @@ class Model:
     w = _one_each("w", exp.sample.w if w is None else w, n)
     if noise is not None:
       noise = np.asarray(noise, np.float32)
-      if noise.shape != (n, *exp.image_shape):
-        raise ValueError(
-          f"noise has shape {noise.shape}; needed is {(n, *exp.image_shape)}, as of "
-          f"model.noise({n})."
-        )
+      if noise.shape != (needed := (n, *exp.image_shape)):
+        raise ValueError(f"noise is {noise.shape}; needed is {needed}, as of model.noise({n}).")
     batch_size = exp.sample.batch_size if batch_size is None else batch_size
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size} must be at least 1.")

@@ -251,11 +251,8 @@ def parse(config) -> Experiment:
       f"sample.label={exp.sample.label}: classes are 0..{exp.data.num_classes - 1}, "
       "or -1 for all in turn."
     )
-  check_guidance(exp, exp.sample.schedule, exp.sample.w)
-  if exp.monitor.every:
-    for steps in exp.monitor.steps:
-      check_guidance(exp, paths.parse_schedule(steps), exp.monitor.w)
-  for steps, w in exp.evaluation.settings():
+  monitored = [(steps, exp.monitor.w) for steps in exp.monitor.steps if exp.monitor.every]
+  for steps, w in [(exp.sample.steps, exp.sample.w), *monitored, *exp.evaluation.settings()]:
     check_guidance(exp, paths.parse_schedule(steps), w)
   return exp
 

@@ -34,9 +34,8 @@ DECODED_TOGETHER = 4  # latents at a time on each device: 256x256 images take ab
 def to_uint8(x, rounding: str = "nearest"):
   """[-1, 1] -> 0..255.
 
-  Args:
-    rounding: "nearest", the inverse of the input pipeline's u / 127.5 - 1, or "truncate", the floor
-      of the same number, as ADM's code has it: half a level darker.
+  Rounding to the "nearest" inverts the input pipeline's u / 127.5 - 1; "truncate" is the floor of
+  the same number, as ADM's code has it: half a level darker.
   """
   to_level = {"nearest": jnp.round, "truncate": jnp.floor}[rounding]
   return jnp.clip(to_level(127.5 * (x + 1)), 0, 255).astype(jnp.uint8)
@@ -75,11 +74,8 @@ def sample_function(exp: Experiment, mesh, schedule):
 @functools.lru_cache
 def noise_function(shape: tuple[int, int, int], mesh):
   """noise(key, numbers [B]) -> x0 [B, *shape], split over the mesh; see `sampling.draw_noise`."""
-  return jax.jit(
-    lambda key, numbers: sampling.draw_noise(key, numbers, shape),
-    in_shardings=sharding.replicated(mesh),
-    out_shardings=sharding.rows(mesh),
-  )
+  noise = functools.partial(sampling.draw_noise, shape=shape)
+  return jax.jit(noise, in_shardings=sharding.replicated(mesh), out_shardings=sharding.rows(mesh))
 
 
 load_vae = functools.lru_cache(vae_lib.load)
@@ -97,9 +93,7 @@ def decoded_shape(exp: Experiment) -> tuple[int, int, int]:
 def pixels_function(name: str, mesh, rounding: str = "nearest"):
   """pixels(x1 [B, h, w, C]) -> uint8 [B, H, W, C] on every device.
 
-  Args:
-    name: of the VAE that decodes, see `vae.load`; "" where x1 are pixels.
-    rounding: see `to_uint8`.
+  The name is of the VAE that decodes, see `vae.load`; "" where x1 are pixels.
   """
   everywhere = sharding.replicated(mesh)
   if not name:

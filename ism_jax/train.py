@@ -25,7 +25,6 @@ class Pending(NamedTuple):
   """What was computed after `step` steps, still on the devices, to be reported one call later.
 
   Attributes:
-    step: steps done.
     metrics: [S] of the call's S steps, by name.
     info: diagnostics of the pool's coupling.
     norms: gradient norm of each loss; empty where none is due.

@@ -42,8 +42,7 @@ def check_writable(folder) -> None:
     existing = os.path.dirname(existing)
   # Writing is the test: permission bits say nothing about read-only mounts, quotas or root.
   try:
-    with tempfile.TemporaryFile(dir=existing):
-      pass
+    tempfile.TemporaryFile(dir=existing).close()
   except OSError as e:
     raise OSError(f"{folder} cannot be written ({e.strerror}); name a folder that can.") from e
 
