@@ -115,9 +115,7 @@ def one_line_flag_errors():
 def parse_flags(argv, known_only: bool = False) -> list[str]:
   """Parses a command's flags and returns the other arguments; what is wrong is one line.
 
-  Args:
-    argv: what the command is called as, and its arguments.
-    known_only: whether unknown flags are among those arguments instead of an error.
+  With `known_only`, unknown flags are among those arguments instead of an error.
   """
   with one_line_flag_errors():
     arguments = flags.FLAGS(argv, known_only=known_only)

@@ -174,14 +174,14 @@ def _place_of_environment():
 
 def _local_devices(cluster, processes):
   """[a GPU's number] where a node runs several processes; None for all devices of the node."""
-  # jax.distributed itself would leave the only process of a node a single GPU.
-  has_all = (
+  one_per_node = (
     os.environ.get("SLURM_STEP_NUM_NODES") == str(processes)
     or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-    or "JAX_LOCAL_DEVICE_IDS" in os.environ
   )
   number = cluster.get_local_process_id()  # None on TPUs
-  return None if has_all or number is None else [number]
+  # jax.distributed itself would leave the only process of a node a single GPU.
+  listed = "JAX_LOCAL_DEVICE_IDS" in os.environ
+  return None if one_per_node or number is None or listed else [number]
 
 
 def _check_port(coordinator):
