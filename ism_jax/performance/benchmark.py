@@ -35,8 +35,7 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import data, experiment, generate, objectives, paths, steps, wavelets
-from ism_jax import model as model_lib
+from ism_jax import data, experiment, generate, model, objectives, paths, steps
 from ism_jax import state as state_lib
 from ism_jax.data import latents
 from ism_jax.experiment import Experiment
@@ -55,23 +54,13 @@ _RECORDS = 4096  # random latents
 _RANDOM_VAE = "random"
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """A compiled function.
+def compiled(function, *arguments) -> tuple[Callable, dict]:
+  """Compiles a jitted function for arguments.
 
-  Attributes:
-    call: takes the arguments it was compiled for.
-    compile_seconds: tracing and XLA.
-    bytes: on each device while it runs, with arguments and results; None where XLA does not say.
+  Returns:
+    (program, {"compile_seconds": of tracing and XLA, "bytes": on each device while it runs, with
+    arguments and results; None where XLA does not say}).
   """
-
-  call: Callable
-  compile_seconds: float
-  bytes: int | None
-
-
-def compiled(function, *arguments) -> Program:
-  """Compiles a jitted function for arguments, or shapes with shardings."""
   start = time.perf_counter()
   program = function.lower(*arguments).compile()
   seconds = time.perf_counter() - start
@@ -82,10 +71,7 @@ def compiled(function, *arguments) -> Program:
     + memory.temp_size_in_bytes
     - memory.alias_size_in_bytes
   )
-  return Program(program, seconds, needed)
-
-
-# What is timed.
+  return program, {"compile_seconds": seconds, "bytes": needed}
 
 
 def product(mesh, dtype: str):
@@ -131,58 +117,65 @@ def one_ema(state, gradient, tx, ema):
 UPDATES = {ONE_EMA: one_ema, TWIN_EMA: state_lib.update}
 
 
-def squares(exp: Experiment) -> wavelets.WaveletConfig:
-  """Mean squared errors in place of the experiment's wavelet loss."""
-  return dataclasses.replace(exp.wavelet, form="l2")
-
-
 def techniques(exp: Experiment) -> dict[str, tuple[Experiment, str]]:
   """{name: (experiment, one of UPDATES)} of the training steps that are compared.
 
   From flow matching with one EMA to the step of `exp`; all of the same network and batch.
   """
   v, g, k = exp.objective.shares
+  l2 = dataclasses.replace(exp.wavelet, form="l2")
+  compared = {
+    FLOW_MATCHING: ((v + g + k, 0, 0), l2, ONE_EMA),
+    GUIDANCE: ((v + k, g, 0), l2, ONE_EMA),
+    CONSISTENCY: ((v + g, 0, k), l2, ONE_EMA),
+    TARGETS: ((v, g, k), l2, ONE_EMA),
+    WAVELET: ((v, g, k), exp.wavelet, ONE_EMA),
+    STEP: ((v, g, k), exp.wavelet, TWIN_EMA),
+  }
+  rows = {GUIDANCE: g, CONSISTENCY: k}  # a technique without rows is none of the experiment's
+  return {
+    name: (
+      dataclasses.replace(
+        exp, objective=dataclasses.replace(exp.objective, shares=shares), wavelet=wavelet
+      ),
+      update,
+    )
+    for name, (shares, wavelet, update) in compared.items()
+    if rows.get(name, True)
+  }
 
-  def step(shares, update, **changes):
-    objective = dataclasses.replace(exp.objective, shares=shares)
-    return dataclasses.replace(exp, objective=objective, **changes), update
 
-  l2 = {"wavelet": squares(exp)}
-  steps = {FLOW_MATCHING: step((v + g + k, 0, 0), ONE_EMA, **l2)}
-  if g:
-    steps[GUIDANCE] = step((v + k, g, 0), ONE_EMA, **l2)
-  if k:
-    steps[CONSISTENCY] = step((v + g, 0, k), ONE_EMA, **l2)
-  steps[TARGETS] = step((v, g, k), ONE_EMA, **l2)
-  steps[WAVELET] = step((v, g, k), ONE_EMA)
-  steps[STEP] = step((v, g, k), TWIN_EMA)
-  return steps
+def with_coupling(exp: Experiment, **changes) -> Experiment:
+  """The experiment with changes in its section `coupling`."""
+  return dataclasses.replace(exp, coupling=dataclasses.replace(exp.coupling, **changes))
 
 
-def random_pool(exp: Experiment, mesh):
-  """A pool on the devices, paired: {"x0", "x1": [K, M, ...], "c": [K, M]}."""
-  rows = (exp.coupling.pool_size, exp.batch_size)
+def random_pool(exp: Experiment, mesh) -> dict:
+  """A pool of random numbers on the devices, as it is read."""
+  shapes = steps.abstract_pool(exp, mesh)
 
   def draw(key):
-    keys = jax.random.split(key, 3)
+    c = jax.random.randint(key, shapes["c"].shape, 0, exp.data.num_classes)
     return {
-      "x0": jax.random.normal(keys[0], (*rows, *exp.image_shape)),
-      "x1": jax.random.normal(keys[1], (*rows, *exp.image_shape)),
-      "c": jax.random.randint(keys[2], rows, 0, exp.data.num_classes),
+      name: c if name == "c" else jax.random.normal(key, a.shape, a.dtype)
+      for name, a in shapes.items()
     }
 
-  return jax.jit(draw, out_shardings=sharding.rows(mesh, axis=1))(jax.random.key(1))
+  placed = {name: a.sharding for name, a in shapes.items()}
+  return jax.jit(draw, out_shardings=placed)(jax.random.key(1))
 
 
-def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, Program]]:
-  """({("step", name) or ("part", name): call}, {name: Program} of the steps).
+def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, tuple]]:
+  """{("step", name) or ("part", name): call}, and {name: what `compiled` returns} of the steps.
 
   A call is `exp.scan_steps` of the `techniques`' steps, or only one of the `UPDATES`, with
   the parameters for a gradient. All of them use one state, each the one before's.
   """
   keys = steps.base_keys(0)
-  pool = random_pool(exp, mesh)
+  couple = steps.couple_function(with_coupling(exp, coupling="independent"), mesh)
+  pool, _ = couple(random_pool(exp, mesh), keys, 0)
   state = steps.init_function(exp, mesh)(keys.init)
+  placed = jax.tree.map(lambda a: a.sharding, state)
   calls, programs = {}, {}
 
   def call(program, *arguments):
@@ -192,9 +185,9 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
 
   for name, (one, update) in techniques(exp).items():
     train_steps = steps.steps_function(one, mesh, UPDATES[update])
-    programs[name] = compiled(train_steps, state, pool, keys, 0)
-    calls["step", name] = functools.partial(call, programs[name].call, pool, keys, 0)
-  placed = jax.tree.map(lambda a: a.sharding, state)
+    program, cost = compiled(train_steps, state, pool, keys, 0)
+    programs[f"train_steps: {name}"] = program, cost
+    calls["step", name] = functools.partial(call, program, pool, keys, 0)
   for name, update in UPDATES.items():
     apply = steps.update_function(exp, mesh, update)
     # Wait for another array than the state, which is donated to the next call.
@@ -203,7 +196,7 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
       donate_argnums=0,
       out_shardings=(placed, sharding.replicated(mesh)),
     )
-    calls["part", name] = functools.partial(call, compiled(stepped, state).call)
+    calls["part", name] = functools.partial(call, stepped.lower(state).compile())
   return calls, programs
 
 
@@ -223,47 +216,45 @@ def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
     velocity = lambda x_t, t, c, d, w: scale * x_t
     return objectives.losses(velocity, velocity, *rows, exp.objective, wavelet_cfg, **settings)
 
+  l2 = dataclasses.replace(exp.wavelet, form="l2")
   gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
   return {
     ("part", name): functools.partial(gradient, 1.0, cfg, x0, x1, conditions)
-    for name, cfg in ((SQUARES, squares(exp)), (WAVELETS, exp.wavelet))
+    for name, cfg in ((SQUARES, l2), (WAVELETS, exp.wavelet))
   }
 
 
-def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict, dict[str, Program]]:
-  """{(coupling, K): call}, {(coupling, K): Program}."""
+def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict[tuple, Callable], dict[str, tuple]]:
+  """{("couple", coupling, K): call}, and {name: what `compiled` returns}."""
   keys = steps.base_keys(0)
   calls, programs = {}, {}
   for size in sizes:
     for coupling in dict.fromkeys(("independent", exp.coupling.coupling)):
-      cfg = dataclasses.replace(exp.coupling, coupling=coupling, pool_size=size)
-      one = dataclasses.replace(exp, coupling=cfg)
-      shapes = steps.abstract_pool(one, mesh)
-      draw = lambda key, shapes=shapes: {
-        name: jax.random.normal(key, a.shape).astype(a.dtype) for name, a in shapes.items()
-      }
-      placed = {name: a.sharding for name, a in shapes.items()}
-      pool = jax.jit(draw, out_shardings=placed)(jax.random.key(2))
-      program = compiled(steps.couple_function(one, mesh), pool, keys, 0)
+      one = with_coupling(exp, coupling=coupling, pool_size=size)
+      pool = random_pool(one, mesh)
+      program, cost = compiled(steps.couple_function(one, mesh), pool, keys, 0)
       # The pool is donated to the program, so that each call needs a copy.
-      call = lambda program=program, pool=pool: program.call(jax.tree.map(jnp.copy, pool), keys, 0)
-      calls[coupling, size], programs[coupling, size] = call, program
+      call = lambda program=program, pool=pool: program(jax.tree.map(jnp.copy, pool), keys, 0)
+      calls["couple", coupling, size] = call
+      programs[f"couple: {coupling}, K = {size}"] = program, cost
   return calls, programs
 
 
-def sample_calls(exp: Experiment, mesh, params) -> tuple[dict[int, Callable], dict, Callable, int]:
-  """({steps: call}, {steps: Program}, call that makes images of the samples, how many it makes)."""
-  n = -(-exp.sample.batch_size // mesh.size) * mesh.size
+def sample_calls(exp: Experiment, mesh, n: int) -> tuple[dict[tuple, Callable], dict[str, tuple]]:
+  """{("sample", steps) or ("decode",): call} for n images, and {name: what `compiled` returns}."""
   numbers = np.arange(n, dtype=np.int32)
   x0 = generate.noise_function(exp.image_shape, mesh)(jax.random.key(0), numbers)
+  initialise = lambda key: model.init_params(key, exp.network(), exp.image_shape)
+  params = jax.jit(initialise, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
   inputs = (params, x0, numbers % exp.data.num_classes, np.full(n, exp.sample.w, np.float32))
-  programs, calls = {}, {}
+  pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
+  calls, programs = {("decode",): functools.partial(pixels, x0)}, {}
   for count in STEPS:
     sample = generate.sample_function(exp, mesh, paths.parse_schedule(count))
-    programs[count] = compiled(sample, *inputs)
-    calls[count] = functools.partial(programs[count].call, *inputs)
-  pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
-  return calls, programs, functools.partial(pixels, x0), n
+    program, cost = compiled(sample, *inputs)
+    calls["sample", count] = functools.partial(program, *inputs)
+    programs[f"sample: {count} steps"] = program, cost
+  return calls, programs
 
 
 @contextlib.contextmanager
@@ -303,18 +294,18 @@ def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
 
 def read_rates(exp: Experiment, source, mesh, repeats: int) -> dict[int, np.ndarray]:
   """{threads: images per second}, [repeats], at which a process reads its rows of pools."""
+
+  def rate(num_threads):
+    start, images = time.perf_counter(), 0
+    with contextlib.closing(read_pools(exp, source, mesh, num_threads)) as pools:
+      for number, pool in enumerate(pools, 1):
+        images, seconds = images + pool["c"].size, time.perf_counter() - start
+        if number >= _POOLS_READ and seconds >= _SECONDS_READ:
+          return images / seconds
+
   most = exp.data.num_threads
   threads = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
-  return timing.in_turn(lambda n: _read_rate(exp, source, mesh, n), threads, repeats)
-
-
-def _read_rate(exp, source, mesh, num_threads) -> float:
-  start, read, seconds = time.perf_counter(), 0, 0.0
-  with contextlib.closing(read_pools(exp, source, mesh, num_threads)) as pools:
-    for number, pool in enumerate(pools, 1):
-      read, seconds = read + pool["c"].size, time.perf_counter() - start
-      if number >= _POOLS_READ and seconds >= _SECONDS_READ:
-        return read / seconds
+  return timing.in_turn(rate, threads, repeats)
 
 
 def read_pools(exp: Experiment, source, mesh, num_threads: int):
@@ -356,26 +347,19 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   if exp.data.vae and not exp.data.vae.startswith(_RANDOM_VAE):
     exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae=_RANDOM_VAE))
   fewer = dataclasses.replace(exp, batch_size=rows)
-  size, coupling = exp.coupling.pool_size, exp.coupling.coupling
-  sizes = sorted({size, *pools})
+  size, sizes = exp.coupling.pool_size, sorted({exp.coupling.pool_size, *pools})
+  images = -(-exp.sample.batch_size // mesh.size) * mesh.size
 
   multiply, products = product(mesh, exp.model.dtype)
-  steps, step_programs = step_calls(fewer, mesh)
-  couple, couple_programs = couple_calls(exp, mesh, sizes)
-  initialise = lambda key: model_lib.init_params(key, exp.network(), exp.image_shape)
-  params = jax.jit(initialise, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
-  draw, draw_programs, decode, images = sample_calls(exp, mesh, params)
+  of_steps, programs = step_calls(fewer, mesh)
+  train_steps, _ = programs[f"train_steps: {STEP}"]
+  calls = {("product",): multiply} | of_steps | loss_calls(exp, mesh)
+  for more_calls, more in (couple_calls(exp, mesh, sizes), sample_calls(exp, mesh, images)):
+    calls, programs = calls | more_calls, programs | more
   logging.info("Compiled; now %d rounds.", repeats)
-  seconds = timing.rounds(
-    {("product", ""): multiply, ("decode", ""): decode}
-    | steps
-    | loss_calls(exp, mesh)
-    | {("couple", name): call for name, call in couple.items()}
-    | {("sample", name): call for name, call in draw.items()},
-    repeats,
-  )
+  seconds = timing.rounds(calls, repeats)
   rates = read_rates(exp, source, mesh, repeats)
-  loop = training_loop(fewer, source, mesh, step_programs[STEP].call, _POOLS_TRAINED)
+  loop = training_loop(fewer, source, mesh, train_steps, _POOLS_TRAINED)
 
   times = dict.fromkeys(UPDATES, 1) | dict.fromkeys((SQUARES, WAVELETS), exp.micro_batches)
   parts = {name: seconds["part", name] * n for name, n in times.items()}
@@ -383,18 +367,14 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   for name, (_, update) in techniques(exp).items():
     of_rows = seconds["step", name] / exp.scan_steps - parts[update]
     step[name] = of_rows * exp.batch_size / rows + parts[update]
-  pairing = {
-    k: seconds["couple", (coupling, k)] - seconds["couple", ("independent", k)] for k in sizes
-  }
-  programs = {f"train_steps: {name}": p for name, p in step_programs.items()}
-  programs |= {f"couple: {name}, K = {k}": p for (name, k), p in couple_programs.items()}
-  programs |= {f"sample: {n} steps": p for n, p in draw_programs.items()}
+  couple = {k: seconds["couple", exp.coupling.coupling, k] for k in sizes}
+  pairing = {k: couple[k] - seconds["couple", "independent", k] for k in sizes}
   return {
     **setting(exp, mesh, rows=rows, images=images),
     "repeats": repeats,
-    **utilisation(exp, mesh, step[STEP], products / seconds["product", ""]),
+    **utilisation(exp, mesh, step[STEP], products / seconds["product",]),
     "techniques": technique_costs(fewer, step, parts, pairing[size] / size),
-    "pool": pool_costs(exp, seconds["couple", (coupling, size)], step[STEP], pairing),
+    "pool": pool_costs(exp, couple[size], step[STEP], pairing),
     "input": {
       "images_per_second": {n: quartiles(rate) for n, rate in rates.items()},
       "needed": float(np.median(exp.batch_size / step[STEP])),
@@ -403,13 +383,11 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
     "sampling": {
       n: {
         "drawn": quartiles(images / seconds["sample", n]),
-        "decoded": quartiles(images / (seconds["sample", n] + seconds["decode", ""])),
+        "decoded": quartiles(images / (seconds["sample", n] + seconds["decode",])),
       }
-      for n in draw
+      for n in STEPS
     },
-    "programs": {
-      name: {"compile_seconds": p.compile_seconds, "bytes": p.bytes} for name, p in programs.items()
-    },
+    "programs": {name: cost for name, (_, cost) in programs.items()},
     "peak_bytes": (mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
   }
 
