@@ -16,6 +16,7 @@ by ism_jax, Apache License 2.0.
 Axes: B batch, C channels, H/W image size, T tokens, D width, K features of a head.
 """
 
+from collections import OrderedDict
 import dataclasses
 from fractions import Fraction
 import json
@@ -85,32 +86,18 @@ class ScalarEmbedder(nn.Module):
     return _float32(self.mlp[2], h)
 
 
-class LabelEmbedder(nn.Module):
-  """Classes [B] -> [B, D], float32; the last row is the null class."""
-
-  def __init__(self, num_classes, width):
-    super().__init__()
-    self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-  def forward(self, c):
-    return self.embedding_table(c).float()
-
-
 class PatchEmbedder(nn.Module):
   """[B, C, H, W] -> [B, T, D], row by row."""
 
   def __init__(self, channels, patch, width):
     super().__init__()
-    self.patch = patch
     self.proj = nn.Conv2d(channels, width, patch, stride=patch)  # as SiT's state dict has it
 
   def forward(self, x):
-    weight, bias = self.proj.weight, self.proj.bias
-    b, channels, height, _ = x.shape
+    weight = self.proj.weight
     # As a matrix product: convolutions take TF32 for float32 on GPUs, unless told otherwise.
-    x = x.to(weight.dtype).reshape(b, channels, height // self.patch, self.patch, -1, self.patch)
-    x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return functional.linear(x, weight.flatten(1), bias)
+    patches = functional.pixel_unshuffle(x.to(weight.dtype), weight.shape[-1])
+    return functional.linear(patches.flatten(2).mT, weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -128,18 +115,6 @@ class Attention(nn.Module):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     x_BxHxTxK = functional.scaled_dot_product_attention(q, k, v)
     return self.proj(x_BxHxTxK.transpose(1, 2).reshape(b, tokens, width))
-
-
-class Mlp(nn.Module):
-  """Two linear layers with a tanh GELU between, [..., D] -> [..., D]."""
-
-  def __init__(self, width):
-    super().__init__()
-    self.fc1 = nn.Linear(width, 4 * width)
-    self.fc2 = nn.Linear(4 * width, width)
-
-  def forward(self, x):
-    return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
 
 
 def _modulate(x, shift, scale):
@@ -161,8 +136,9 @@ class Block(nn.Module):
 
   def __init__(self, width, heads):
     super().__init__()
+    linear = lambda inputs, outputs: nn.Linear(inputs * width, outputs * width)
     self.attn = Attention(width, heads)
-    self.mlp = Mlp(width)
+    self.mlp = nn.Sequential(OrderedDict(fc1=linear(1, 4), act=nn.GELU("tanh"), fc2=linear(4, 1)))
     self.adaLN_modulation = _modulation(width, 6)
 
   def forward(self, x, condition):
@@ -196,7 +172,9 @@ class SiT(nn.Module):
     tokens = (config.image_size // config.patch) ** 2
     self.x_embedder = PatchEmbedder(config.channels, config.patch, width)
     self.t_embedder = ScalarEmbedder(width)
-    self.y_embedder = LabelEmbedder(config.num_classes, width)
+    # The last row is the null class.
+    classes = nn.Embedding(config.num_classes + 1, width)
+    self.y_embedder = nn.Sequential(OrderedDict(embedding_table=classes))
     self.d_embedder = ScalarEmbedder(width)
     if config.guided:
       self.w_embedder = ScalarEmbedder(width)
@@ -211,7 +189,7 @@ class SiT(nn.Module):
     """
     # d enters as its level: 0 for a step of 1/128, 7 for a step of 1.
     level = torch.log2(torch.where(d == 0, 1.0, d.float() * FINEST))
-    condition = self.t_embedder(t) + self.y_embedder(c) + self.d_embedder(level)
+    condition = self.t_embedder(t) + self.y_embedder(c).float() + self.d_embedder(level)
     if self.config.guided:
       condition = condition + self.w_embedder(w)
     x = self.x_embedder(x) + self.pos_embed
@@ -268,17 +246,16 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
   try:
     with open(path, "rb") as file:
       (length,) = struct.unpack("<Q", file.read(8))
-      if length > size - 8:
+      data_size = size - 8 - length
+      if data_size < 0:
         raise ValueError("it ends within its header")
       header = json.loads(file.read(length))
       header.pop("__metadata__", None)
-      for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+      for key, entry in header.items():
         begin, end = entry["data_offsets"]
         dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-        if end - begin != math.prod(shape) * dtype.itemsize or not 0 <= begin <= end:
-          raise ValueError(f"{key} has {end - begin} bytes for shape {shape}")
-        if 8 + length + end > size:
-          raise ValueError(f"it ends within {key}")
+        if end - begin != math.prod(shape) * dtype.itemsize or not 0 <= begin <= end <= data_size:
+          raise ValueError(f"{key}, of shape {shape}, has bytes {begin} to {end} of {data_size}")
         file.seek(8 + length + begin)
         data = bytearray(file.read(end - begin))
         tensors[key] = torch.frombuffer(data, dtype=dtype).reshape(shape)

@@ -17,6 +17,7 @@ import re
 
 from absl import flags, logging
 from etils import epath
+from flax import traverse_util
 import jax
 import ml_dtypes
 import numpy as np
@@ -49,50 +50,30 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
   """
   files.check_empty(out)
   trained = restore.read(workdir, tree, step=step)
-  write(trained, out, dtype=dtype, evaluation=read_evaluation(workdir, trained))
-  logging.info("Wrote the %s to %s.", trained.about, out)
-
-
-def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = None) -> None:
-  """Writes the folder of an export.
-
-  Args:
-    trained: the parameters.
-    out: a folder that is empty or not there.
-    dtype: one of `DTYPES`, of the file.
-    evaluation: of these parameters, the report of `evaluate.evaluate`.
-  Raises:
-    OSError: `out` is not empty or cannot be written.
-  """
-  exp = trained.exp
-  on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", exp.data.vae) and not os.path.exists(exp.data.vae)
-  if exp.data.vae and not on_the_hub:
+  exp, vae = trained.exp, trained.exp.data.vae
+  if vae and (not re.fullmatch(r"[\w.-]+/[\w.-]+", vae) or os.path.exists(vae)):
     remedy = "whoever samples in PyTorch has to pass the autoencoder to to_pixels."
-    logging.warning("data.vae=%s is no name on the Hugging Face hub: %s", exp.data.vae, remedy)
+    logging.warning("data.vae=%s is no name on the Hugging Face hub: %s", vae, remedy)
   state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
   with files.whole_folder(out) as folder:
     settings = json.dumps(describe(trained, dtype), indent=2) + "\n"
     (folder / sit.CONFIG).write_text(settings)
-    (folder / CODE).write_bytes(pathlib.Path(__file__).with_name("ism_pytorch.py").read_bytes())
-    (folder / CARD).write_text(card(trained, dtype, evaluation))
+    (folder / CODE).write_bytes(pathlib.Path(__file__).with_name(CODE).read_bytes())
+    (folder / CARD).write_text(card(trained, dtype, read_evaluation(workdir, trained)))
     weights = folder / sit.WEIGHTS
     # Other readers ask the metadata whose arrays these are.
     safetensors.numpy.save_file(state, weights, {"format": "pt"})
     weights.chmod((folder / CARD).stat().st_mode)  # which is for the owner's eyes only
+  logging.info("Wrote the %s to %s.", trained.about, out)
 
 
 def describe(trained: Trained, dtype: str) -> dict:
   """config.json: what `pytorch.Config` reads, where the parameters are from, and their config."""
   exp = trained.exp
   depth, width, heads = exp.model.dimensions
-  config = json.loads(json.dumps(trained.config))
-  for key in (key for key, marks in MARKS.items() if marks.path):
-    *sections, name = key.split(".")
-    section = config
-    for part in sections:
-      section = section[part]
-    section[name] = ""
+  config = traverse_util.flatten_dict(trained.config, sep=".")
+  config |= {key: "" for key, marks in MARKS.items() if marks.path}
   return {
     "architecture": exp.model.size,
     "depth": depth,
@@ -107,7 +88,7 @@ def describe(trained: Trained, dtype: str) -> dict:
     "step": trained.step,
     "tree": trained.tree,
     "dtype": dtype,
-    "config": config,
+    "config": traverse_util.unflatten_dict(config, sep="."),
   }
 
 
@@ -120,13 +101,12 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   measured = report.get("step"), report.get("parameters")
   if measured == (trained.step, TREES[trained.tree]) and "networks" in report:
     return report
-  parameters = f"{TREES[trained.tree]} at step {trained.step}"
-  logging.warning("%s is no evaluation of the %s: the model card has none.", path, parameters)
+  logging.warning("%s is no evaluation of the %s: the model card has none.", path, trained.about)
   return None
 
 
 def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
-  """The model card, in Markdown with the hub's header; arguments as of `write`."""
+  """The model card, in Markdown with the hub's header; `evaluation` as `read_evaluation` has it."""
   exp, module = trained.exp, pathlib.Path(CODE).stem
   guided, vae, null = exp.objective.intrinsic, exp.data.vae, exp.null_class
   w = exp.sample.w if guided else exp.objective.fixed_w

@@ -47,7 +47,7 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
     schedules: one or more counts or schedules, each as `paths.parse_schedule` takes it.
     about: which parameters these are, for the reader.
   Raises:
-    ValueError: the network cannot sample a schedule.
+    ValueError: the network cannot sample a schedule, or there is none.
     OSError: `out` is not empty or cannot be written.
   """
   names = {}
@@ -59,47 +59,42 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
     experiment.check_guidance(exp, schedule, exp.sample.w)
   # A program for all platforms has no kernel of one.
   exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, attention="xla"))
-  with files.whole_folder(out) as folder:
-    _write_files(exp, params, folder, names, about)
-
-
-def _write_files(exp, params, folder, names, about):
   (b,) = export.symbolic_shape("b")
   of_batch = lambda shape, dtype: jax.ShapeDtypeStruct((b, *shape), dtype)
   x1 = of_batch(exp.image_shape, jnp.float32)
-  flat = _flat(params)
+  inputs = (x1, of_batch((), jnp.int32), of_batch((), jnp.float32))
   programs = {}
-  for schedule, name in names.items():
-    sample = generate.sampler(exp, schedule)
-    program = f"sampler_{name.replace('/', '_').replace(',', '-')}.stablehlo"
-    inputs = (x1, of_batch((), jnp.int32), of_batch((), jnp.float32))
-    of_flat = lambda flat, *rest: sample(_nested(flat), *rest)
-    _write_program(folder / program, of_flat, flat, *inputs)
-    programs[name] = program
-  np.savez(folder / _PARAMETERS, **flat)
-  if exp.data.vae:
-    vae = generate.load_vae(exp.data.vae)
-    flat = _flat(vae.params)
-    # One by one: a large image takes about 0.3 GB while it is decoded.
-    one = lambda flat, z: vae_lib.decode(vae.cfg, _nested(flat), z[None])[0]
-    to_uint8 = functools.partial(generate.to_uint8, rounding=exp.evaluation.rounding)
-    decode = lambda flat, x1: jax.lax.map(lambda z: to_uint8(one(flat, z)), x1)
-    _write_program(folder / f"{_DECODER}.stablehlo", decode, flat, x1)
-    np.savez(folder / f"{_DECODER}.npz", **flat)
-  details = {
-    "about": about,
-    "variant": exp.variant,
-    "programs": programs,
-    "platforms": PLATFORMS,
-    "x0": ["b", *exp.image_shape],
-    "classes": exp.data.num_classes,
-    "null_class": exp.null_class,
-    "w_max": exp.objective.w_max if exp.objective.intrinsic else exp.objective.fixed_w,
-    "vae": exp.data.vae,
-    "jax": jax.__version__,
-  }
-  (folder / DETAILS).write_text(json.dumps(details, indent=2) + "\n")
-  (folder / "README.md").write_text(_readme(exp, programs, about))
+  with files.whole_folder(out) as folder:
+    flat = _flat(params)
+    for schedule, name in names.items():
+      sample = generate.sampler(exp, schedule)
+      programs[name] = f"sampler_{name.replace('/', '_').replace(',', '-')}.stablehlo"
+      of_flat = lambda flat, *rest: sample(_nested(flat), *rest)
+      _write_program(folder / programs[name], of_flat, flat, *inputs)
+    np.savez(folder / _PARAMETERS, **flat)
+    if exp.data.vae:
+      vae = generate.load_vae(exp.data.vae)
+      flat = _flat(vae.params)
+      # One by one: a large image takes about 0.3 GB while it is decoded.
+      one = lambda flat, z: vae_lib.decode(vae.cfg, _nested(flat), z[None])[0]
+      to_uint8 = functools.partial(generate.to_uint8, rounding=exp.evaluation.rounding)
+      decode = lambda flat, x1: jax.lax.map(lambda z: to_uint8(one(flat, z)), x1)
+      _write_program(folder / f"{_DECODER}.stablehlo", decode, flat, x1)
+      np.savez(folder / f"{_DECODER}.npz", **flat)
+    details = {
+      "about": about,
+      "variant": exp.variant,
+      "programs": programs,
+      "platforms": PLATFORMS,
+      "x0": ["b", *exp.image_shape],
+      "classes": exp.data.num_classes,
+      "null_class": exp.null_class,
+      "w_max": exp.objective.w_max if exp.objective.intrinsic else exp.objective.fixed_w,
+      "vae": exp.data.vae,
+      "jax": jax.__version__,
+    }
+    (folder / DETAILS).write_text(json.dumps(details, indent=2) + "\n")
+    (folder / "README.md").write_text(_readme(exp, programs, about))
 
 
 def _write_program(path, function, *arguments):
@@ -112,8 +107,7 @@ def _flat(params) -> dict[str, np.ndarray]:
   return {k: np.asarray(a) for k, a in traverse_util.flatten_dict(params, sep="/").items()}
 
 
-def _nested(flat):
-  return traverse_util.unflatten_dict(flat, sep="/")
+_nested = functools.partial(traverse_util.unflatten_dict, sep="/")
 
 
 def _readme(exp: Experiment, programs: dict[str, str], about: str) -> str:
