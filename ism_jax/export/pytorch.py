@@ -71,14 +71,11 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
 def describe(trained: Trained, dtype: str) -> dict:
   """config.json: what `pytorch.Config` reads, where the parameters are from, and their config."""
   exp = trained.exp
-  depth, width, heads = exp.model.dimensions
   config = traverse_util.flatten_dict(trained.config, sep=".")
   config |= {key: "" for key, marks in MARKS.items() if marks.path}
   return {
     "architecture": exp.model.size,
-    "depth": depth,
-    "width": width,
-    "heads": heads,
+    **dict(zip(("depth", "width", "heads"), exp.model.dimensions, strict=True)),
     "patch": exp.model.patch,
     **{name: getattr(exp.data, name) for name in ("image_size", "channels", "num_classes")},
     "guided": exp.objective.intrinsic,
@@ -131,10 +128,7 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
   lines = [
     "---",
     "library_name: pytorch",
-    "tags:",
-    "- shortcut-models",
-    "- flow-matching",
-    "- class-conditional",
+    "tags: [shortcut-models, flow-matching, class-conditional]",
     "---",
     f"# {exp.model.size} on {exp.data.name}, {exp.variant}",
     "",

@@ -51,7 +51,6 @@ _PRODUCTS = 8  # in a timing of the ceiling
 _POOLS_READ, _SECONDS_READ = 3, 1.0  # at least, in a timing of the input pipeline
 _POOLS_TRAINED = 3  # in a timing of the training loop
 _RECORDS = 4096  # random latents
-_RANDOM_VAE = "random"
 
 
 def compiled(function, *arguments) -> tuple[Callable, dict]:
@@ -77,16 +76,12 @@ def compiled(function, *arguments) -> tuple[Callable, dict]:
 def product(mesh, dtype: str):
   """(call, FLOPs): products of large square matrices, one chain of them on each device."""
   side = 2048 if mesh.devices.flat[0].platform == "cpu" else 8192
-
-  def on_device(a, b):
-    a, b = a[0], b[0]
-    return jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: (x @ b).astype(dtype), a)[None]
-
+  on_device = lambda a, b: jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: x @ b[0], a[0])[None]
   normal = lambda key: jax.random.normal(key, (mesh.size, side, side), dtype) / side**0.5
   draw = jax.jit(normal, out_shardings=sharding.rows(mesh))
   matrices = [draw(jax.random.key(i)) for i in range(2)]
-  on_devices = jax.shard_map(on_device, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
-  multiply = jax.jit(on_devices, out_shardings=sharding.rows(mesh))
+  rows = P(AXIS)
+  multiply = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=rows, out_specs=rows))
   return functools.partial(multiply, *matrices), 2.0 * side**3 * _PRODUCTS * mesh.size
 
 
@@ -108,13 +103,17 @@ COSTS = {
 }
 
 
-def one_ema(state, gradient, tx, ema):
-  """`state.update` with one EMA: the one that samples."""
-  new = state_lib.update(state, gradient, tx, ema)
-  return new.replace(target_ema=state.target_ema)
+UPDATES = {
+  # Of the EMA that samples alone.
+  ONE_EMA: lambda state, *rest: state_lib.update(state, *rest).replace(target_ema=state.target_ema),
+  TWIN_EMA: state_lib.update,
+}
 
 
-UPDATES = {ONE_EMA: one_ema, TWIN_EMA: state_lib.update}
+def with_changes(exp: Experiment, section: str, **changes) -> Experiment:
+  """The experiment with changes in one section of its config."""
+  changed = dataclasses.replace(getattr(exp, section), **changes)
+  return dataclasses.replace(exp, **{section: changed})
 
 
 def techniques(exp: Experiment) -> dict[str, tuple[Experiment, str]]:
@@ -123,31 +122,21 @@ def techniques(exp: Experiment) -> dict[str, tuple[Experiment, str]]:
   From flow matching with one EMA to the step of `exp`; all of the same network and batch.
   """
   v, g, k = exp.objective.shares
-  l2 = dataclasses.replace(exp.wavelet, form="l2")
+  l2 = with_changes(exp, "wavelet", form="l2")
   compared = {
-    FLOW_MATCHING: ((v + g + k, 0, 0), l2, ONE_EMA),
-    GUIDANCE: ((v + k, g, 0), l2, ONE_EMA),
-    CONSISTENCY: ((v + g, 0, k), l2, ONE_EMA),
-    TARGETS: ((v, g, k), l2, ONE_EMA),
-    WAVELET: ((v, g, k), exp.wavelet, ONE_EMA),
-    STEP: ((v, g, k), exp.wavelet, TWIN_EMA),
+    FLOW_MATCHING: (l2, (v + g + k, 0, 0), ONE_EMA),
+    GUIDANCE: (l2, (v + k, g, 0), ONE_EMA),
+    CONSISTENCY: (l2, (v + g, 0, k), ONE_EMA),
+    TARGETS: (l2, (v, g, k), ONE_EMA),
+    WAVELET: (exp, (v, g, k), ONE_EMA),
+    STEP: (exp, (v, g, k), TWIN_EMA),
   }
   rows = {GUIDANCE: g, CONSISTENCY: k}  # a technique without rows is none of the experiment's
   return {
-    name: (
-      dataclasses.replace(
-        exp, objective=dataclasses.replace(exp.objective, shares=shares), wavelet=wavelet
-      ),
-      update,
-    )
-    for name, (shares, wavelet, update) in compared.items()
+    name: (with_changes(one, "objective", shares=shares), update)
+    for name, (one, shares, update) in compared.items()
     if rows.get(name, True)
   }
-
-
-def with_coupling(exp: Experiment, **changes) -> Experiment:
-  """The experiment with changes in its section `coupling`."""
-  return dataclasses.replace(exp, coupling=dataclasses.replace(exp.coupling, **changes))
 
 
 def random_pool(exp: Experiment, mesh) -> dict:
@@ -155,9 +144,11 @@ def random_pool(exp: Experiment, mesh) -> dict:
   shapes = steps.abstract_pool(exp, mesh)
 
   def draw(key):
-    c = jax.random.randint(key, shapes["c"].shape, 0, exp.data.num_classes)
+    key_images, key_classes = jax.random.split(key)
     return {
-      name: c if name == "c" else jax.random.normal(key, a.shape, a.dtype)
+      name: jax.random.randint(key_classes, a.shape, 0, exp.data.num_classes)
+      if name == "c"
+      else jax.random.normal(key_images, a.shape, a.dtype)
       for name, a in shapes.items()
     }
 
@@ -172,7 +163,7 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
   the parameters for a gradient. All of them use one state, each the one before's.
   """
   keys = steps.base_keys(0)
-  couple = steps.couple_function(with_coupling(exp, coupling="independent"), mesh)
+  couple = steps.couple_function(with_changes(exp, "coupling", coupling="independent"), mesh)
   pool, _ = couple(random_pool(exp, mesh), keys, 0)
   state = steps.init_function(exp, mesh)(keys.init)
   placed = jax.tree.map(lambda a: a.sharding, state)
@@ -185,8 +176,7 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
 
   for name, (one, update) in techniques(exp).items():
     train_steps = steps.steps_function(one, mesh, UPDATES[update])
-    program, cost = compiled(train_steps, state, pool, keys, 0)
-    programs[f"train_steps: {name}"] = program, cost
+    program, _ = programs[f"train_steps: {name}"] = compiled(train_steps, state, pool, keys, 0)
     calls["step", name] = functools.partial(call, program, pool, keys, 0)
   for name, update in UPDATES.items():
     apply = steps.update_function(exp, mesh, update)
@@ -216,11 +206,11 @@ def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
     velocity = lambda x_t, t, c, d, w: scale * x_t
     return objectives.losses(velocity, velocity, *rows, exp.objective, wavelet_cfg, **settings)
 
-  l2 = dataclasses.replace(exp.wavelet, form="l2")
+  squares = dataclasses.replace(exp.wavelet, form="l2")
   gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
   return {
     ("part", name): functools.partial(gradient, 1.0, cfg, x0, x1, conditions)
-    for name, cfg in ((SQUARES, l2), (WAVELETS, exp.wavelet))
+    for name, cfg in ((SQUARES, squares), (WAVELETS, exp.wavelet))
   }
 
 
@@ -230,13 +220,13 @@ def couple_calls(exp: Experiment, mesh, sizes) -> tuple[dict[tuple, Callable], d
   calls, programs = {}, {}
   for size in sizes:
     for coupling in dict.fromkeys(("independent", exp.coupling.coupling)):
-      one = with_coupling(exp, coupling=coupling, pool_size=size)
+      one = with_changes(exp, "coupling", coupling=coupling, pool_size=size)
       pool = random_pool(one, mesh)
-      program, cost = compiled(steps.couple_function(one, mesh), pool, keys, 0)
+      couple, name = steps.couple_function(one, mesh), f"couple: {coupling}, K = {size}"
+      program, _ = programs[name] = compiled(couple, pool, keys, 0)
       # The pool is donated to the program, so that each call needs a copy.
       call = lambda program=program, pool=pool: program(jax.tree.map(jnp.copy, pool), keys, 0)
       calls["couple", coupling, size] = call
-      programs[f"couple: {coupling}, K = {size}"] = program, cost
   return calls, programs
 
 
@@ -251,21 +241,20 @@ def sample_calls(exp: Experiment, mesh, n: int) -> tuple[dict[tuple, Callable], 
   calls, programs = {("decode",): functools.partial(pixels, x0)}, {}
   for count in STEPS:
     sample = generate.sample_function(exp, mesh, paths.parse_schedule(count))
-    program, cost = compiled(sample, *inputs)
+    program, _ = programs[f"sample: {count} steps"] = compiled(sample, *inputs)
     calls["sample", count] = functools.partial(program, *inputs)
-    programs[f"sample: {count} steps"] = program, cost
   return calls, programs
 
 
 @contextlib.contextmanager
 def source_of(exp: Experiment) -> Iterator[Any]:
   """The config's dataset; of latents without a folder, random ones while the block runs."""
-  if not exp.data.vae or exp.data.dir:
-    yield data.load_source(exp.data)
-    return
+  cfg = exp.data
   with tempfile.TemporaryDirectory(prefix="ism_jax-benchmark-") as folder:
-    write_random_latents(exp.data, folder)
-    yield data.load_source(dataclasses.replace(exp.data, dir=folder))
+    if cfg.vae and not cfg.dir:
+      write_random_latents(cfg, folder)
+      cfg = dataclasses.replace(cfg, dir=folder)
+    yield data.load_source(cfg)
 
 
 def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
@@ -286,9 +275,8 @@ def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
     with latents.ShardWriter(folder, settings, shard) as writer:
       for i in settings.images_of(shard):
         writer.add(i % cfg.num_classes, moments[i % len(moments)])
-  trailers = latents.finished_shards(folder, settings)
   classes = [str(c) for c in range(cfg.num_classes)]
-  manifest = latents.manifest(settings, classes, trailers)
+  manifest = latents.manifest(settings, classes, latents.finished_shards(folder, settings))
   files.write_here(os.path.join(folder, latents.MANIFEST), manifest)
 
 
@@ -344,8 +332,8 @@ def training_loop(exp: Experiment, source, mesh, train_steps, pools: int) -> dic
 def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repeats: int) -> dict:
   """benchmark.json, of reading the dataset `source`; otherwise as `benchmark` takes it."""
   # Decoding needs no more than shapes.
-  if exp.data.vae and not exp.data.vae.startswith(_RANDOM_VAE):
-    exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae=_RANDOM_VAE))
+  if exp.data.vae and not exp.data.vae.startswith("random"):
+    exp = with_changes(exp, "data", vae="random")
   fewer = dataclasses.replace(exp, batch_size=rows)
   size, sizes = exp.coupling.pool_size, sorted({exp.coupling.pool_size, *pools})
   images = -(-exp.sample.batch_size // mesh.size) * mesh.size
@@ -474,25 +462,28 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
     step: seconds of a step, [repeats].
     pairing: {K: seconds}, over those of the independent coupling.
   """
-  size = exp.coupling.pool_size
-  pool = couple + size * step
-  noise = couple - pairing[size]
+  size, largest = exp.coupling.pool_size, max(pairing)
+  pool, noise = couple + size * step, couple - pairing[size]
   parts = {"noise and latents": noise, "pairing": pairing[size], "steps": size * step}
-  steps = step_seconds(exp, float(np.median(step)))
+  # Other networks at the utilisation that was measured.
+  work = {
+    name: flops.step(with_changes(exp, "model", size=name)).model
+    for name in (exp.model.size, *SIZES)
+  }
+  step_seconds = {name: np.median(step) * n / work[exp.model.size] for name, n in work.items()}
   # Pairing's time grows as (K M)^2 and that of K steps as K, so their ratio grows as K; faster
   # where larger problems take Sinkhorn more iterations or outgrow a cache.
-  largest = max(pairing)
   longest = float(np.median(pairing[largest]))
   return {
     "seconds": quartiles(pool),
     "parts": {name: quartiles(seconds) for name, seconds in parts.items()},
     "shares": {name: quartiles(seconds / pool) for name, seconds in parts.items()},
     "by_size": {k: quartiles(values) for k, values in pairing.items()},
-    "step_seconds": steps,
+    "step_seconds": step_seconds,
     "pairs_at": {
       share: {
         name: share * seconds * largest**2 / longest * exp.batch_size
-        for name, seconds in steps.items()
+        for name, seconds in step_seconds.items()
       }
       for share in SHARES
       if longest > 0  # the coupling pairs, and its time stands out from the noise
@@ -500,27 +491,14 @@ def pool_costs(exp: Experiment, couple, step, pairing: dict[int, np.ndarray]) ->
   }
 
 
-def step_seconds(exp: Experiment, measured: float) -> dict[str, float]:
-  """{size of the network: seconds per step} at the utilisation that was measured."""
-  work = {}
-  for size in (exp.model.size, *SIZES):
-    model = dataclasses.replace(exp.model, size=size)
-    work[size] = flops.step(dataclasses.replace(exp, model=model)).model
-  return {size: measured * n / work[exp.model.size] for size, n in work.items()}
-
-
 def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, devices=None) -> dict:
-  """Measures and writes; see the module's docstring.
+  """Measures a ConfigDict, writes the report into `out`, and returns what is in benchmark.json.
 
   Args:
-    config: the ConfigDict of what is measured.
-    out: folder for the report.
     rows: of the batch, that the timed step trains on; 0 for all.
     pools: sizes K that are paired besides the config's.
     repeats: rounds.
     devices: default all.
-  Returns:
-    The contents of benchmark.json.
   """
   exp, mesh = experiment.parse(config), sharding.data_mesh(devices)
   rows = rows or exp.batch_size

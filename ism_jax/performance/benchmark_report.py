@@ -107,20 +107,19 @@ def _pool(report: dict) -> list[str]:
     "",
     *markdown_table(["K", "pairs", "pairing, s", "% of K steps"], sizes),
   ]
-  if not pool["pairs_at"]:
-    return lines
-  shares = [
-    [f"{100 * share:g} %", *(f"{pairs:,.0f}" for pairs in by_network.values())]
-    for share, by_network in pool["pairs_at"].items()
-  ]
-  return [
-    *lines,
-    "Pairing grows at least as the square of its pairs, K steps as K. From the largest pool, and "
-    "with steps of other networks by their FLOPs, pairing reaches these shares of K steps at the "
-    "latest with so many pairs:",
-    "",
-    *markdown_table(["share", *pool["step_seconds"]], shares),
-  ]
+  if pool["pairs_at"]:
+    shares = [
+      [f"{100 * share:g} %", *(f"{pairs:,.0f}" for pairs in by_network.values())]
+      for share, by_network in pool["pairs_at"].items()
+    ]
+    lines += [
+      "Pairing grows at least as the square of its pairs, K steps as K. From the largest pool, and "
+      "with steps of other networks by their FLOPs, pairing reaches these shares of K steps at the "
+      "latest with so many pairs:",
+      "",
+      *markdown_table(["share", *pool["step_seconds"]], shares),
+    ]
+  return lines
 
 
 def _input(report: dict) -> list[str]:

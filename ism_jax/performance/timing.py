@@ -20,11 +20,13 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.nd
   Each returns what has to be ready when the clock stops. Of calls that are shorter than `SHORTEST`,
   several follow each other without waiting, as in training. All processes make the same calls.
   """
+  # The most seconds of any process.
+  once = lambda call: float(multihost_utils.process_allgather(np.float64(_seconds(call, 1))).max())
   together = {}
   for name, call in calls.items():
-    seconds = _longest(_seconds(call, 1))  # with what is done once
+    seconds = once(call)  # with what is done the first time alone
     if seconds < _LONG:
-      seconds = _longest(_seconds(call, 1))
+      seconds = once(call)
     together[name] = math.ceil(SHORTEST / max(seconds, 1e-9))
   return in_turn(lambda name: _seconds(calls[name], together[name]), calls, repeats)
 
@@ -41,13 +43,6 @@ def _seconds(call, times: int) -> float:
     result = call()
   jax.block_until_ready(result)
   return (time.perf_counter() - start) / times
-
-
-def _longest(seconds: float) -> float:
-  """The most seconds of any process."""
-  if jax.process_count() == 1:
-    return seconds
-  return float(multihost_utils.process_allgather(np.float64(seconds)).max())
 
 
 def quartiles(values) -> dict[str, float]:
