@@ -40,7 +40,6 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
   """Writes a checkpoint's parameters to a new folder; see the module's docstring.
 
   Args:
-    workdir: folder of the run.
     out: a folder that is empty or not there.
     tree: one of `restore.TREES`.
     dtype: one of `DTYPES`, of the file.

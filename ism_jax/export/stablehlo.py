@@ -41,7 +41,6 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
   """Writes the folder of a sampler.
 
   Args:
-    exp: the experiment.
     params: those that sample.
     out: a folder that is empty or not there.
     schedules: one or more counts or schedules, each as `paths.parse_schedule` takes it.

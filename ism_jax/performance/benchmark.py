@@ -54,11 +54,10 @@ _RECORDS = 4096  # random latents
 
 
 def compiled(function, *arguments) -> tuple[Callable, dict]:
-  """Compiles a jitted function for arguments.
+  """(program, cost): a jitted function compiled for arguments.
 
-  Returns:
-    (program, {"compile_seconds": of tracing and XLA, "bytes": on each device while it runs, with
-    arguments and results; None where XLA does not say}).
+  The cost is {"compile_seconds": of tracing and XLA, "bytes": on each device while the program
+  runs, with arguments and results; None where XLA does not say}.
   """
   start = time.perf_counter()
   program = function.lower(*arguments).compile()

@@ -60,13 +60,10 @@ def _summary(report: dict) -> list[str]:
 
 def _techniques(report: dict) -> list[str]:
   techniques = report["techniques"]
+  ratios, passes = techniques["over_flow_matching"], techniques["forward_passes"]
+  ratio = lambda name: format_quartiles(ratios[name], form=".3f")
   steps = [
-    [
-      name,
-      format_quartiles(seconds, 1e3, ".4g"),
-      format_quartiles(techniques["over_flow_matching"][name], form=".3f"),
-      f"{techniques['forward_passes'][name] / 3:.3f}",
-    ]
+    [name, format_quartiles(seconds, 1e3, ".4g"), ratio(name), f"{passes[name] / 3:.3f}"]
     for name, seconds in techniques["seconds_per_step"].items()
   ]
   costs = [[name, format_quartiles(cost, 100)] for name, cost in techniques["costs"].items()]
@@ -83,18 +80,14 @@ def _techniques(report: dict) -> list[str]:
 
 
 def _pool(report: dict) -> list[str]:
-  pool, step = report["pool"], report["train"]["seconds_per_step"]["median"]
+  pool, m = report["pool"], report["config"]["batch_size"]
+  step = report["train"]["seconds_per_step"]["median"]
   parts = [
     [name, format_quartiles(seconds), format_quartiles(pool["shares"][name], 100, ".2g")]
     for name, seconds in pool["parts"].items()
   ]
   sizes = [
-    [
-      str(k),
-      f"{k * report['config']['batch_size']:,}",
-      format_quartiles(seconds),
-      f"{100 * seconds['median'] / k / step:.2g}",
-    ]
+    [str(k), f"{k * m:,}", format_quartiles(seconds), f"{100 * seconds['median'] / k / step:.2g}"]
     for k, seconds in pool["by_size"].items()
   ]
   lines = [
