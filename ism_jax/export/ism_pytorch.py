@@ -96,8 +96,8 @@ class PatchEmbedder(nn.Module):
   def forward(self, x):
     weight = self.proj.weight
     # As a matrix product: convolutions take TF32 for float32 on GPUs, unless told otherwise.
-    patches = functional.pixel_unshuffle(x.to(weight.dtype), weight.shape[-1])
-    return functional.linear(patches.flatten(2).mT, weight.flatten(1), self.proj.bias)
+    patches = functional.pixel_unshuffle(x.to(weight.dtype), weight.shape[-1]).flatten(2)
+    return functional.linear(patches.mT.contiguous(), weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
