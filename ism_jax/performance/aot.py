@@ -12,6 +12,7 @@ collective, and two estimates of the time and the utilisation, a roofline and XL
 error in the report, the others are still compiled, and the exit code is 1.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -42,11 +43,13 @@ These two overlap over the whole program, so that the roofline is a bound: no pr
 for its links. Links: ring algorithms, all links busy of the axes along which a collective's chips
 lie, those that wrap around only where the slice has them, 1 microsecond a hop, no overlap with the
 rest; between slices the hosts' network cards. XLA's cycles: its own estimate, which it writes into
-the program, of each instruction but custom calls, one after another, and the links; nearer to the
-truth, and known for v5e and v6e. Loops count as often as they run; of
-a conditional every branch; Sinkhorn's and the greedy permutation's trip counts are assumed. Memory
-is what one program holds at its worst and, for the coupling and the sampler, what training keeps
-meanwhile; the pool that is read ahead and the decoder of latents are not in it.
+the program, of each instruction, one after another, and the links; nearer to the
+truth, and known for v5e and v6e. Custom calls (kernels), of which it estimates nothing, count there
+at the least they can take: their operands and results at full bandwidth, or the FLOPs of their own
+cost estimate, where they have one, at the peak, whichever is longer. Loops count as often as they
+run; of a conditional every branch; Sinkhorn's and the greedy permutation's trip counts are assumed.
+Memory is what one program holds at its worst and, for the coupling and the sampler, what training
+keeps meanwhile; the pool that is read ahead and the decoder of latents are not in it.
 Utilisation: FLOPs of the model (none computed twice) over what the chips can do in that time."""
 
 SINKHORN_ITERATIONS = 60  # 40 to 70 were seen with the config's momentum
@@ -105,6 +108,12 @@ def compile_one(function, arguments, devices: int, trips: dict[str, float]) -> d
   }
 
 
+def kernel_seconds(top: Topology, kernel: hlo.Kernel) -> float:
+  """The least that a custom call takes, as often as it runs; see ASSUMPTIONS."""
+  memory, compute = kernel.bytes / top.chip.bandwidth, kernel.flops / top.chip.flops
+  return kernel.times * max(memory, compute)
+
+
 def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: float = 0) -> dict:
   """Estimated seconds of a call; see ASSUMPTIONS.
 
@@ -112,15 +121,35 @@ def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: f
     at_peak: FLOPs of all chips together, at the peak rate.
     elementwise: those at the slower rate.
   Returns:
-    Of the roofline {"compute", "memory", "links", "total"}, and {"cycles"} with the links by XLA's
-    own estimate, where its clock is known.
+    Of the roofline {"compute", "memory", "links", "total"}; {"custom_calls"}, at least; and, where
+    the clock is known of XLA's own estimate, {"cycles"}: that, custom calls and links.
   """
   compute = (at_peak + elementwise / _VECTOR) / len(top.devices) / top.chip.flops
   memory = profile.hbm_bytes / top.chip.bandwidth
   links = sum(map(top.seconds, profile.collectives))
   total = max(compute, memory) + links
+  custom = sum(kernel_seconds(top, kernel) for kernel in profile.kernels)
   seconds = {"compute": compute, "memory": memory, "links": links, "total": total}
-  return seconds | ({"cycles": profile.cycles / top.chip.clock + links} if top.chip.clock else {})
+  seconds["custom_calls"] = custom
+  if top.chip.clock:
+    seconds["cycles"] = profile.cycles / top.chip.clock + custom + links
+  return seconds
+
+
+def parts(top: Topology, profile: hlo.Profile, calls: int) -> dict[str, dict]:
+  """{"hbm_bytes", "seconds"} by part of the program, of one of `calls` that it holds.
+
+  The seconds are those of XLA's cycles and the custom calls; None where its clock is not known.
+  """
+  custom = collections.Counter()
+  for kernel in profile.kernels:
+    custom[kernel.part] += kernel_seconds(top, kernel)
+  clock = top.chip.clock
+  seconds = lambda name, cycles: clock and (cycles / clock + custom[name]) / calls
+  return {
+    name: {"hbm_bytes": part.bytes / calls, "seconds": seconds(name, part.cycles)}
+    for name, part in profile.parts.items()
+  }
 
 
 def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dict:
@@ -171,6 +200,8 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
       n, seconds = calls[name], estimate(top, profile, *work[name])
       one |= {
         "hbm_bytes": profile.hbm_bytes / n,
+        "parts": parts(top, profile, n),
+        "custom_calls": sum(kernel.times for kernel in profile.kernels) / n,
         "collective_bytes": {kind: size / n for kind, size in profile.payload().items()},
         "sent_bytes": sum(c.times * c.sent for c in profile.collectives) / n,
         "largest_collective_bytes": max((c.payload for c in profile.collectives), default=0),
@@ -261,6 +292,7 @@ def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
   }
 
 
+_HEADINGS = {"custom_calls": "custom calls, at least", "cycles": "by XLA's cycles"}
 _gib = lambda n: f"{n / 2**30:.2f}"
 _mb = lambda n: f"{n / 1e6:,.1f}"
 _ms = lambda s: "–" if s is None else f"{1e3 * s:,.2f}"
@@ -268,9 +300,10 @@ _percent = lambda share: "–" if share is None else f"{100 * share:.2g} %"
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
-  """A Markdown table of rows that are {heading: cell}; a row may lack cells."""
+  """A Markdown table of rows that are {heading: cell}; a row may lack cells. Nothing of none."""
   header = list(max(rows, key=len, default={}))
-  return files.markdown_table(header, [[row.get(name, "–") for name in header] for row in rows])
+  lines = [[row.get(name, "–") for name in header] for row in rows]
+  return files.markdown_table(header, lines) if rows else []
 
 
 def as_markdown(content: dict) -> str:
@@ -310,10 +343,6 @@ def _row(one: dict) -> dict[str, str]:
     "state": one["placement"],
     "GiB per chip, of": f"{_gib(one['needed'])} of {_gib(one['memory'])}",
     "spare": f"{spare:.2f}" if one["fits"] else f"**does not fit**: {-spare:.2f} too much",
-    "TFLOP per step, per chip": ", ".join(
-      f"{one['flops'][key] / 1e12:.3g}" for key in ("model", "per_chip")
-    ),
-    "sent per step and chip, GB": f"{step['sent_bytes'] / 1e9:.3g}" if seconds else "–",
     "ms per step by the roofline, a bound: compute, memory, links": (
       f"{_ms(seconds['total'])}: {parts}" if seconds else "–"
     ),
@@ -329,17 +358,13 @@ def _row(one: dict) -> dict[str, str]:
 def _details(one: dict, content: dict) -> list[str]:
   """A topology's section."""
   state = ", ".join(f"{name} {_gib(n)}" for name, n in one["state"].items())
-  work = one["flops"]
-  memory, traffic = [], []
+  work = {name: f"{n / 1e12:.3g}" for name, n in one["flops"].items()}
+  memory, traffic, places = [], [], []
   for name, program in one["programs"].items():
-    parts = program.get("memory", {})
-    row = {"GiB per chip": name}
-    for part in ("arguments", "results", "results_in_place_of_arguments", "temporaries", "program"):
-      row[part.replace("_", " ")] = _gib(parts[part]) if parts else "–"
-    for part in ("needed", "meanwhile", "spare"):
-      row[part] = _gib(program[part])
+    sizes = program.get("memory", {}) | {n: program[n] for n in ("needed", "meanwhile", "spare")}
+    row = {"GiB per chip": name} | {n.replace("_", " "): _gib(size) for n, size in sizes.items()}
     memory.append(row | {"seconds to compile": f"{program['seconds']:.0f}"})
-    if parts:
+    if "estimate" in program:
       per = {"train_steps": "step", "couple": "pool", "sample": "batch"}[name]
       kinds = ", ".join(f"{kind} {_mb(n)}" for kind, n in program["collective_bytes"].items())
       row = {
@@ -348,18 +373,25 @@ def _details(one: dict, content: dict) -> list[str]:
         "collectives, MB": kinds or "none",
         "sent, MB": _mb(program["sent_bytes"]),
         "largest, MB": _mb(program["largest_collective_bytes"]),
+        "custom calls": f"{program['custom_calls']:,.0f}",
       }
-      seconds = {f"ms {part}": _ms(n) for part, n in program["estimate"].items()}
-      traffic.append(row | seconds)
+      seconds = {_HEADINGS.get(part, part): n for part, n in program["estimate"].items()}
+      traffic.append(row | {f"ms {part}": _ms(n) for part, n in seconds.items()})
+  step = one["programs"]["train_steps"]
+  for part, n in step.get("parts", {}).items():
+    row = {"a step's part, per chip": part, "memory, GB": f"{n['hbm_bytes'] / 1e9:.2f}"}
+    row["of it"] = _percent(n["hbm_bytes"] / step["hbm_bytes"])
+    places.append(row | {"ms by XLA's cycles and custom calls": _ms(n["seconds"])})
   lines = [
     f"## {one['topology']}",
     "",
     f"{one['chips']} chips {one['chip']}. State, {one['placement']}, GiB per chip: {state}. A "
-    f"step, TFLOP: gradient {work['gradient'] / 1e12:.3g}, targets {work['targets'] / 1e12:.3g}; "
-    f"computed again: {work['recomputed'] / 1e12:.3g}.",
+    f"step, TFLOP: {work['model']} ({work['per_chip']} per chip), gradient {work['gradient']}, "
+    f"targets {work['targets']}; computed again: {work['recomputed']}.",
     "",
     *_table(memory),
-    *(_table(traffic) if traffic else []),
+    *_table(traffic),
+    *_table(places),
   ]
   if "coupling_share" in one:
     shares = ", ".join(f"{_percent(n)} of {k}" for k, n in one["coupling_share"].items())

@@ -4,6 +4,9 @@ XLA's own `cost_analysis` counts the body of a loop once. Here an instruction co
 runs: times the trip counts of the loops that hold it, which are in the text, or follow from
 constants in it, or (a loop until convergence) are assumed by the caller, or else count once and are
 named. Of a conditional every branch counts. All is per device, as the text is.
+
+Where traffic belongs is read from JAX's name of an instruction, which holds the names of Flax's
+modules: see `PARTS`. The network's parts hold its calls for the targets too.
 """
 
 import collections
@@ -29,6 +32,22 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 # Of XLA's own bookkeeping around the instructions that move something.
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "ConcatBitcast")
 _UPDATE = "dynamic-update-slice"
+
+# The parts of a training step, and the patterns of "opcode name" of what belongs to them: the first
+# that matches counts. Beside them are "collectives", and "other".
+PARTS = {
+  "prefetches": r"^\S+-start ",
+  "qkv and proj": r"/attn/(qkv|proj)/",
+  "attention": r"/attn/",
+  "MLP": r"/fc[12]/|gelu",
+  "adaLN": r"adaLN_modulation/|/blocks/split",
+  "norms and modulation": r"/blocks/|/norm_final/",
+  "embedders and final layer": r"_embedder/|/final_linear/|^fusion .*SiT\)*/\w+$",
+  "stacks of layers": r"SiT.*/dynamic_(update_)?slice$",  # kept activations, layers' weights
+  "copies, casts and zeroing": r"^(broadcast|convert|copy|pad|slice|transpose) ",
+  "losses": r"/shard_map/",
+  "optimizer and EMAs": r" jit\(train_steps\)/",
+}
 _MOST_TRIPS = 100_000  # of a loop that is counted by running its counter
 
 # Instructions that move nothing, and the second half of what a "-start" began.
@@ -99,23 +118,61 @@ class Collective(NamedTuple):
     return self.payload * passes.get(self.kind, share)
 
 
+class Traffic(NamedTuple):
+  """What a part of a program does in a call.
+
+  Attributes:
+    bytes: read from and written to main memory, arrays without their padding.
+    cycles: XLA's own estimate for all instructions but collectives and custom calls.
+  """
+
+  bytes: float
+  cycles: float
+
+
+class Kernel(NamedTuple):
+  """A custom call, of which XLA estimates no cycles.
+
+  Attributes:
+    part: of `PARTS`, where its bytes are too.
+    bytes: of operands and results in main memory, each time.
+    flops: that its own cost estimate tells, each time; 0 where it has none.
+    times: how often a call runs it.
+  """
+
+  part: str
+  bytes: float
+  flops: float
+  times: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Profile:
   """What a call does on one device.
 
   Attributes:
     collectives: every collective instruction.
-    hbm_bytes: read from and written to main memory, arrays without their padding.
-    cycles: XLA's own estimate for all instructions but collectives and custom calls.
+    parts: traffic by `PARTS`, the largest first.
+    kernels: every custom call.
     assumed: JAX's names of the loops whose trip counts the caller gave, and the counts.
     unknown: those of the loops whose trip counts nobody knows; they count once.
   """
 
   collectives: tuple[Collective, ...]
-  hbm_bytes: float
-  cycles: float
+  parts: dict[str, Traffic]
+  kernels: tuple[Kernel, ...]
   assumed: dict[str, float]
   unknown: tuple[str, ...]
+
+  @property
+  def hbm_bytes(self) -> float:
+    """Bytes of all parts."""
+    return sum(part.bytes for part in self.parts.values())
+
+  @property
+  def cycles(self) -> float:
+    """Cycles of all parts."""
+    return sum(part.cycles for part in self.parts.values())
 
   def payload(self) -> dict[str, float]:
     """Bytes by kind of collective, each as often as it runs."""
@@ -186,10 +243,21 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
   return computations, entry
 
 
+def _attribute(instruction: Instruction, pattern: str) -> str | None:
+  """What the group of a pattern matches in the attributes, if it does."""
+  match = re.search(pattern, instruction.attributes)
+  return match and match[1]
+
+
+def _op_name(instruction: Instruction) -> str | None:
+  """JAX's name of an instruction."""
+  return _attribute(instruction, r'op_name="([^"]*)"')
+
+
 def _called(instruction: Instruction, attribute: str) -> list[str]:
   """The computations named by an attribute, such as body=%region_0 or calls={%a, %b}."""
-  named = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.attributes)
-  return re.findall(r"[\w.\-]+", named[1]) if named else []
+  named = _attribute(instruction, rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)")
+  return re.findall(r"[\w.\-]+", named or "")
 
 
 def _kind(instruction: Instruction) -> str | None:
@@ -200,8 +268,8 @@ def _kind(instruction: Instruction) -> str | None:
 
 def _is_free_call(instruction: Instruction) -> bool:
   """Whether it is a custom call that moves nothing."""
-  target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-  return instruction.opcode == "custom-call" and target[1].startswith(_FREE_CALLS)
+  target = _attribute(instruction, r'custom_call_target="([^"]*)"')
+  return instruction.opcode == "custom-call" and target.startswith(_FREE_CALLS)
 
 
 def _hbm(arrays: tuple[Array, ...]) -> int:
@@ -220,15 +288,15 @@ def _parameter(computation: Computation, number: int) -> str:
 
 def _group(instruction: Instruction, mesh_size: int) -> tuple[int, ...]:
   """The first group of places that take part together; all of the mesh where none are named."""
-  groups = re.search(r"replica_groups=(.*?)(, \w+=|$)", instruction.attributes)
+  groups = _attribute(instruction, r"replica_groups=(.*?)(?:, \w+=|$)") or ""
   integers = lambda listed: [int(n) for n in listed.split(",")]
-  if groups and (listed := re.match(r"\{\{([\d,]+)\}", groups[1])):
+  if listed := re.match(r"\{\{([\d,]+)\}", groups):
     return tuple(integers(listed[1]))
-  if groups and (iota := re.match(r"\[\d+,(\d+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", groups[1])):
+  if iota := re.match(r"\[\d+,(\d+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", groups):
     places = np.arange(math.prod(integers(iota[2]))).reshape(integers(iota[2]))
     places = places.transpose(integers(iota[4])) if iota[3] else places
     return tuple(places.reshape(-1, int(iota[1]))[0].tolist())
-  if groups and (mesh := re.match(r"mesh\[(.*?)\] ?\{(.*?)\}", groups[1])):
+  if mesh := re.match(r"mesh\[(.*?)\] ?\{(.*?)\}", groups):
     sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     axes = re.findall(r"'(\w+)'", mesh[2])
     places = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
@@ -243,7 +311,8 @@ class _Reader:
   def __init__(self, computations, trips: Mapping[str, float], devices: int):
     self._computations, self._assumptions, self._devices = computations, trips, devices
     self.collectives = {}  # of each (Collective, bytes that it moves in main memory)
-    self.hbm_bytes, self.cycles, self.assumed, self.unknown = 0.0, 0, {}, []
+    self.bytes, self.cycles = collections.Counter(), collections.Counter()  # by part
+    self.kernels, self.assumed, self.unknown = [], {}, []
 
   def run(self, name: str, times: float) -> None:
     """Counts a computation that runs `times` times."""
@@ -264,17 +333,42 @@ class _Reader:
         (called,) = _called(instruction, "to_apply" if opcode == "call" else "calls")
         self.run(called, times)
       elif not (_FREE.fullmatch(opcode) or _is_free_call(instruction)):
-        self.hbm_bytes += times * self._traffic(computation, instruction, times)
-        if cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
-          self.cycles += times * int(cycles[1])
+        self._count(computation, instruction, times)
+
+  def _count(self, computation, instruction, times) -> None:
+    label = f"{instruction.opcode} {self._name(computation, instruction)}"
+    part = next((part for part, known in PARTS.items() if re.search(known, label)), "other")
+    moved = self._traffic(computation, instruction, times)
+    self.bytes[part] += times * moved
+    cycles = _attribute(instruction, r'"estimated_cycles":"(\d+)"')
+    self.cycles[part] += times * int(cycles or 0)
+    if instruction.opcode == "custom-call" and cycles is None:
+      flops = _attribute(instruction, r'"cost_estimate":\{"flops":"(\d+)"')
+      self.kernels.append(Kernel(part, moved, int(flops or 0), times))
+
+  def _name(self, computation, instruction) -> str:
+    """JAX's name of an instruction; where XLA dropped it, that of the work it goes with.
+
+    Of a fusion that of its root, or else of the largest array within; or else of what the
+    instruction makes something of, such as the array that a copy lays out anew.
+    """
+    if name := _op_name(instruction):
+      return name
+    if instruction.opcode == "fusion":
+      fused = self._computations[_called(instruction, "calls")[0]]
+      size = lambda i: (i.name == fused.root, sum(a.bytes for a in i.arrays))
+      if named := list(filter(_op_name, fused.instructions.values())):
+        return _op_name(max(named, key=size))
+    if instruction.opcode == "tuple" or not instruction.operands:
+      return ""
+    return self._name(computation, computation.instructions[instruction.operands[0]])
 
   def _trips(self, computation, loop) -> float:
     """How often a while loop runs: by the text, or else assumed, or else once."""
     trips = self._counted_trips(computation, loop)
     if trips is not None:
       return trips
-    name = re.search(r'op_name="([^"]*)"', loop.attributes)
-    operation = name[1] if name else loop.name
+    operation = _op_name(loop) or loop.name
     for part, assumed in self._assumptions.items():
       if part in operation:
         self.assumed[operation] = assumed
@@ -284,8 +378,8 @@ class _Reader:
 
   def _counted_trips(self, computation, loop) -> int | None:
     """None where they depend on data."""
-    if count := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
-      return int(count[1])
+    if count := _attribute(loop, r'"known_trip_count":\{"n":"(\d+)"\}'):
+      return int(count)
     # What flows into the loop from its surroundings, whose own arguments are data.
     state = self._value(computation, loop.operands[0], [], {})
     (condition,), (body,) = _called(loop, "condition"), _called(loop, "body")
@@ -324,7 +418,7 @@ class _Reader:
     if opcode == "tuple":
       return operands()
     if opcode == "get-tuple-element":
-      index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
+      index = int(_attribute(instruction, r"index=(\d+)"))
       return values[index] if isinstance(values := operand(0), list) else None
     if opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
       return operand(0)
@@ -334,8 +428,7 @@ class _Reader:
       a, b = operand(0), operand(1)
       if not (isinstance(a, int) and isinstance(b, int)):
         return None
-      direction = re.search(r"direction=(\w+)", instruction.attributes)
-      return int(_OPERATORS[direction[1] if direction else opcode](a, b))
+      return int(_OPERATORS[_attribute(instruction, r"direction=(\w+)") or opcode](a, b))
     return None
 
   def _count_collective(self, computation, instruction, times) -> None:
@@ -350,7 +443,7 @@ class _Reader:
     # too; it runs as often as the first of these, which starts it.
     key = len(self.collectives)
     if "async_collective_fusion_config" in instruction.attributes:
-      key = re.search(r"channel_id=\d+", instruction.attributes)[0]
+      key = _attribute(instruction, r"(channel_id=\d+)")
     if key not in self.collectives or times < self.collectives[key][0].times:
       self.collectives[key] = Collective(kind, payload, group, times), times * moved
 
@@ -436,10 +529,12 @@ def read(text: str, devices: int, trips: Mapping[str, float]) -> Profile:
   computations, entry = _parse(text)
   reader = _Reader(computations, trips, devices)
   reader.run(entry, 1)
+  reader.bytes["collectives"] = sum(moved for _, moved in reader.collectives.values())
+  parts = {part: Traffic(size, reader.cycles[part]) for part, size in reader.bytes.most_common()}
   return Profile(
     collectives=tuple(collective for collective, _ in reader.collectives.values()),
-    hbm_bytes=reader.hbm_bytes + sum(moved for _, moved in reader.collectives.values()),
-    cycles=reader.cycles,
+    parts=parts,
+    kernels=tuple(reader.kernels),
     assumed=reader.assumed,
     unknown=tuple(reader.unknown),
   )

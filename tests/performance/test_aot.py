@@ -249,13 +249,120 @@ def test_xlas_cycles_are_added_up_as_often_as_they_run():
   assert hlo.read(in_loop, 8, {}).cycles == 3 * 5
 
 
+# A step of three layers: in their loop a kernel with a cost estimate, attention whose name XLA left
+# only on what it fused, a copy of its result, a bias and an MLP; outside one of each other part.
+STEP = """HloModule m, is_scheduled=true
+
+%fused (a: f32[10,10], b: f32[10]) -> f32[10] {
+  %a = f32[10,10]{1,0} parameter(0)
+  %b = f32[10]{0} parameter(1)
+  %n = f32[10]{0} negate(%b), metadata={op_name="NET/blocks/norm1/neg"}
+  %e = f32[10,10]{1,0} exponential(%a), metadata={op_name="NET/blocks/attn/exp"}
+  ROOT %d = f32[10]{0} dot(%e, %n), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (p: (s32[]{:S(2)}, f32[10,10], f32[10])) -> (s32[]{:S(2)}, f32[10,10], f32[10]) {
+  %p = (s32[]{:S(2)}, f32[10,10]{1,0}, f32[10]{0}) parameter(0)
+  %i = s32[]{:S(2)} get-tuple-element(%p), index=0
+  %w = f32[10,10]{1,0} get-tuple-element(%p), index=1
+  %x = f32[10]{0} get-tuple-element(%p), index=2
+  %k = f32[10]{0} custom-call(%w, %x), custom_call_target="tpu_custom_call", metadata={op_name="NET/blocks/attn/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzvUg==","cost_estimate":{"flops":"5000","transcendentals":"7","bytes_accessed":"9"}}}
+  %f = f32[10]{0} fusion(%w, %k), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"11"}
+  %v = f32[2,5]{1,0} bitcast(%f)
+  %c = f32[2,5]{0,1} copy(%v), backend_config={"estimated_cycles":"2"}
+  %u = f32[10]{0} bitcast(%c)
+  %q = f32[10]{0} add(%u, %u), metadata={op_name="NET/blocks/attn/qkv/add"}
+  %m = f32[10]{0} tanh(%q), metadata={op_name="NET/blocks/fc2/tanh"}, backend_config={"estimated_cycles":"3"}
+  ROOT %t = (s32[]{:S(2)}, f32[10,10]{1,0}, f32[10]{0}) tuple(%i, %w, %m)
+}
+
+%until (r: (s32[]{:S(2)}, f32[10,10], f32[10])) -> pred[]{:S(2)} {
+  %r = (s32[]{:S(2)}, f32[10,10]{1,0}, f32[10]{0}) parameter(0)
+  ROOT %less = pred[]{:S(2)} constant(true)
+}
+
+ENTRY %main (w: f32[10,10], x: f32[10]) -> f32[10] {
+  %w = f32[10,10]{1,0} parameter(0)
+  %x = f32[10]{0} parameter(1)
+  %s = (f32[10,10]{1,0:S(1)}, f32[10,10]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %near = f32[10,10]{1,0:S(1)} copy-done(%s)
+  %one = f32[]{:S(2)} constant(1)
+  %zero = f32[10]{0} broadcast(%one), dimensions={}, metadata={op_name="NET/broadcast_in_dim"}
+  %a = f32[10]{0} add(%x, %zero), metadata={op_name="NET/x_embedder/add"}
+  %b = f32[10]{0} add(%a, %a), metadata={op_name="NET/blocks/norm2/add"}
+  %l = f32[10]{0} multiply(%b, %b), metadata={op_name="jit(train_steps)/shard_map/mul"}
+  %i = s32[]{:S(2)} constant(0)
+  %t0 = (s32[]{:S(2)}, f32[10,10]{1,0}, f32[10]{0}) tuple(%i, %w, %l)
+  %loop = (s32[]{:S(2)}, f32[10,10]{1,0}, f32[10]{0}) while(%t0), condition=%until, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %y = f32[10]{0} get-tuple-element(%loop), index=2
+  %g = f32[10]{0} all-reduce(%y), replica_groups={{0,1}}, metadata={op_name="NET/psum"}
+  %z = f32[10]{0} custom-call(%g), custom_call_target="Elsewhere", metadata={op_name="jit(train_steps)/call"}
+  %h = f32[10]{0} sine(%x)
+  %o = f32[10]{0} subtract(%h, %z), metadata={op_name="jit(train_steps)/sub"}
+  ROOT %end = f32[10]{0} negate(%o)
+}
+""".replace("NET", "jit(train_steps)/shard_map/jvp(SiT)")  # noqa: E501
+
+
+def test_the_traffic_of_a_step_is_that_of_its_parts():
+  profile = hlo.read(STEP, 2, {})
+  sizes = {name: part.bytes for name, part in profile.parts.items()}
+  vector, matrix = 4 * 10, 4 * 100
+  assert sizes == {
+    # Three times: the kernel and the fusion read a matrix and a vector, and write a vector; the
+    # copy, nameless but made of the fusion's result, reads a vector and writes one.
+    "attention": 3 * (2 * (matrix + 2 * vector) + 2 * vector),
+    "qkv and proj": 3 * 2 * vector,  # an operand that is named twice is read once
+    "MLP": 3 * 2 * vector,
+    "prefetches": matrix,  # read; it lies on the chip then
+    "copies, casts and zeroing": vector,
+    "embedders and final layer": 3 * vector,
+    "norms and modulation": 2 * vector,
+    "losses": 2 * vector,
+    "collectives": 2 * vector,
+    # A kernel, a subtraction, and its negative, which has no name.
+    "optimizer and EMAs": (2 + 3 + 2) * vector,
+    "other": 2 * vector,  # the sine: it has no name, nor has what it is of
+  }
+  assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+  assert profile.hbm_bytes == sum(sizes.values())
+  cycles = {name: part.cycles for name, part in profile.parts.items() if part.cycles}
+  assert cycles == {"attention": 3 * (11 + 2), "MLP": 3 * 3}
+  assert profile.cycles == 3 * (11 + 2 + 3)
+
+
+def test_a_kernel_has_its_bytes_and_the_flops_it_tells():
+  told, silent = hlo.read(STEP, 2, {}).kernels
+  assert told == hlo.Kernel("attention", bytes=4 * (100 + 10 + 10), flops=5000, times=3)
+  assert silent[1:] == (4 * (10 + 10), 0, 1)
+
+
+def test_a_kernel_takes_at_least_its_bytes_or_its_flops_whichever_is_longer():
+  top = a_topology("v5e:1x2", (1, 2), chips.V5E)  # 819 GB/s, 197 TFLOP/s a chip, 1.5 GHz
+  kernels = (
+    hlo.Kernel("attention", bytes=819e6, flops=197e6, times=2),  # 1 ms each, by its bytes
+    hlo.Kernel("MLP", bytes=819e3, flops=197e9, times=3),  # 1 ms each, by its FLOPs
+  )
+  traffic = {"attention": hlo.Traffic(4e6, 1.5e6), "MLP": hlo.Traffic(2e6, 0)}
+  profile = hlo.Profile((), traffic, kernels, {}, ())
+  seconds = aot.estimate(top, profile, at_peak=0)
+  assert seconds["custom_calls"] == pytest.approx(5e-3)
+  assert seconds["cycles"] == pytest.approx(1e-3 + 5e-3)
+  assert aot.parts(top, profile, calls=2) == {
+    "attention": {"hbm_bytes": 2e6, "seconds": pytest.approx((1e-3 + 2e-3) / 2)},
+    "MLP": {"hbm_bytes": 1e6, "seconds": pytest.approx(3e-3 / 2)},
+  }
+  without_clock = a_topology("v4:1x2x1", (1, 2, 1), chips.V4)
+  assert aot.parts(without_clock, profile, calls=2)["MLP"]["seconds"] is None
+
+
 def test_both_estimates_count_the_links():
   top = a_topology("v5e:1x2", (1, 2), chips.V5E)
   collective = hlo.Collective("all-reduce", 10**9, (0, 1), 1)
-  profile = hlo.Profile((collective,), 819e6, 3e6, {}, ())
+  profile = hlo.Profile((collective,), {"attention": hlo.Traffic(819e6, 3e6)}, (), {}, ())
   links = 1e9 / 50e9 + 2e-6
   seconds = aot.estimate(top, profile, at_peak=2 * 197e9)
-  expected = {"compute": 1e-3, "memory": 1e-3, "links": links}
+  expected = {"compute": 1e-3, "memory": 1e-3, "links": links, "custom_calls": 0}
   assert seconds == pytest.approx(expected | {"total": 1e-3 + links, "cycles": 2e-3 + links})
   assert "cycles" not in aot.estimate(a_topology("v4:1x2x1", (1, 2, 1), chips.V4), profile, 0)
 
@@ -423,6 +530,20 @@ def test_a_replicated_step_sums_the_gradient_and_sends_nothing_else(command):
   # The state's five trees are the arguments (small arrays are padded), read and written each step.
   assert 5 * gradient <= step["memory"]["arguments"] < 1.2 * 5 * gradient
   assert step["hbm_bytes"] > 2 * 5 * gradient
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+def test_nearly_all_traffic_of_a_step_belongs_to_a_named_part(command, placement):
+  _, content, out = command[placement]
+  step = content["topologies"][1]["programs"]["train_steps"]
+  sizes = {name: part["hbm_bytes"] for name, part in step["parts"].items()}
+  np.testing.assert_allclose(sum(sizes.values()), step["hbm_bytes"], rtol=1e-12)
+  assert sizes.get("other", 0) < 0.1 * step["hbm_bytes"]
+  # Parameters, moments and averages are read and written, all but the target average's reading.
+  if placement == "replicated":
+    assert 9 * 4 * content["parameters"] < sizes["optimizer and EMAs"]
+  assert f"| attention | {sizes['attention'] / 1e9:.2f} |" in (out / "aot.md").read_text()
 
 
 @pytest.mark.slow
