@@ -12,7 +12,6 @@ collective, and two estimates of the time and the utilisation, a roofline and XL
 error in the report, the others are still compiled, and the exit code is 1.
 """
 
-import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -32,7 +31,7 @@ from ism_jax import experiment, generate, model, steps
 from ism_jax.experiment import Experiment
 from ism_jax.performance import flops, hlo
 from ism_jax.performance.topology import Topology, describe
-from ism_jax.runtime import commands, files, sharding
+from ism_jax.runtime import chips, commands, files, sharding
 
 ASSUMPTIONS = """\
 Compute: matrix products at the peak for bfloat16 (the cost matrix of the coupling, in float32, in
@@ -43,11 +42,12 @@ These two overlap over the whole program, so that the roofline is a bound: no pr
 for its links. Links: ring algorithms, all links busy of the axes along which a collective's chips
 lie, those that wrap around only where the slice has them, 1 microsecond a hop, no overlap with the
 rest; between slices the hosts' network cards. XLA's cycles: its own estimate, which it writes into
-the program, of each instruction, one after another, and the links; nearer to the
-truth, and known for v5e and v6e. Custom calls (kernels), of which it estimates nothing, count there
-at the least they can take: their operands and results at full bandwidth, or the FLOPs of their own
-cost estimate, where they have one, at the peak, whichever is longer. Loops count as often as they
-run; of a conditional every branch; Sinkhorn's and the greedy permutation's trip counts are assumed.
+the program, of each instruction, one after another, and the links; nearer to the truth, and known
+for v5e and v6e. Custom calls (kernels), of which it estimates nothing, count there at the least
+they can take, so that it is too short for them: operands and results in main memory at full
+bandwidth, or the FLOPs of their own cost estimate, where they have one, at the peak, whichever is
+longer. Loops count as often as they run; of a conditional every branch; Sinkhorn's and the greedy
+permutation's trip counts are assumed.
 Memory is what one program holds at its worst and, for the coupling and the sampler, what training
 keeps meanwhile; the pool that is read ahead and the decoder of latents are not in it.
 Utilisation: FLOPs of the model (none computed twice) over what the chips can do in that time."""
@@ -108,12 +108,6 @@ def compile_one(function, arguments, devices: int, trips: dict[str, float]) -> d
   }
 
 
-def kernel_seconds(top: Topology, kernel: hlo.Kernel) -> float:
-  """The least that a custom call takes, as often as it runs; see ASSUMPTIONS."""
-  memory, compute = kernel.bytes / top.chip.bandwidth, kernel.flops / top.chip.flops
-  return kernel.times * max(memory, compute)
-
-
 def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: float = 0) -> dict:
   """Estimated seconds of a call; see ASSUMPTIONS.
 
@@ -121,35 +115,34 @@ def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: f
     at_peak: FLOPs of all chips together, at the peak rate.
     elementwise: those at the slower rate.
   Returns:
-    Of the roofline {"compute", "memory", "links", "total"}; {"custom_calls"}, at least; and, where
+    Of the roofline {"compute", "memory", "links", "total"}; {"custom_calls_at_least"}; and, where
     the clock is known of XLA's own estimate, {"cycles"}: that, custom calls and links.
   """
-  compute = (at_peak + elementwise / _VECTOR) / len(top.devices) / top.chip.flops
-  memory = profile.hbm_bytes / top.chip.bandwidth
+  chip = top.chip
+  compute = (at_peak + elementwise / _VECTOR) / len(top.devices) / chip.flops
+  memory = profile.hbm_bytes / chip.bandwidth
   links = sum(map(top.seconds, profile.collectives))
-  total = max(compute, memory) + links
-  custom = sum(kernel_seconds(top, kernel) for kernel in profile.kernels)
-  seconds = {"compute": compute, "memory": memory, "links": links, "total": total}
-  seconds["custom_calls"] = custom
-  if top.chip.clock:
-    seconds["cycles"] = profile.cycles / top.chip.clock + custom + links
-  return seconds
+  kernels = [kernel for part in profile.parts.values() for kernel in part.kernels]
+  custom = sum(kernel.seconds(chip.bandwidth, chip.flops) for kernel in kernels)
+  seconds = {"compute": compute, "memory": memory, "links": links}
+  seconds |= {"total": max(compute, memory) + links, "custom_calls_at_least": custom}
+  return seconds | ({"cycles": profile.cycles / chip.clock + custom + links} if chip.clock else {})
 
 
-def parts(top: Topology, profile: hlo.Profile, calls: int) -> dict[str, dict]:
-  """{"hbm_bytes", "seconds"} by part of the program, of one of `calls` that it holds.
+def by_part(chip: chips.Chip, profile: hlo.Profile, calls: int) -> dict[str, dict]:
+  """{"hbm_bytes", "custom_calls", "seconds"} by part of a program, of one of the `calls` it holds.
 
   The seconds are those of XLA's cycles and the custom calls; None where its clock is not known.
   """
-  custom = collections.Counter()
-  for kernel in profile.kernels:
-    custom[kernel.part] += kernel_seconds(top, kernel)
-  clock = top.chip.clock
-  seconds = lambda name, cycles: clock and (cycles / clock + custom[name]) / calls
-  return {
-    name: {"hbm_bytes": part.bytes / calls, "seconds": seconds(name, part.cycles)}
-    for name, part in profile.parts.items()
-  }
+  parts = {}
+  for name, part in profile.parts.items():
+    custom = sum(kernel.seconds(chip.bandwidth, chip.flops) for kernel in part.kernels)
+    parts[name] = {
+      "hbm_bytes": part.bytes / calls,
+      "custom_calls": sum(kernel.times for kernel in part.kernels) / calls,
+      "seconds": chip.clock and (part.cycles / chip.clock + custom) / calls,
+    }
+  return parts
 
 
 def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dict:
@@ -200,8 +193,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
       n, seconds = calls[name], estimate(top, profile, *work[name])
       one |= {
         "hbm_bytes": profile.hbm_bytes / n,
-        "parts": parts(top, profile, n),
-        "custom_calls": sum(kernel.times for kernel in profile.kernels) / n,
+        "parts": by_part(top.chip, profile, n),
         "collective_bytes": {kind: size / n for kind, size in profile.payload().items()},
         "sent_bytes": sum(c.times * c.sent for c in profile.collectives) / n,
         "largest_collective_bytes": max((c.payload for c in profile.collectives), default=0),
@@ -292,7 +284,6 @@ def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
   }
 
 
-_HEADINGS = {"custom_calls": "custom calls, at least", "cycles": "by XLA's cycles"}
 _gib = lambda n: f"{n / 2**30:.2f}"
 _mb = lambda n: f"{n / 1e6:,.1f}"
 _ms = lambda s: "–" if s is None else f"{1e3 * s:,.2f}"
@@ -373,10 +364,10 @@ def _details(one: dict, content: dict) -> list[str]:
         "collectives, MB": kinds or "none",
         "sent, MB": _mb(program["sent_bytes"]),
         "largest, MB": _mb(program["largest_collective_bytes"]),
-        "custom calls": f"{program['custom_calls']:,.0f}",
+        "custom calls": f"{sum(n['custom_calls'] for n in program['parts'].values()):,.0f}",
       }
-      seconds = {_HEADINGS.get(part, part): n for part, n in program["estimate"].items()}
-      traffic.append(row | {f"ms {part}": _ms(n) for part, n in seconds.items()})
+      seconds = {f"ms {n.replace('_', ' ')}": _ms(s) for n, s in program["estimate"].items()}
+      traffic.append(row | seconds)
   step = one["programs"]["train_steps"]
   for part, n in step.get("parts", {}).items():
     row = {"a step's part, per chip": part, "memory, GB": f"{n['hbm_bytes'] / 1e9:.2f}"}

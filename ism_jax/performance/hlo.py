@@ -19,14 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLLECTIVES = (
-  "all-reduce",
-  "all-gather",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-  "collective-broadcast",
-  "send",  # to another slice of TPUs: XLA splits what spans slices into these and collectives
+# "send" is to another slice of TPUs: XLA splits what spans slices into these and collectives.
+_COLLECTIVE = re.compile(
+  "(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|send)"
+  "(-start)?"
 )
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 # Of XLA's own bookkeeping around the instructions that move something.
@@ -45,6 +41,7 @@ PARTS = {
   "embedders and final layer": r"_embedder/|/final_linear/|^fusion .*SiT\)*/\w+$",
   "stacks of layers": r"SiT.*/dynamic_(update_)?slice$",  # kept activations, layers' weights
   "copies, casts and zeroing": r"^(broadcast|convert|copy|pad|slice|transpose) ",
+  "sum of micro-batches": r"/shard_map/while/body/closed_call/add$",
   "losses": r"/shard_map/",
   "optimizer and EMAs": r" jit\(train_steps\)/",
 }
@@ -61,12 +58,7 @@ _OPERATORS |= {name: getattr(operator, name.lower()) for name in _COMPARISONS}
 
 
 class Array(NamedTuple):
-  """An array of a result.
-
-  Attributes:
-    bytes: without padding.
-    in_hbm: whether it lies in main memory, not on the chip.
-  """
+  """An array of a result: bytes without padding, and whether in main memory, not on the chip."""
 
   bytes: int
   in_hbm: bool
@@ -113,37 +105,41 @@ class Collective(NamedTuple):
   def sent(self) -> float:
     """Bytes that a device sends each time, by the ring algorithm of each kind."""
     share = (self.devices - 1) / self.devices
-    passes = {"all-reduce": 2 * share}
-    passes |= dict.fromkeys(("collective-permute", "collective-broadcast", "send"), 1)
-    return self.payload * passes.get(self.kind, share)
-
-
-class Traffic(NamedTuple):
-  """What a part of a program does in a call.
-
-  Attributes:
-    bytes: read from and written to main memory, arrays without their padding.
-    cycles: XLA's own estimate for all instructions but collectives and custom calls.
-  """
-
-  bytes: float
-  cycles: float
+    passes = {"all-gather": share, "reduce-scatter": share, "all-to-all": share}
+    return self.payload * (passes | {"all-reduce": 2 * share}).get(self.kind, 1)
 
 
 class Kernel(NamedTuple):
   """A custom call, of which XLA estimates no cycles.
 
   Attributes:
-    part: of `PARTS`, where its bytes are too.
     bytes: of operands and results in main memory, each time.
-    flops: that its own cost estimate tells, each time; 0 where it has none.
+    flops: those of its own cost estimate, each time; 0 where it has none.
     times: how often a call runs it.
   """
 
-  part: str
   bytes: float
   flops: float
   times: float
+
+  def seconds(self, bandwidth: float, flops: float) -> float:
+    """The least that all times take at these rates per second."""
+    return self.times * max(self.bytes / bandwidth, self.flops / flops)
+
+
+@dataclasses.dataclass
+class Traffic:
+  """What a part of a program does in a call.
+
+  Attributes:
+    bytes: read from and written to main memory, arrays without their padding.
+    cycles: XLA's own estimate for all instructions but collectives and custom calls.
+    kernels: the custom calls, whose bytes are among the bytes.
+  """
+
+  bytes: float = 0.0
+  cycles: float = 0
+  kernels: list[Kernel] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +149,12 @@ class Profile:
   Attributes:
     collectives: every collective instruction.
     parts: traffic by `PARTS`, the largest first.
-    kernels: every custom call.
     assumed: JAX's names of the loops whose trip counts the caller gave, and the counts.
     unknown: those of the loops whose trip counts nobody knows; they count once.
   """
 
   collectives: tuple[Collective, ...]
   parts: dict[str, Traffic]
-  kernels: tuple[Kernel, ...]
   assumed: dict[str, float]
   unknown: tuple[str, ...]
 
@@ -256,14 +250,14 @@ def _op_name(instruction: Instruction) -> str | None:
 
 def _called(instruction: Instruction, attribute: str) -> list[str]:
   """The computations named by an attribute, such as body=%region_0 or calls={%a, %b}."""
-  named = _attribute(instruction, rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)")
-  return re.findall(r"[\w.\-]+", named or "")
+  named = re.findall(rf"\b(?:{attribute})=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.attributes)
+  return re.findall(r"[\w.\-]+", " ".join(named))
 
 
 def _kind(instruction: Instruction) -> str | None:
   """Which collective an instruction is, if it is one."""
-  kind = instruction.opcode.removesuffix("-start")
-  return kind if kind in COLLECTIVES else None
+  match = _COLLECTIVE.fullmatch(instruction.opcode)
+  return match and match[1]
 
 
 def _is_free_call(instruction: Instruction) -> bool:
@@ -277,13 +271,10 @@ def _hbm(arrays: tuple[Array, ...]) -> int:
   return sum(a.bytes for a in arrays if a.in_hbm)
 
 
-def _parameter(computation: Computation, number: int) -> str:
-  """The name of a computation's parameter."""
-  return next(
-    i.name
-    for i in computation.instructions.values()
-    if i.opcode == "parameter" and int(i.literal) == number
-  )
+def _parameters(computation: Computation) -> list[str]:
+  """The names of a computation's parameters, in order."""
+  parameters = [i for i in computation.instructions.values() if i.opcode == "parameter"]
+  return [i.name for i in sorted(parameters, key=lambda i: int(i.literal))]
 
 
 def _group(instruction: Instruction, mesh_size: int) -> tuple[int, ...]:
@@ -311,8 +302,7 @@ class _Reader:
   def __init__(self, computations, trips: Mapping[str, float], devices: int):
     self._computations, self._assumptions, self._devices = computations, trips, devices
     self.collectives = {}  # of each (Collective, bytes that it moves in main memory)
-    self.bytes, self.cycles = collections.Counter(), collections.Counter()  # by part
-    self.kernels, self.assumed, self.unknown = [], {}, []
+    self.parts, self.assumed, self.unknown = collections.defaultdict(Traffic), {}, []
 
   def run(self, name: str, times: float) -> None:
     """Counts a computation that runs `times` times."""
@@ -325,40 +315,35 @@ class _Reader:
         trips = self._trips(computation, instruction)
         self.run(_called(instruction, "body")[0], times * trips)
         self.run(_called(instruction, "condition")[0], times * (trips + 1))
-      elif opcode == "conditional":
-        for kind in ("branch_computations", "true_computation", "false_computation"):
-          for branch in _called(instruction, kind):
-            self.run(branch, times)
-      elif opcode in ("call", "async-start"):
-        (called,) = _called(instruction, "to_apply" if opcode == "call" else "calls")
-        self.run(called, times)
+      elif opcode in ("conditional", "call", "async-start"):
+        for called in _called(instruction, "(?:branch|true|false)_computations?|to_apply|calls"):
+          self.run(called, times)
       elif not (_FREE.fullmatch(opcode) or _is_free_call(instruction)):
         self._count(computation, instruction, times)
 
   def _count(self, computation, instruction, times) -> None:
     label = f"{instruction.opcode} {self._name(computation, instruction)}"
-    part = next((part for part, known in PARTS.items() if re.search(known, label)), "other")
+    part = self.parts[next((p for p, known in PARTS.items() if re.search(known, label)), "other")]
     moved = self._traffic(computation, instruction, times)
-    self.bytes[part] += times * moved
+    part.bytes += times * moved
     cycles = _attribute(instruction, r'"estimated_cycles":"(\d+)"')
-    self.cycles[part] += times * int(cycles or 0)
+    part.cycles += times * int(cycles or 0)
     if instruction.opcode == "custom-call" and cycles is None:
       flops = _attribute(instruction, r'"cost_estimate":\{"flops":"(\d+)"')
-      self.kernels.append(Kernel(part, moved, int(flops or 0), times))
+      part.kernels.append(Kernel(moved, int(flops or 0), times))
 
   def _name(self, computation, instruction) -> str:
     """JAX's name of an instruction; where XLA dropped it, that of the work it goes with.
 
-    Of a fusion that of its root, or else of the largest array within; or else of what the
-    instruction makes something of, such as the array that a copy lays out anew.
+    Of a fusion that of the largest array within; or else of what the instruction makes something
+    of, such as the array that a copy lays out anew.
     """
     if name := _op_name(instruction):
       return name
     if instruction.opcode == "fusion":
       fused = self._computations[_called(instruction, "calls")[0]]
-      size = lambda i: (i.name == fused.root, sum(a.bytes for a in i.arrays))
       if named := list(filter(_op_name, fused.instructions.values())):
-        return _op_name(max(named, key=size))
+        return _op_name(max(named, key=lambda i: sum(a.bytes for a in i.arrays)))
     if instruction.opcode == "tuple" or not instruction.operands:
       return ""
     return self._name(computation, computation.instructions[instruction.operands[0]])
@@ -453,25 +438,23 @@ class _Reader:
     Counts the collectives within a fusion too: XLA fuses them with what surrounds them.
     """
     operands = [computation.instructions[name] for name in instruction.operands]
-    if instruction.opcode == "fusion":
-      fused = self._computations[_called(instruction, "calls")[0]]
-      for inner in fused.instructions.values():
-        if _kind(inner):
-          self._count_collective(fused, inner, times)
-      read = sum(
-        self._read(fused, _parameter(fused, number), _hbm(operand.arrays))
-        for number, operand in enumerate(operands)
-      )
-      return read + self._written(fused, fused.root, instruction.arrays)
     if instruction.opcode.endswith("-start"):
       # Results: of a copy (copy, operand, context), of a slice (operands, piece, context).
       is_slice = instruction.opcode.endswith("slice-start")
       moved = instruction.arrays[len(operands) if is_slice else 0]
       return moved.bytes * (bool(_hbm(operands[0].arrays)) + moved.in_hbm)
-    single = Computation({i.name: i for i in (*operands, instruction)}, instruction.name)
-    # An operand that is named twice is read once.
-    read = sum(self._read(single, i.name, _hbm(i.arrays)) for i in single.instructions.values())
-    return read + self._written(single, instruction.name, instruction.arrays)
+    if instruction.opcode == "fusion":
+      within = self._computations[_called(instruction, "calls")[0]]
+      names = _parameters(within)
+      for inner in within.instructions.values():
+        if _kind(inner):
+          self._count_collective(within, inner, times)
+    else:
+      within = Computation({i.name: i for i in (*operands, instruction)}, instruction.name)
+      names = instruction.operands
+    sizes = {name: _hbm(i.arrays) for name, i in zip(names, operands, strict=True)}  # once each
+    read = sum(self._read(within, name, size) for name, size in sizes.items())
+    return read + self._written(within, within.root, instruction.arrays)
 
   def _read(self, computation, name: str, whole: float) -> float:
     """Bytes that a computation reads of the value `name`, at most the `whole` of it."""
@@ -492,9 +475,9 @@ class _Reader:
         total += self._read(computation, user.name, whole)
       elif user.opcode == "fusion":
         inner = self._computations[_called(user, "calls")[0]]
-        for number, operand in enumerate(user.operands):
+        for parameter, operand in zip(_parameters(inner), user.operands, strict=True):
           if operand == name:
-            total += self._read(inner, _parameter(inner, number), whole)
+            total += self._read(inner, parameter, whole)
       else:
         return whole
     return min(total, whole)
@@ -529,12 +512,10 @@ def read(text: str, devices: int, trips: Mapping[str, float]) -> Profile:
   computations, entry = _parse(text)
   reader = _Reader(computations, trips, devices)
   reader.run(entry, 1)
-  reader.bytes["collectives"] = sum(moved for _, moved in reader.collectives.values())
-  parts = {part: Traffic(size, reader.cycles[part]) for part, size in reader.bytes.most_common()}
+  reader.parts["collectives"].bytes = sum(moved for _, moved in reader.collectives.values())
   return Profile(
     collectives=tuple(collective for collective, _ in reader.collectives.values()),
-    parts=parts,
-    kernels=tuple(reader.kernels),
+    parts=dict(sorted(reader.parts.items(), key=lambda named: -named[1].bytes)),
     assumed=reader.assumed,
     unknown=tuple(reader.unknown),
   )

@@ -79,12 +79,9 @@ def describe(name: str) -> Topology:
     )
   # Without these libtpu asks the machine what it is, in vain. (No chip is opened: programs on a
   # machine's own TPU are not disturbed.)
-  os.environ |= {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": os.environ.get("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
-    "TPU_WORKER_HOSTNAMES": os.environ.get("TPU_WORKER_HOSTNAMES", "localhost"),
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
+  os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   options = {"chip_config_name": "megacore"} if form[2] == "v4" else {}
   if slices > 1:
     options["num_slices"] = slices
