@@ -28,6 +28,16 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 # Of XLA's own bookkeeping around the instructions that move something.
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "ConcatBitcast")
 _UPDATE = "dynamic-update-slice"
+_MOST_TRIPS = 100_000  # of a loop that is counted by running its counter
+
+# Instructions that move nothing, and the second half of what a "-start" began.
+_FREE = re.compile(
+  "parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id|replica-id|iota|"
+  "async-update|opt-barrier|.*-done"
+)
+_OPERATORS = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+_COMPARISONS = ("LT", "LE", "GT", "GE", "EQ", "NE")
+_OPERATORS |= {name: getattr(operator, name.lower()) for name in _COMPARISONS}
 
 # The parts of a training step, and the patterns of "opcode name" of what belongs to them: the first
 # that matches counts. Beside them are "collectives", and "other".
@@ -45,16 +55,6 @@ PARTS = {
   "losses": r"/shard_map/",
   "optimizer and EMAs": r" jit\(train_steps\)/",
 }
-_MOST_TRIPS = 100_000  # of a loop that is counted by running its counter
-
-# Instructions that move nothing, and the second half of what a "-start" began.
-_FREE = re.compile(
-  "parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id|replica-id|iota|"
-  "async-update|opt-barrier|.*-done"
-)
-_OPERATORS = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
-_COMPARISONS = ("LT", "LE", "GT", "GE", "EQ", "NE")
-_OPERATORS |= {name: getattr(operator, name.lower()) for name in _COMPARISONS}
 
 
 class Array(NamedTuple):
@@ -73,6 +73,33 @@ class Instruction(NamedTuple):
   operands: tuple[str, ...]
   literal: str  # what stands in the parentheses: the value of a constant, a parameter's number
   attributes: str
+
+  def find(self, pattern: str) -> str | None:
+    """What the group of a pattern matches in the attributes, if it does."""
+    match = re.search(pattern, self.attributes)
+    return match and match[1]
+
+  def called(self, attribute: str) -> list[str]:
+    """The computations named by an attribute, such as body=%region_0 or calls={%a, %b}."""
+    named = re.findall(rf"\b(?:{attribute})=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+    return re.findall(r"[\w.\-]+", " ".join(named))
+
+  @property
+  def op_name(self) -> str | None:
+    """JAX's name of it."""
+    return self.find(r'op_name="([^"]*)"')
+
+  @property
+  def collective(self) -> str | None:
+    """Which collective it is, if it is one."""
+    match = _COLLECTIVE.fullmatch(self.opcode)
+    return match and match[1]
+
+  @property
+  def is_free_call(self) -> bool:
+    """Whether it is a custom call that moves nothing."""
+    target = self.find(r'custom_call_target="([^"]*)"')
+    return self.opcode == "custom-call" and target.startswith(_FREE_CALLS)
 
 
 class Computation(NamedTuple):
@@ -237,35 +264,6 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
   return computations, entry
 
 
-def _attribute(instruction: Instruction, pattern: str) -> str | None:
-  """What the group of a pattern matches in the attributes, if it does."""
-  match = re.search(pattern, instruction.attributes)
-  return match and match[1]
-
-
-def _op_name(instruction: Instruction) -> str | None:
-  """JAX's name of an instruction."""
-  return _attribute(instruction, r'op_name="([^"]*)"')
-
-
-def _called(instruction: Instruction, attribute: str) -> list[str]:
-  """The computations named by an attribute, such as body=%region_0 or calls={%a, %b}."""
-  named = re.findall(rf"\b(?:{attribute})=(\{{[^}}]*\}}|%?[\w.\-]+)", instruction.attributes)
-  return re.findall(r"[\w.\-]+", " ".join(named))
-
-
-def _kind(instruction: Instruction) -> str | None:
-  """Which collective an instruction is, if it is one."""
-  match = _COLLECTIVE.fullmatch(instruction.opcode)
-  return match and match[1]
-
-
-def _is_free_call(instruction: Instruction) -> bool:
-  """Whether it is a custom call that moves nothing."""
-  target = _attribute(instruction, r'custom_call_target="([^"]*)"')
-  return instruction.opcode == "custom-call" and target.startswith(_FREE_CALLS)
-
-
 def _hbm(arrays: tuple[Array, ...]) -> int:
   """Bytes that lie in main memory."""
   return sum(a.bytes for a in arrays if a.in_hbm)
@@ -279,7 +277,7 @@ def _parameters(computation: Computation) -> list[str]:
 
 def _group(instruction: Instruction, mesh_size: int) -> tuple[int, ...]:
   """The first group of places that take part together; all of the mesh where none are named."""
-  groups = _attribute(instruction, r"replica_groups=(.*?)(?:, \w+=|$)") or ""
+  groups = instruction.find(r"replica_groups=(.*?)(?:, \w+=|$)") or ""
   integers = lambda listed: [int(n) for n in listed.split(",")]
   if listed := re.match(r"\{\{([\d,]+)\}", groups):
     return tuple(integers(listed[1]))
@@ -309,16 +307,16 @@ class _Reader:
     computation = self._computations[name]
     for instruction in computation.instructions.values():
       opcode = instruction.opcode
-      if _kind(instruction):
+      if instruction.collective:
         self._count_collective(computation, instruction, times)
       elif opcode == "while":
         trips = self._trips(computation, instruction)
-        self.run(_called(instruction, "body")[0], times * trips)
-        self.run(_called(instruction, "condition")[0], times * (trips + 1))
+        self.run(instruction.called("body")[0], times * trips)
+        self.run(instruction.called("condition")[0], times * (trips + 1))
       elif opcode in ("conditional", "call", "async-start"):
-        for called in _called(instruction, "(?:branch|true|false)_computations?|to_apply|calls"):
+        for called in instruction.called("(?:branch|true|false)_computations?|to_apply|calls"):
           self.run(called, times)
-      elif not (_FREE.fullmatch(opcode) or _is_free_call(instruction)):
+      elif not (_FREE.fullmatch(opcode) or instruction.is_free_call):
         self._count(computation, instruction, times)
 
   def _count(self, computation, instruction, times) -> None:
@@ -326,10 +324,10 @@ class _Reader:
     part = self.parts[next((p for p, known in PARTS.items() if re.search(known, label)), "other")]
     moved = self._traffic(computation, instruction, times)
     part.bytes += times * moved
-    cycles = _attribute(instruction, r'"estimated_cycles":"(\d+)"')
+    cycles = instruction.find(r'"estimated_cycles":"(\d+)"')
     part.cycles += times * int(cycles or 0)
     if instruction.opcode == "custom-call" and cycles is None:
-      flops = _attribute(instruction, r'"cost_estimate":\{"flops":"(\d+)"')
+      flops = instruction.find(r'"cost_estimate":\{"flops":"(\d+)"')
       part.kernels.append(Kernel(moved, int(flops or 0), times))
 
   def _name(self, computation, instruction) -> str:
@@ -338,12 +336,12 @@ class _Reader:
     Of a fusion that of the largest array within; or else of what the instruction makes something
     of, such as the array that a copy lays out anew.
     """
-    if name := _op_name(instruction):
+    if name := instruction.op_name:
       return name
     if instruction.opcode == "fusion":
-      fused = self._computations[_called(instruction, "calls")[0]]
-      if named := list(filter(_op_name, fused.instructions.values())):
-        return _op_name(max(named, key=lambda i: sum(a.bytes for a in i.arrays)))
+      fused = self._computations[instruction.called("calls")[0]]
+      if named := [i for i in fused.instructions.values() if i.op_name]:
+        return max(named, key=lambda i: sum(a.bytes for a in i.arrays)).op_name
     if instruction.opcode == "tuple" or not instruction.operands:
       return ""
     return self._name(computation, computation.instructions[instruction.operands[0]])
@@ -353,7 +351,7 @@ class _Reader:
     trips = self._counted_trips(computation, loop)
     if trips is not None:
       return trips
-    operation = _op_name(loop) or loop.name
+    operation = loop.op_name or loop.name
     for part, assumed in self._assumptions.items():
       if part in operation:
         self.assumed[operation] = assumed
@@ -363,11 +361,11 @@ class _Reader:
 
   def _counted_trips(self, computation, loop) -> int | None:
     """None where they depend on data."""
-    if count := _attribute(loop, r'"known_trip_count":\{"n":"(\d+)"\}'):
+    if count := loop.find(r'"known_trip_count":\{"n":"(\d+)"\}'):
       return int(count)
     # What flows into the loop from its surroundings, whose own arguments are data.
     state = self._value(computation, loop.operands[0], [], {})
-    (condition,), (body,) = _called(loop, "condition"), _called(loop, "body")
+    (condition,), (body,) = loop.called("condition"), loop.called("body")
     for trips in range(_MOST_TRIPS):
       goes_on = self._result(condition, [state])
       if not isinstance(goes_on, int):
@@ -403,22 +401,22 @@ class _Reader:
     if opcode == "tuple":
       return operands()
     if opcode == "get-tuple-element":
-      index = int(_attribute(instruction, r"index=(\d+)"))
+      index = int(instruction.find(r"index=(\d+)"))
       return values[index] if isinstance(values := operand(0), list) else None
     if opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
       return operand(0)
     if opcode == "fusion":
-      return self._result(_called(instruction, "calls")[0], operands())
+      return self._result(instruction.called("calls")[0], operands())
     if opcode in ("add", "subtract", "multiply", "compare"):
       a, b = operand(0), operand(1)
       if not (isinstance(a, int) and isinstance(b, int)):
         return None
-      return int(_OPERATORS[_attribute(instruction, r"direction=(\w+)") or opcode](a, b))
+      return int(_OPERATORS[instruction.find(r"direction=(\w+)") or opcode](a, b))
     return None
 
   def _count_collective(self, computation, instruction, times) -> None:
     operands = [computation.instructions[name] for name in instruction.operands]
-    kind, payload = _kind(instruction), sum(a.bytes for i in operands for a in i.arrays)
+    kind, payload = instruction.collective, sum(a.bytes for i in operands for a in i.arrays)
     group = _group(instruction, self._devices)
     if len(group) == 1:
       return
@@ -428,7 +426,7 @@ class _Reader:
     # too; it runs as often as the first of these, which starts it.
     key = len(self.collectives)
     if "async_collective_fusion_config" in instruction.attributes:
-      key = _attribute(instruction, r"(channel_id=\d+)")
+      key = instruction.find(r"(channel_id=\d+)")
     if key not in self.collectives or times < self.collectives[key][0].times:
       self.collectives[key] = Collective(kind, payload, group, times), times * moved
 
@@ -444,10 +442,10 @@ class _Reader:
       moved = instruction.arrays[len(operands) if is_slice else 0]
       return moved.bytes * (bool(_hbm(operands[0].arrays)) + moved.in_hbm)
     if instruction.opcode == "fusion":
-      within = self._computations[_called(instruction, "calls")[0]]
+      within = self._computations[instruction.called("calls")[0]]
       names = _parameters(within)
       for inner in within.instructions.values():
-        if _kind(inner):
+        if inner.collective:
           self._count_collective(within, inner, times)
     else:
       within = Computation({i.name: i for i in (*operands, instruction)}, instruction.name)
@@ -467,14 +465,14 @@ class _Reader:
       first = user.operands[0] == name
       if first and user.opcode in ("dynamic-slice", "slice", "gather"):
         total += sum(a.bytes for a in user.arrays)
-      elif user.opcode == "tuple" or _is_free_call(user) or _kind(user):
+      elif user.opcode == "tuple" or user.is_free_call or user.collective:
         pass  # passed on, or counted with the collectives
       elif first and user.opcode == _UPDATE:
         pass  # in place: what is not updated stays where it is
       elif user.opcode in ("bitcast", "get-tuple-element"):
         total += self._read(computation, user.name, whole)
       elif user.opcode == "fusion":
-        inner = self._computations[_called(user, "calls")[0]]
+        inner = self._computations[user.called("calls")[0]]
         for parameter, operand in zip(_parameters(inner), user.operands, strict=True):
           if operand == name:
             total += self._read(inner, parameter, whole)
@@ -490,7 +488,7 @@ class _Reader:
         self._written(computation, operand, (array,))
         for operand, array in zip(root.operands, arrays, strict=True)
       )
-    if root.opcode == "parameter" or _is_free_call(root) or _kind(root):
+    if root.opcode == "parameter" or root.is_free_call or root.collective:
       return 0.0
     if root.opcode == "bitcast":
       return self._written(computation, root.operands[0], arrays)
