@@ -6,10 +6,11 @@ Needs libtpu (`pip install "ism_jax[aot]"`) and no TPU. The functions are those 
 with the shapes and shardings it gives them; minutes for each topology and SiT-XL/2. A topology is
 v4:XxYxZ, v5e:XxY, v5p:XxYxZ or v6e:XxY, or several slices of one, 2xv5e:16x16.
 
-For each topology: whether it fits a chip's memory, FLOPs, traffic of main memory by part of the step,
+For each topology: whether it fits a chip's memory, FLOPs, main-memory traffic by part of the step,
 bytes between chips by kind of collective, and two estimates of the time and the utilisation, a
-roofline and XLA's own; see `ASSUMPTIONS`. Printed, and with --out written to aot.json and aot.md. A topology that fails has its
-error in the report, the others are still compiled, and the exit code is 1.
+roofline and XLA's own; see `ASSUMPTIONS`. Printed, and with --out written to aot.json and aot.md. A
+topology that fails has its error in the report, the others are still compiled, and the exit code is
+1.
 """
 
 import dataclasses

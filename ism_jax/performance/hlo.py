@@ -42,7 +42,7 @@ _OPERATORS |= {name: getattr(operator, name.lower()) for name in _COMPARISONS}
 # The parts of a training step, and the patterns of "opcode name" of what belongs to them: the first
 # that matches counts. Beside them are "collectives", and "other".
 PARTS = {
-  "prefetches": r"^\S+-start ",
+  "prefetches": r"^\S+-start ",  # and what is brought back, beside other work
   "qkv and proj": r"/attn/(qkv|proj)/",
   "attention": r"/attn/",
   "MLP": r"/fc[12]/|gelu",

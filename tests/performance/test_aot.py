@@ -546,9 +546,9 @@ def test_nearly_all_traffic_of_a_step_belongs_to_a_named_part(command, placement
   sizes = {name: part["hbm_bytes"] for name, part in step["parts"].items()}
   np.testing.assert_allclose(sum(sizes.values()), step["hbm_bytes"], rtol=1e-12)
   assert sizes.get("other", 0) < 0.1 * step["hbm_bytes"]
-  # Parameters, moments and averages are read and written, all but the target average's reading.
+  # Parameters, moments and averages are read and written, mostly by way of copies onto the chip.
   if placement == "replicated":
-    assert 9 * 4 * content["parameters"] < sizes["optimizer and EMAs"]
+    assert 9 * 4 * content["parameters"] < sizes["optimizer and EMAs"] + sizes["prefetches"]
   assert f"| attention | {sizes['attention'] / 1e9:.2f} |" in (out / "aot.md").read_text()
 
 
