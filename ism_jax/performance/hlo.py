@@ -45,8 +45,8 @@ PARTS = {
   "prefetches": r"^\S+-start ",  # and what is brought back, beside other work
   "qkv and proj": r"/attn/(qkv|proj)/",
   "attention": r"/attn/",
-  "MLP": r"/fc[12]/|gelu",
-  "adaLN": r"adaLN_modulation/|/blocks/split",
+  "MLP": r"/fc[12]/|/blocks/(tanh|integer_pow)",  # of gelu
+  "adaLN": r"adaLN_modulation/|/blocks/(split|concatenate)",
   "norms and modulation": r"/blocks/|/norm_final/",
   "embedders and final layer": r"_embedder/|/final_linear/|^fusion .*SiT\)*/\w+$",
   "stacks of layers": r"SiT.*/dynamic_(update_)?slice$",  # kept activations, layers' weights
