@@ -6,6 +6,7 @@ is an error here, before anything is compiled or written.
 """
 
 import dataclasses
+import math
 import operator
 import typing
 
@@ -291,13 +292,13 @@ def flatten(tree: dict) -> dict:
 
 
 def check_devices(exp: Experiment, devices: int) -> None:
-  """Raises ValueError where the batch does not split over devices, micro-batches and losses."""
-  pieces = devices * exp.micro_batches
-  unit = pieces * sum(exp.objective.shares)
+  """Raises ValueError where the batch does not split over devices and micro-batches, or losses."""
+  pieces, shares = devices * exp.micro_batches, exp.objective.shares
+  unit = math.lcm(pieces, sum(shares))
   if exp.batch_size % unit:
     nearest = max(unit, round(exp.batch_size / unit) * unit)
     raise ValueError(
       f"batch_size={exp.batch_size} does not split over {devices} devices x {exp.micro_batches} "
-      f"micro-batches x shares {exp.objective.shares}: it must be a multiple of {unit}; the "
-      f"nearest is {nearest}."
+      f"micro-batches, or into shares {shares}: it must be a multiple of {pieces} and of "
+      f"{sum(shares)}; the nearest is {nearest}."
     )

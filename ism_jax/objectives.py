@@ -115,21 +115,26 @@ class Rows(NamedTuple):
 def deal_rows(n: int, shares: tuple[int, int, int]) -> Rows:
   """Deals n rows to the three losses, in a pattern that repeats every sum(shares) rows.
 
-  Every run of whole periods holds each loss at its share: so do each device's rows and each
-  micro-batch, and a row's loss does not depend on how many of them there are.
+  Every run of whole periods holds each loss at its share, and a row's loss does not depend on how
+  many devices and micro-batches there are.
 
   Raises:
     ValueError: if n is not a multiple of the period.
   """
+  loss_of_row = number_losses(n, shares)
+  return Rows(*(np.flatnonzero(loss_of_row == loss) for loss in range(3)))
+
+
+def number_losses(n: int, shares: tuple[int, int, int]) -> np.ndarray:
+  """[n] of 0, 1, 2: which of the three losses each row has; see `deal_rows`."""
   period = sum(shares)
   if n % period:
     near = max(period, round(n / period) * period)
     raise ValueError(
-      f"{n} rows (of one device, in one micro-batch) do not split into shares {shares}: they need"
-      f" a multiple of {period}; the nearest is {near}."
+      f"{n} rows do not split into shares {shares}: they need a multiple of {period}; the nearest"
+      f" is {near}."
     )
-  loss_of_row = np.repeat(np.arange(3), shares)[np.arange(n) % period]
-  return Rows(*(np.flatnonzero(loss_of_row == loss) for loss in range(3)))
+  return np.repeat(np.arange(3), shares)[np.arange(n) % period]
 
 
 class Conditions(NamedTuple):
@@ -279,22 +284,42 @@ def losses(
     d of `paths.JUMPS` the sum of the consistency distances and their number, [2, 7]. (The other
     two losses have d = 0 only.)
   """
-  weights = cfg.weights if weights is None else weights
-  rows = deal_rows(len(x0), cfg.shares)
   x_t = paths.interpolate(x0, x1, conditions.t)
   y = regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class)
+  settings = (cfg, wavelet_cfg, batch_size, weights)
+  return regression_losses(s_online, x_t, y, conditions, None, *settings)
+
+
+def regression_losses(
+  s_online, x_t, y, conditions, loss_of_row, cfg, wavelet_cfg, batch_size, weights=None
+):
+  """`losses`, where the targets are known.
+
+  Args:
+    s_online: velocity function.
+    x_t: [B, H, W, C] states.
+    y: [B, H, W, C] targets.
+    conditions: of each row.
+    loss_of_row: [B] of 0, 1, 2, the loss of each row, for any rows of a batch; None for rows that
+      `deal_rows` deals.
+    cfg, wavelet_cfg, batch_size, weights: as for `losses`.
+  """
+  weights = cfg.weights if weights is None else weights
   # A network with fixed guidance has no input w: see `guidance.fixed`.
   w = conditions.w if cfg.intrinsic else jnp.zeros_like(conditions.w)
   error = s_online(x_t, *conditions._replace(w=w)) - y
   total, parts = 0.0, {}
-  for name, share, weight in zip(rows._fields, cfg.shares, weights, strict=True):
+  for loss, (name, share, weight) in enumerate(zip(Rows._fields, cfg.shares, weights, strict=True)):
     if not share:
       continue
-    rows_of_loss = getattr(rows, name)
-    distances = wavelets.distance(error[rows_of_loss], wavelet_cfg, name)
+    rows = deal_rows(len(x_t), cfg.shares)[loss] if loss_of_row is None else slice(None)
+    distances = wavelets.distance(error[rows], wavelet_cfg, name)
+    if loss_of_row is not None:
+      distances = jnp.where(loss_of_row == loss, distances, 0.0)
     parts[name] = jnp.sum(distances) / (batch_size * share // sum(cfg.shares))
     total += weight * parts[name]
     if name == "consistency":
-      is_jump = conditions.d[rows_of_loss] == jnp.array(paths.JUMPS)[:, None]
+      # Rows of the other losses have d = 0, which is no jump.
+      is_jump = conditions.d[rows] == jnp.array(paths.JUMPS)[:, None]
       parts["jumps"] = jnp.stack([is_jump @ distances, is_jump.sum(1)])
   return total, parts

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ism_jax import couplings, model, objectives
+from ism_jax import couplings, model, objectives, paths
 from ism_jax import state as state_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import sit, vae
@@ -48,15 +48,24 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
     are split over the devices. The weights are those of `objectives.losses`.
   """
   network = exp.network()
+  rows_at_once = exp.batch_size // (mesh.size * exp.micro_batches)
+  has_all_losses = rows_at_once % sum(exp.objective.shares) == 0
 
   def share_of_loss(params, target_params, weights, *rows):
     s_online, s_ema = (model.velocity_function(network, p) for p in (params, target_params))
     settings = (exp.objective, exp.wavelet, exp.null_class, exp.batch_size)
     return objectives.losses(s_online, s_ema, *rows, *settings, weights)
 
-  share_and_gradient = jax.value_and_grad(share_of_loss, has_aux=True)
+  def share_of_regression(params, _, weights, *rows):
+    settings = (exp.objective, exp.wavelet, exp.batch_size)
+    s_online = model.velocity_function(network, params)
+    return objectives.regression_losses(s_online, *rows, *settings, weights)
 
-  def on_device(params, target_params, weights, *rows):
+  share_and_gradient = jax.value_and_grad(
+    share_of_loss if has_all_losses else share_of_regression, has_aux=True
+  )
+
+  def on_device(params, target_params, weights, rows):
     # Each device differentiates its share of the loss with respect to its copy of the
     # parameters; one psum at the end adds the shares. (Left replicated, `params` would make
     # jax.grad sum over the devices in every micro-batch.)
@@ -75,13 +84,36 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
     return jax.lax.psum(total, AXIS)
 
   whole, rows = P(), P(AXIS)
-  in_specs = (whole, whole, whole, rows, rows, rows)
+  in_specs = (whole, whole, whole, rows)
   sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole)
 
   def gradient(params, target_params, x0, x1, conditions, weights=None):
-    return sharded(params, target_params, weights, x0, x1, conditions)
+    if has_all_losses:
+      return sharded(params, target_params, weights, (x0, x1, conditions))
+    # Targets on the device would take as long there as those of a row of every loss: the rows that
+    # need network calls are dealt anew to all devices.
+    s_online, s_ema = (velocity_over_mesh(network, p, mesh) for p in (params, target_params))
+    x_t = paths.interpolate(x0, x1, conditions.t)
+    settings = (exp.objective, exp.null_class)
+    y = objectives.regression_targets(s_online, s_ema, x0, x1, x_t, conditions, *settings)
+    loss_of_row = objectives.number_losses(exp.batch_size, exp.objective.shares)
+    return sharded(params, None, weights, (x_t, y, conditions, loss_of_row))
 
   return gradient
+
+
+def velocity_over_mesh(network, params, mesh):
+  """velocity(x_t, t, c, d, w) of any number of rows, each device computing as many of them."""
+  on_device = lambda params, *rows: model.velocity_function(network, params)(*rows)
+  in_specs = (P(), *(P(AXIS) for _ in range(5)))
+  sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=P(AXIS))
+
+  def velocity(*rows):
+    n = len(rows[0])
+    pad = lambda a: jnp.pad(a, ((0, -n % mesh.size), *((0, 0) for _ in a.shape[1:])))
+    return sharded(params, *map(pad, rows))[:n]
+
+  return velocity
 
 
 def gradient_norms_function(exp: Experiment, mesh) -> Callable:

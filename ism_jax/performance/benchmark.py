@@ -192,9 +192,11 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
 def loss_calls(exp: Experiment, mesh) -> dict[tuple, Callable]:
   """{("part", name): call}: one device's losses and their gradient, without the network.
 
-  A call takes the rows of a micro-batch; the velocity is a multiple of x_t.
+  A call takes the rows of a micro-batch, or a few more where these are not dealt to all losses; the
+  velocity is a multiple of x_t.
   """
-  rows = exp.batch_size // exp.micro_batches // mesh.size
+  period = sum(exp.objective.shares)
+  rows = -(-exp.batch_size // (exp.micro_batches * mesh.size * period)) * period
   keys = jax.random.split(jax.random.key(3), 4)
   x0, x1 = (jax.random.normal(key, (rows, *exp.image_shape)) for key in keys[:2])
   c = jax.random.randint(keys[2], (rows,), 0, exp.data.num_classes)
