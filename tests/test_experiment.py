@@ -201,8 +201,11 @@ def test_an_unknown_variant_lists_the_known_ones():
 def test_a_batch_that_does_not_split_names_the_nearest_that_does():
   config = tiny_config()
   config.batch_size = 100
-  with pytest.raises(ValueError, match="multiple of 32; the nearest is 96"):
+  with pytest.raises(ValueError, match="multiple of 8 and of 4; the nearest is 96"):
     experiment.check_devices(experiment.parse(config), 8)
+  config.batch_size = 6  # rows of each loss at their shares
+  with pytest.raises(ValueError, match="multiple of 2 and of 4; the nearest is 8"):
+    experiment.check_devices(experiment.parse(config), 2)
 
 
 def test_a_config_is_validated_without_importing_a_feature_network():

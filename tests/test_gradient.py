@@ -1,5 +1,7 @@
 """The gradient over devices and micro-batches, before clipping and Adam could hide an error."""
 
+import functools
+
 from examples import tiny_config
 import jax
 import jax.numpy as jnp
@@ -20,29 +22,36 @@ def randomised(params, key):
   return jax.tree.unflatten(tree, [a + n for a, n in zip(leaves, noise, strict=True)])
 
 
-def problem(micro_batches=1, **objective):
-  """One fixed global batch of 128 rows: (experiment, arguments of the gradient function)."""
-  config = tiny_config()
-  config.batch_size, config.micro_batches = 128, micro_batches
+def problem(micro_batches=1, variant="ism", batch_size=128, unroll=3, **objective):
+  """One fixed global batch: (experiment, arguments of the gradient function)."""
+  config = tiny_config(variant)
+  config.batch_size, config.micro_batches = batch_size, micro_batches
+  config.model.unroll = unroll
   config.objective.update(objective)
   exp = experiment.parse(config)
   keys = jax.random.split(jax.random.key(1), 6)
   params = model.init_params(keys[0], exp.network(), exp.image_shape)
   online, target = randomised(params, keys[1]), randomised(params, keys[2])
-  x0, x1 = (jax.random.normal(k, (128, *exp.image_shape)) for k in keys[3:5])
-  c = jnp.arange(128) % 10
+  x0, x1 = (jax.random.normal(k, (batch_size, *exp.image_shape)) for k in keys[3:5])
+  c = jnp.arange(batch_size) % 10
   conditions = objectives.draw_conditions(keys[5], c, exp.objective, exp.null_class)
   return exp, (online, target, x0, x1, conditions)
 
 
-def gradient_and_loss(devices, micro_batches, **objective):
-  """What training differentiates, on some devices."""
-  exp, arguments = problem(micro_batches, **objective)
+def gradient_and_metrics(devices, micro_batches, **changes):
+  """What training differentiates, on some devices, and all that is logged of it."""
+  exp, arguments = problem(micro_batches, **changes)
   mesh = sharding.data_mesh(jax.devices()[:devices])
   everywhere = sharding.replicated(mesh)
   gradient = jax.jit(steps.gradient_function(exp, mesh), in_shardings=everywhere)
-  (loss, _), grad = jax.device_get(gradient(*arguments))
-  return grad, loss
+  (loss, parts), grad = jax.device_get(gradient(*arguments))
+  return grad, {"loss": loss, **parts}
+
+
+def gradient_and_loss(*split, **changes):
+  """`gradient_and_metrics` with the loss alone."""
+  grad, metrics = gradient_and_metrics(*split, **changes)
+  return grad, metrics["loss"]
 
 
 def relative_difference(a, b):
@@ -65,6 +74,46 @@ def test_the_raw_gradient_depends_neither_on_devices_nor_on_micro_batches(
   grad, loss = gradient_and_loss(devices, micro_batches)
   np.testing.assert_allclose(loss, reference[1], rtol=1e-5)
   assert relative_difference(grad, reference[0]) < 1e-5
+
+
+@functools.cache
+def on_one_device(**changes):
+  return gradient_and_metrics(1, 1, **changes)
+
+
+@pytest.mark.parametrize(
+  ("micro_batches", "changes"),
+  [
+    (1, {"batch_size": 16}),
+    (2, {"batch_size": 16}),
+    (1, {"batch_size": 8, "variant": "sm"}),
+    pytest.param(1, {"batch_size": 24, "guidance_parameters": "target"}, marks=pytest.mark.slow),
+  ],
+)
+def test_devices_that_lack_rows_of_some_losses_change_nothing(micro_batches, changes):
+  """On 8 devices, one to three rows at a time of a pattern of four (eight: SM's)."""
+  expected, expected_metrics = on_one_device(**changes, unroll=1)
+  grad, metrics = gradient_and_metrics(8, micro_batches, **changes, unroll=1)
+  assert relative_difference(grad, expected) < 1e-5
+  assert metrics.keys() == expected_metrics.keys()
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_nor_do_they_change_the_gradient_norm_of_each_loss():
+  exp, (online, target, x0, x1, _) = problem(batch_size=8, unroll=1)
+  state = state_lib.TrainState(jnp.int32(5), online, None, online, target)
+  pool = {"x0": x0[None], "x1": x1[None], "c": jnp.arange(8)[None]}
+
+  def norms(devices):
+    function = steps.gradient_norms_function(exp, sharding.data_mesh(jax.devices()[:devices]))
+    return function(state, pool, steps.base_keys(0), 0)
+
+  on_one, on_eight = norms(1), norms(8)
+  assert len(on_one) == 3 and on_one.keys() == on_eight.keys()
+  for name, value in on_one.items():
+    np.testing.assert_allclose(on_eight[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_leaving_the_sum_over_devices_to_jax_too_would_be_noticed(reference, monkeypatch):
