@@ -262,10 +262,7 @@ def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class
 def losses(
   s_online, s_ema, x0, x1, conditions, cfg, wavelet_cfg, null_class, batch_size, weights=None
 ):
-  """E8: alpha L_velocity + beta L_guidance + gamma L_consistency, of these rows.
-
-  Each loss is the mean distance (E9) between prediction and target over its rows; what is returned
-  is the share of these rows in the loss of the global batch.
+  """`regression_losses` (E8) of whole periods of rows (see `deal_rows`), with their targets.
 
   Args:
     s_online: velocity function; only its last call carries a gradient.
@@ -276,13 +273,7 @@ def losses(
     cfg: the ObjectiveConfig.
     wavelet_cfg: the WaveletConfig of their distances.
     null_class: label of "no class".
-    batch_size: rows of the global batch. The sum of the results over all devices and micro-batches
-      is the loss of the global batch.
-    weights: (alpha, beta, gamma), scalars or an array [3]; None for those of `cfg`.
-  Returns:
-    (loss, {"velocity": .., "guidance": .., "consistency": .., "jumps": ..}): scalars, and for each
-    d of `paths.JUMPS` the sum of the consistency distances and their number, [2, 7]. (The other
-    two losses have d = 0 only.)
+    batch_size, weights: as for `regression_losses`, and so are the results.
   """
   x_t = paths.interpolate(x0, x1, conditions.t)
   y = regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class)
@@ -293,7 +284,10 @@ def losses(
 def regression_losses(
   s_online, x_t, y, conditions, loss_of_row, cfg, wavelet_cfg, batch_size, weights=None
 ):
-  """`losses`, where the targets are known.
+  """E8: alpha L_velocity + beta L_guidance + gamma L_consistency, of these rows.
+
+  Each loss is the mean distance (E9) between prediction and target over its rows; what is returned
+  is the share of these rows in the loss of the global batch.
 
   Args:
     s_online: velocity function.
@@ -302,7 +296,15 @@ def regression_losses(
     conditions: of each row.
     loss_of_row: [B] of 0, 1, 2, the loss of each row, for any rows of a batch; None for rows that
       `deal_rows` deals.
-    cfg, wavelet_cfg, batch_size, weights: as for `losses`.
+    cfg: the ObjectiveConfig.
+    wavelet_cfg: the WaveletConfig of their distances.
+    batch_size: rows of the global batch. The sum of the results over all devices and micro-batches
+      is the loss of the global batch.
+    weights: (alpha, beta, gamma), scalars or an array [3]; None for those of `cfg`.
+  Returns:
+    (loss, {"velocity": .., "guidance": .., "consistency": .., "jumps": ..}): scalars, and for each
+    d of `paths.JUMPS` the sum of the consistency distances and their number, [2, 7]. (The other
+    two losses have d = 0 only.)
   """
   weights = cfg.weights if weights is None else weights
   # A network with fixed guidance has no input w: see `guidance.fixed`.

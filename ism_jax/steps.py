@@ -90,13 +90,13 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
   def gradient(params, target_params, x0, x1, conditions, weights=None):
     if has_all_losses:
       return sharded(params, target_params, weights, (x0, x1, conditions))
-    # Targets on the device would take as long there as those of a row of every loss: the rows that
-    # need network calls are dealt anew to all devices.
+    # Each device would wait for the one with the dearest targets, so the rows that have any to
+    # compute are dealt anew to all devices.
     s_online, s_ema = (velocity_over_mesh(network, p, mesh) for p in (params, target_params))
     x_t = paths.interpolate(x0, x1, conditions.t)
     settings = (exp.objective, exp.null_class)
     y = objectives.regression_targets(s_online, s_ema, x0, x1, x_t, conditions, *settings)
-    loss_of_row = objectives.number_losses(exp.batch_size, exp.objective.shares)
+    loss_of_row = objectives.number_losses(len(x0), exp.objective.shares)
     return sharded(params, None, weights, (x_t, y, conditions, loss_of_row))
 
   return gradient
