@@ -41,9 +41,9 @@ def get_base() -> ml_collections.ConfigDict:
       "model": {
         "size": "SiT-XL/2",  # paper
         "dtype": "bfloat16",
-        "remat": "dots",
+        "remat": "names",
         "unroll": 1,
-        "attention": "xla",
+        "attention": "auto",
       },
       "objective": {
         "shares": (2, 1, 1),  # open

@@ -171,9 +171,9 @@ class Experiment:
     """`steps`, rounded up to whole pools."""
     return -(-self.steps // self.coupling.pool_size) * self.coupling.pool_size
 
-  def network(self) -> model_lib.SiT:
-    """The model; it has a w input where guidance is intrinsic."""
-    return model_lib.SiT(self.model, self.data.num_classes, self.objective.intrinsic)
+  def network(self, device_kind: str | None = None) -> model_lib.SiT:
+    """The model, for devices of this kind; it has a w input where guidance is intrinsic."""
+    return model_lib.SiT(self.model, self.data.num_classes, self.objective.intrinsic, device_kind)
 
 
 def _marks(config_class, section=None, prefix: str = "") -> dict[str, Marks]:

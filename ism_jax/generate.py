@@ -41,12 +41,12 @@ def to_uint8(x, rounding: str = "nearest"):
   return jnp.clip(to_level(127.5 * (x + 1)), 0, 255).astype(jnp.uint8)
 
 
-def sampler(exp: Experiment, schedule) -> Callable:
-  """sample(params, x0 [B, H, W, C], c [B], w [B]) -> x1 [B, H, W, C].
+def sampler(exp: Experiment, schedule, device_kind: str | None = None) -> Callable:
+  """sample(params, x0 [B, H, W, C], c [B], w [B]) -> x1 [B, H, W, C]; see `SiT.device_kind`.
 
   A `schedule` is as `paths.parse_schedule` returns it, here and everywhere in this module.
   """
-  velocity = functools.partial(model.velocity_function, exp.network())
+  velocity = functools.partial(model.velocity_function, exp.network(device_kind))
   integrate = sampling.sample
   if not exp.objective.intrinsic:
     fixed = {"t_interval": exp.objective.t_interval, "null_class": exp.null_class}
@@ -60,11 +60,13 @@ def sample_function(exp: Experiment, mesh, schedule):
 
   Compiled for one schedule; x0 and x1 are split over the mesh, the others whole everywhere.
   """
-  integrate = sampler(exp, schedule)
+  integrate = sampler(exp, schedule, sharding.device_kind(mesh))
+  specs = P(), P(AXIS), P(AXIS), P(AXIS)
+  integrate = jax.shard_map(integrate, mesh=mesh, in_specs=specs, out_specs=P(AXIS))
   everywhere, rows = sharding.replicated(mesh), sharding.rows(mesh)
 
-  def sample(params, x0, *per_sample):
-    x1 = integrate(params, x0, *jax.lax.with_sharding_constraint(per_sample, rows))
+  def sample(params, x0, c, w):
+    x1 = integrate(params, x0, c, w)
     return x1, jnp.isfinite(x1).all()
 
   in_shardings = (everywhere, rows, everywhere, everywhere)

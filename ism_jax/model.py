@@ -13,14 +13,17 @@ import math
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import paths
+from ism_jax import attention, paths
 
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "dots", "full")
-ATTENTIONS = ("xla", "cudnn")
+REMATS = ("none", "names", "dots", "full")
+ATTENTIONS = ("auto", "xla")
+# What remat "names" keeps of a block: what its matrix products and its attention make.
+NAMES = ("modulation", "qkv", "attention", "proj", "fc1", "fc2")
 _SIZES = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
   "XL": (28, 1152, 16),
   "L": (24, 1024, 16),
@@ -40,18 +43,18 @@ class ModelConfig:
       the patch size in pixels, and may be 1 too.
     dtype: of the blocks' activations and matrix products, "float32" or "bfloat16"; parameters, the
       conditioning, softmax and output are float32 always.
-    remat: what a block keeps for the backward pass: "none" keeps all, "dots" the matrix products,
-      "full" its input only.
+    remat: what a block keeps for the backward pass: "none" keeps all, "names" `NAMES`, "dots" the
+      matrix products without their biases, "full" its input only.
     unroll: blocks per iteration of the scan over layers.
-    attention: "xla" writes it out, for any device; "cudnn" takes NVIDIA's fused kernel where a GPU
-      computes, in bfloat16 only, and elsewhere is "xla".
+    attention: "auto" takes the fused kernel that the device has for these sizes, see
+      `attention.choose`; "xla" writes it out on every device.
   """
 
   size: str = dataclasses.field(metadata={"fixed": True})
   dtype: str
   remat: str = dataclasses.field(metadata={"learnt": False})
   unroll: int = dataclasses.field(metadata={"learnt": False})
-  attention: str = dataclasses.field(default="xla", metadata={"learnt": False})
+  attention: str = dataclasses.field(default="auto", metadata={"learnt": False})
 
   def __post_init__(self):
     size, _, patch = self.size.removeprefix("SiT-").partition("/")
@@ -62,8 +65,6 @@ class ModelConfig:
     for name, known in (("remat", REMATS), ("dtype", DTYPES), ("attention", ATTENTIONS)):
       if (value := getattr(self, name)) not in known:
         raise ValueError(f"model.{name}={value!r} is unknown; known are {', '.join(known)}.")
-    if self.attention == "cudnn" and self.dtype != "bfloat16":
-      raise ValueError(f"model.attention='cudnn' needs model.dtype='bfloat16', not {self.dtype!r}.")
     if self.unroll < 1:
       raise ValueError(f"model.unroll={self.unroll} must be at least 1.")
 
@@ -122,59 +123,70 @@ class ScalarEmbedder(nn.Module):
     return dense(name="mlp_2")(nn.silu(dense(name="mlp_0")(sinusoid(a))))
 
 
-def attention(q, k, v):
-  """softmax(q k^T / sqrt(K)) v; all [B, H, T, K], the softmax in float32.
+class Projection(nn.Module):
+  """The two terms of nn.Dense, apart: (x W [.., F], b [F])."""
 
-  Unlike jax.nn.dot_product_attention, it divides the product with v by the softmax's sum, not the
-  T x T weights, which are more: that is quicker, on a CPU about twice.
-  """
-  logits = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
-  logits /= math.sqrt(q.shape[-1])
-  weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-  product = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v)
-  return (product / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+  features: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return x @ kernel, bias
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention over tokens."""
+  """Multi-head self-attention over the tokens [B T, D] or [B, T, D] of images."""
 
   heads: int
   dtype: jnp.dtype
   kind: str
 
   @nn.compact
-  def __call__(self, x_BxTxD):
-    b, tokens, width = x_BxTxD.shape
-    dense = functools.partial(_dense, dtype=self.dtype)
-    # The matrix products run over flat tokens: XLA's CPU backend is slow with three axes.
-    qkv = dense(3 * width, name="qkv")(x_BxTxD.reshape(-1, width))
-    qkv = qkv.reshape(b, tokens, 3, self.heads, width // self.heads)
-    if self.kind == "cudnn" and jax.default_backend() == "gpu":
-      x_BxTxHxK = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), implementation="cudnn")
-    else:
-      x_BxTxHxK = attention(*qkv.transpose(2, 0, 3, 1, 4)).transpose(0, 2, 1, 3)
-    return dense(width, name="proj")(x_BxTxHxK.reshape(-1, width)).reshape(b, tokens, width)
+  def __call__(self, x, tokens: int):
+    *rows, width = x.shape
+    product, bias = Projection(3 * width, self.dtype, name="qkv")(x)
+    h = attention.attend(product.reshape(-1, tokens, 3 * width), bias, self.heads, self.kind)
+    h = checkpoint_name(h.reshape(*rows, width), "attention")
+    return checkpoint_name(_dense(width, dtype=self.dtype, name="proj")(h), "proj")
 
 
 class Block(nn.Module):
-  """A transformer block with adaLN-zero conditioning."""
+  """A transformer block with adaLN-zero conditioning.
+
+  Attributes:
+    heads: of the attention.
+    dtype: of activations and matrix products.
+    attention: as `attention.choose` names it.
+    flat: whether the matrix products run over flat tokens [B T, D]. XLA's CPU backend is slow with
+      three axes; for TPUs it fuses shift, scale and gate with the products only where there are.
+  """
 
   heads: int
   dtype: jnp.dtype
   attention: str
+  flat: bool
 
   @nn.compact
   def __call__(self, x_BxTxD, condition_BxD):
     b, tokens, width = x_BxTxD.shape
     dense = functools.partial(_dense, dtype=self.dtype)
-    modulation = _dense_zero(6 * width, dtype=self.dtype, name="adaLN_modulation")(condition_BxD)
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     norm = functools.partial(_norm, dtype=self.dtype)
+    rows = (lambda a: a.reshape(b * tokens, -1)) if self.flat else lambda a: a
+    images = lambda a: a.reshape(b, tokens, -1)
+
+    modulation = _dense_zero(6 * width, dtype=self.dtype, name="adaLN_modulation")(condition_BxD)
+    modulation = checkpoint_name(modulation, "modulation")
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     h = modulate(norm(name="norm1")(x_BxTxD), shift_a, scale_a)
-    x_BxTxD += gate_a[:, None] * Attention(self.heads, self.dtype, self.attention, name="attn")(h)
-    h = modulate(norm(name="norm2")(x_BxTxD), shift_m, scale_m).reshape(-1, width)
-    h = dense(width, name="fc2")(nn.gelu(dense(4 * width, name="fc1")(h)))
-    x_BxTxD += gate_m[:, None] * h.reshape(b, tokens, width)
+    h = Attention(self.heads, self.dtype, self.attention, name="attn")(rows(h), tokens)
+    x_BxTxD += gate_a[:, None] * images(h)
+    h = modulate(norm(name="norm2")(x_BxTxD), shift_m, scale_m)
+    h = checkpoint_name(dense(4 * width, name="fc1")(rows(h)), "fc1")
+    h = checkpoint_name(dense(width, name="fc2")(nn.gelu(h)), "fc2")
+    x_BxTxD += gate_m[:, None] * images(h)
     return x_BxTxD, None  # a scan's carry and its (empty) output
 
 
@@ -185,11 +197,15 @@ class SiT(nn.Module):
     cfg: size and numerics.
     num_classes: classes; the label table has one row more, the null class, its last.
     guided: whether w is an input. (A network with fixed guidance has no w embedder.)
+    device_kind: of the devices that compute it, as JAX names it; None for a program that XLA may
+      divide among devices by itself, or that is for several platforms. It decides layout and
+      kernels, not what is computed.
   """
 
   cfg: ModelConfig
   num_classes: int
   guided: bool
+  device_kind: str | None = None
 
   @nn.compact
   def __call__(self, x, t, c, d, w):
@@ -218,10 +234,13 @@ class SiT(nn.Module):
     x = _dense(width, dtype=dtype, name="x_embedder")(x.reshape(b * tokens, -1))
     x = x.reshape(b, tokens, width) + position_embedding(width, grid).astype(dtype)
 
-    block = Block
+    block, policies = Block, jax.checkpoint_policies
     if self.cfg.remat != "none":
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-      policy = policy if self.cfg.remat == "dots" else None
+      policy = {
+        "names": policies.save_only_these_names(*NAMES),
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": None,
+      }[self.cfg.remat]
       block = nn.remat(Block, policy=policy, prevent_cse=False)
     blocks = nn.scan(
       block,
@@ -231,7 +250,9 @@ class SiT(nn.Module):
       split_rngs={"params": True},
       in_axes=nn.broadcast,
     )
-    x, _ = blocks(heads, dtype, self.cfg.attention, name="blocks")(x, condition)
+    kind = self.attention(tokens)
+    flat = not (self.device_kind or "").startswith("TPU")
+    x, _ = blocks(heads, dtype, kind, flat, name="blocks")(x, condition)
 
     modulation = _dense_zero(2 * width, dtype=dtype, name="final_adaLN_modulation")(condition)
     x = modulate(_norm(dtype=dtype, name="norm_final")(x), *jnp.split(modulation, 2, axis=-1))
@@ -240,6 +261,13 @@ class SiT(nn.Module):
     )
     x = x.reshape(b, *grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, height, wide, channels).astype(jnp.float32)
+
+  def attention(self, tokens: int) -> str:
+    """What computes the attention of so many tokens; see `attention.choose`."""
+    if self.cfg.attention == "xla":
+      return "xla"
+    _, width, heads = self.cfg.dimensions
+    return attention.choose(self.device_kind, tokens, width, heads, jnp.dtype(self.cfg.dtype))
 
 
 def check_image_size(cfg: ModelConfig, size: tuple[int, int]) -> None:

@@ -47,7 +47,7 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
     A function to ((loss, parts), gradient), all replicated. Rows [M, ...] may live anywhere; they
     are split over the devices. The weights are those of `objectives.losses`.
   """
-  network = exp.network()
+  network = exp.network(sharding.device_kind(mesh))
   rows_at_once = exp.batch_size // (mesh.size * exp.micro_batches)
   has_all_losses = rows_at_once % sum(exp.objective.shares) == 0
 

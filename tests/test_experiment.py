@@ -77,14 +77,13 @@ def test_the_step_for_a_gpu_has_its_fused_attention_forward_and_backward(monkeyp
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90_000)
   monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda least: True)
   config = imagenet256.get_config()
-  config.model.attention = "cudnn"
   exp, mesh = experiment.parse(config), sharding.data_mesh()
   keys, index = jax.eval_shape(lambda: steps.base_keys(0)), jnp.zeros((), int)
   couple = steps.couple_function(exp, mesh)
   pool, _ = jax.eval_shape(couple, steps.abstract_pool(exp, mesh), keys, index)
   arguments = (steps.abstract_state(exp, mesh), pool, keys, index)
-  for backend, fused in (("gpu", True), ("cpu", False)):
-    monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+  for device_kind, fused in (("NVIDIA H100 80GB HBM3", True), ("cpu", False)):
+    monkeypatch.setattr(sharding, "device_kind", lambda mesh, kind=device_kind: kind)
     lowered = steps.steps_function(exp, mesh).trace(*arguments).lower(lowering_platforms=("cuda",))
     called = set(re.findall(r"@__cudnn\$(\w+)", lowered.as_text()))
     assert called == ({"fmhaSoftmax", "fmhaSoftmaxBackward"} if fused else set())

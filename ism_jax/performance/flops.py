@@ -94,6 +94,7 @@ def step(exp: Experiment) -> Step:
   once = forward(exp)
   again = {
     "none": 0,
+    "names": once.attention // 2,  # the logits
     "dots": once.attention,  # products with a batch axis are not kept
     "full": once.total - once.outside_blocks,
   }[exp.model.remat]

@@ -33,6 +33,14 @@ def data_mesh(devices=None) -> Mesh:
   return Mesh(within, AXIS, axis_types=auto)
 
 
+def device_kind(mesh: Mesh) -> str | None:
+  """JAX's name of the mesh's devices; None of GPUs that are too old for fused attention."""
+  device = mesh.devices.flat[0]
+  if device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) < 8:
+    return None
+  return device.device_kind
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """On every device whole."""
   return NamedSharding(mesh, P())
