@@ -26,6 +26,7 @@ def get_base() -> ml_collections.ConfigDict:
       "scan_steps": 8,
       "init_from": "",  # a state dict of SiT, or an export
       "placement": "auto",
+      "gradient_dtype": "float32",
       "profile_steps": 0,
       "data": {
         "name": "latents",
@@ -87,6 +88,7 @@ def get_base() -> ml_collections.ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.0,  # open; SiT and DiT
         "clip_norm": 0.0,
+        "mu_dtype": "float32",
       },
       "ema": {
         "inference_decay": 0.9999,  # paper

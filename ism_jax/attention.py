@@ -14,6 +14,7 @@ Axes: B batch, T tokens, D width, H heads, K features of a head (D = H K).
 import functools
 import math
 
+from absl import logging
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
@@ -26,27 +27,28 @@ _VMEM = {"TPU v4": 16 * _MIB}  # on-chip memory that a kernel may take
 _LATER_VMEM = 64 * _MIB  # from v5 on
 
 
-def attend(product, bias, heads: int, kind: str):
+def attend(product, bias, tokens: int, heads: int, kind: str):
   """The attention of q, k, v = product + bias.
 
   Args:
-    product: [B, T, 3 D], of the tokens and the layer's matrix: queries, keys and values, each head
-      by head.
+    product: [B, T, 3 D] or [B T, 3 D], of the tokens and the layer's matrix: queries, keys and
+      values, each head by head.
     bias: [3 D].
+    tokens: T.
     heads: H.
     kind: as `choose` names it.
   Returns:
-    [B, T, D].
+    [B, T, D] or [B T, D], as the product.
   """
+  *rows, width = product.shape
   if kind == "tpu":
-    return fused(product, bias, heads)
-  b, tokens, width = product.shape
-  qkv = checkpoint_name(product + bias, "qkv").reshape(b, tokens, 3, heads, width // 3 // heads)
+    return fused(product.reshape(-1, tokens, width), bias, heads).reshape(*rows, width // 3)
+  qkv = checkpoint_name(product + bias, "qkv").reshape(-1, tokens, 3, heads, width // 3 // heads)
   if kind == "cudnn":
     out_BxTxHxK = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), implementation="cudnn")
   else:
     out_BxTxHxK = written_out(*qkv.transpose(2, 0, 3, 1, 4)).transpose(0, 2, 1, 3)
-  return out_BxTxHxK.reshape(b, tokens, width // 3)
+  return out_BxTxHxK.reshape(*rows, width // 3)
 
 
 def written_out(q, k, v):
@@ -72,7 +74,9 @@ def choose(device_kind: str | None, tokens: int, width: int, heads: int, dtype) 
 
   Args:
     device_kind: as JAX names it; None where the devices are not known.
-    tokens, width, heads: T, D and H.
+    tokens: T.
+    width: D.
+    heads: H.
     dtype: of queries, keys and values.
   """
   kind = device_kind or ""
@@ -80,8 +84,11 @@ def choose(device_kind: str | None, tokens: int, width: int, heads: int, dtype) 
     # Whole lanes and sublanes, and memory left for what lies between.
     fits = tokens % 128 == 0 and (tokens <= _BLOCK or tokens % _BLOCK == 0)
     fits &= width % 128 == 0 and (width // heads) % 8 == 0
-    room = _VMEM.get(kind, _LATER_VMEM)
-    return "tpu" if fits and vmem_needed(tokens, width, dtype) <= 0.85 * room else "xla"
+    fits &= vmem_needed(tokens, width, dtype) <= 0.85 * _VMEM.get(kind, _LATER_VMEM)
+    if not fits:
+      message = "Attention of %d tokens of width %d is written out: %s has no kernel for it."
+      logging.log_first_n(logging.INFO, message, 1, tokens, width, kind)
+    return "tpu" if fits else "xla"
   return "cudnn" if kind.startswith("NVIDIA") and dtype == jnp.bfloat16 else "xla"
 
 
@@ -167,7 +174,7 @@ def _backward_kernel(qkv, cotangent, grad, grad_bias, x, g, *, heads):
     grad_bias[0, :, part] = jnp.sum(whole.astype(jnp.float32), axis=0, keepdims=True)
 
 
-def _call(kernel, heads: int, arrays, results, scratch):
+def _call(kernel, heads: int, arrays, results, scratch, products: int):
   """Runs a kernel image by image.
 
   Args:
@@ -176,22 +183,29 @@ def _call(kernel, heads: int, arrays, results, scratch):
     arrays: [B, T, ..], the last of them D or 3 D wide.
     results: (rows, width, dtype) of each result [B, rows, width].
     scratch: rows of each scratch array [rows, T], float32.
+    products: of T x T x D multiplications that it makes.
   """
   b, tokens, width = arrays[0].shape
-  varying = {
-    "manual_axis_type": jax.typeof(arrays[0]).manual_axis_type
-  }  # over the mesh, as they do
+  over_mesh = jax.typeof(arrays[0]).manual_axis_type  # the results vary as the arrays do
+  shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=over_mesh)
+  shapes = [shape((b, rows, width), kind) for rows, width, kind in results]
   window = lambda rows, width: pl.BlockSpec((1, rows, width), lambda i: (i, 0, 0))
   needed = vmem_needed(tokens, width // 3, arrays[0].dtype)
+  moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*arrays, *shapes))
   return pl.pallas_call(
     functools.partial(kernel, heads=heads),
     grid=(b,),
     in_specs=[window(tokens, a.shape[-1]) for a in arrays],
     out_specs=[window(rows, width) for rows, width, _ in results],
-    out_shape=[jax.ShapeDtypeStruct((b, *shape), kind, **varying) for *shape, kind in results],
+    out_shape=shapes,
     scratch_shapes=[pltpu.VMEM((rows, tokens), jnp.float32) for rows in scratch],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel",), vmem_limit_bytes=max(16 * _MIB, needed * 5 // 4)
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=products * 2 * b * tokens**2 * width // 3,
+      transcendentals=b * heads * tokens**2,
+      bytes_accessed=moved,
     ),
     name=kernel.__name__.strip("_"),
   )(*arrays)
@@ -202,7 +216,7 @@ def fused(product, bias, heads: int):
   """The attention of q, k, v = product + bias, by the TPU's kernel.
 
   The bias is an argument since the backward kernel sums its gradient over the tokens. Arguments and
-  result as `attend` has them.
+  result as `attend` has them, with three axes.
   """
   return _forward(product, bias, heads)[0]
 
@@ -211,7 +225,7 @@ def _forward(product, bias, heads):
   qkv = checkpoint_name(product + bias, "qkv")
   _, tokens, width = qkv.shape
   (out,) = _call(
-    _forward_kernel, heads, (qkv,), [(tokens, width // 3, qkv.dtype)], scratch=(width,)
+    _forward_kernel, heads, (qkv,), [(tokens, width // 3, qkv.dtype)], scratch=(width,), products=2
   )
   return out, qkv
 
@@ -220,7 +234,7 @@ def _backward(heads, qkv, cotangent):
   _, tokens, width = qkv.shape
   results = (tokens, width, qkv.dtype), (1, width, jnp.float32)
   grad, grad_bias = _call(
-    _backward_kernel, heads, (qkv, cotangent), results, scratch=(width, width // 3)
+    _backward_kernel, heads, (qkv, cotangent), results, scratch=(width, width // 3), products=5
   )
   return grad, jnp.sum(grad_bias, axis=(0, 1)).astype(qkv.dtype)
 

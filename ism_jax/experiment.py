@@ -128,9 +128,11 @@ class Experiment:
     scan_steps: steps per compiled call; divides the pool size.
     init_from: file of a state dict with which a run begins, SiT's or one of ours (see
       `state_dicts`); "" is a new network. A run that continues does not read it.
-    placement: of the train state: "replicated" (all of it on every device), "sharded" (ZeRO-1: the
-      optimizer's moments and both averages split over the devices of a slice) or "auto" (replicated
-      where a device's memory allows).
+    placement: of the train state: "replicated" (all of it on every device), "sharded" (split over
+      the devices of a slice; a step gathers the parameters) or "auto" (replicated where a device's
+      memory allows).
+    gradient_dtype: in which gradients are summed over devices, "float32" or "bfloat16", which
+      halves what the links carry.
     profile_steps: how many steps are profiled, from the second pool of a run on; 0 for none.
   """
 
@@ -142,6 +144,7 @@ class Experiment:
   scan_steps: int = dataclasses.field(metadata=_UNLEARNT)
   init_from: str = dataclasses.field(metadata=_LEARNT | {"path": True})
   placement: str = dataclasses.field(metadata=_UNLEARNT)
+  gradient_dtype: str = dataclasses.field(default="float32", metadata=_LEARNT)
   profile_steps: int = dataclasses.field(default=0, metadata=_UNLEARNT)
   data: pipeline.DataConfig = dataclasses.field(metadata=_LEARNT)
   model: model_lib.ModelConfig = dataclasses.field(metadata=_LEARNT)
@@ -238,8 +241,9 @@ def parse(config) -> Experiment:
     for key in keys.split():
       if (value := operator.attrgetter(key)(exp)) < least:
         raise ValueError(f"config.{key}={value} must be at least {least}.")
-  if exp.placement not in (known := sharding.PLACEMENTS):
-    raise ValueError(f"placement={exp.placement!r} is unknown; known are {', '.join(known)}.")
+  for name, known in (("placement", sharding.PLACEMENTS), ("gradient_dtype", state.DTYPES)):
+    if (value := getattr(exp, name)) not in known:
+      raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(known)}.")
   if exp.coupling.pool_size % exp.scan_steps:
     raise ValueError(
       f"scan_steps={exp.scan_steps} does not divide coupling.pool_size="

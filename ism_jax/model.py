@@ -146,10 +146,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, tokens: int):
-    *rows, width = x.shape
+    width = x.shape[-1]
     product, bias = Projection(3 * width, self.dtype, name="qkv")(x)
-    h = attention.attend(product.reshape(-1, tokens, 3 * width), bias, self.heads, self.kind)
-    h = checkpoint_name(h.reshape(*rows, width), "attention")
+    h = attention.attend(product, bias, tokens, self.heads, self.kind)
+    h = checkpoint_name(h, "attention")
     return checkpoint_name(_dense(width, dtype=self.dtype, name="proj")(h), "proj")
 
 
@@ -250,7 +250,7 @@ class SiT(nn.Module):
       split_rngs={"params": True},
       in_axes=nn.broadcast,
     )
-    kind = self.attention(tokens)
+    kind = self.attention((height, wide))
     flat = not (self.device_kind or "").startswith("TPU")
     x, _ = blocks(heads, dtype, kind, flat, name="blocks")(x, condition)
 
@@ -262,11 +262,12 @@ class SiT(nn.Module):
     x = x.reshape(b, *grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, height, wide, channels).astype(jnp.float32)
 
-  def attention(self, tokens: int) -> str:
-    """What computes the attention of so many tokens; see `attention.choose`."""
+  def attention(self, image_shape: tuple[int, ...]) -> str:
+    """What computes the attention of images [H, W, ..]; see `attention.choose`."""
     if self.cfg.attention == "xla":
       return "xla"
     _, width, heads = self.cfg.dimensions
+    tokens = math.prod(image_shape[:2]) // self.cfg.patch**2
     return attention.choose(self.device_kind, tokens, width, heads, jnp.dtype(self.cfg.dtype))
 
 

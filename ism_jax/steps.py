@@ -44,8 +44,9 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
   """gradient(params, target_params, x0, x1, conditions, weights=None) of the global batch.
 
   Returns:
-    A function to ((loss, parts), gradient), all replicated. Rows [M, ...] may live anywhere; they
-    are split over the devices. The weights are those of `objectives.losses`.
+    A function to ((loss, parts), gradient), placed as the parameters of the train state are. Rows
+    [M, ...] may live anywhere; they are split over the devices. The weights are those of
+    `objectives.losses`.
   """
   network = exp.network(sharding.device_kind(mesh))
   rows_at_once = exp.batch_size // (mesh.size * exp.micro_batches)
@@ -64,14 +65,27 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
   share_and_gradient = jax.value_and_grad(
     share_of_loss if has_all_losses else share_of_regression, has_aux=True
   )
+  specs = jax.tree.map(lambda placed: placed.spec, _placed(exp, mesh).params)
+
+  def reduce(share, gradient):
+    """Sums over the devices; of the gradient each keeps what it updates."""
+
+    def reduce_array(a, spec):
+      dtype, a = a.dtype, a.astype(exp.gradient_dtype)
+      if "data" in spec:
+        a = jax.lax.psum_scatter(a, "data", scatter_dimension=len(spec) - 1, tiled=True)
+        return jax.lax.psum(a, "slice").astype(dtype)
+      return jax.lax.psum(a, AXIS).astype(dtype)
+
+    return jax.lax.psum(share, AXIS), jax.tree.map(reduce_array, gradient, specs)
 
   def on_device(params, target_params, weights, rows):
     # Each device differentiates its share of the loss with respect to its copy of the
-    # parameters; one psum at the end adds the shares. (Left replicated, `params` would make
+    # parameters; one sum at the end adds the shares. (Left replicated, `params` would make
     # jax.grad sum over the devices in every micro-batch.)
     params = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
     if exp.micro_batches == 1:
-      return jax.lax.psum(share_and_gradient(params, target_params, weights, *rows), AXIS)
+      return reduce(*share_and_gradient(params, target_params, weights, *rows))
     micro_batches = jax.tree.map(lambda a: a.reshape(exp.micro_batches, -1, *a.shape[1:]), rows)
     first = jax.tree.map(lambda a: a[0], micro_batches)
     others = jax.tree.map(lambda a: a[1:], micro_batches)
@@ -81,11 +95,11 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
       return jax.tree.map(jnp.add, total, share), None
 
     total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, weights, *first), others)
-    return jax.lax.psum(total, AXIS)
+    return reduce(*total)
 
   whole, rows = P(), P(AXIS)
-  in_specs = (whole, whole, whole, rows)
-  sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole)
+  in_specs, out_specs = (whole, whole, whole, rows), (whole, specs)
+  sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
   def gradient(params, target_params, x0, x1, conditions, weights=None):
     if has_all_losses:
@@ -170,7 +184,7 @@ def replicated_bytes(exp: Experiment, devices: int) -> float:
   depth, width, _ = exp.model.dimensions
   tokens = (exp.data.image_size // exp.model.patch) ** 2
   rows = exp.batch_size / devices / exp.micro_batches
-  per_unit = {"none": 100, "dots": 30, "full": 4}[exp.model.remat]
+  per_unit = {"none": 100, "names": 30, "dots": 30, "full": 4}[exp.model.remat]
   per_unit *= np.dtype(exp.model.dtype).itemsize / 2
   return 4.0 * 6 * parameters + per_unit * rows * depth * width * tokens
 
@@ -192,14 +206,13 @@ def _shapes(exp: Experiment):
   return jax.eval_shape(_create(exp), jax.random.key(0))
 
 
-def _placed(exp: Experiment, mesh, parameters_too=False):
-  """The sharding of each array of a TrainState; with `parameters_too`, all as the moments are."""
-  shapes = _shapes(exp)
-  everywhere = lambda tree: jax.tree.map(lambda _: sharding.replicated(mesh), tree)
+def _placed(exp: Experiment, mesh):
+  """The sharding of each array of a TrainState."""
   if placement(exp, mesh) == "replicated":
-    return everywhere(shapes)
-  over_devices = jax.tree.map(lambda a: sharding.split(mesh, a.shape), shapes)
-  return over_devices if parameters_too else over_devices.replace(params=everywhere(shapes.params))
+    place = lambda a: sharding.replicated(mesh)
+  else:
+    place = lambda a: sharding.split(mesh, a.shape)
+  return jax.tree.map(place, _shapes(exp))
 
 
 def init_function(exp: Experiment, mesh) -> Callable:
@@ -282,15 +295,13 @@ def update_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
   Another `update` than `state.update` is only to measure what that costs.
   """
   tx = state_lib.optimizer(exp.optimizer, exp.total_steps)
-  updated = _placed(exp, mesh, parameters_too=True)
-  place = jax.lax.with_sharding_constraint
+  placed, place = _placed(exp, mesh), jax.lax.with_sharding_constraint
 
   def apply(state, gradient):
-    # Sharded, each device updates its part of everything; the next step gathers the parameters in
-    # the dtype it computes in, and the last one's are gathered whole. (TPUs' XLA makes an
-    # all-reduce of a reduce-scatter of such shapes: asking for one gains nothing.)
-    state = update(place(state, updated), place(gradient, updated.params), tx, exp.ema)
-    return place(state, updated)
+    # Sharded, each device updates its part of everything, and the next step gathers the parameters
+    # in the dtype it computes in.
+    state = update(place(state, placed), place(gradient, placed.params), tx, exp.ema)
+    return place(state, placed)
 
   return apply
 

@@ -112,9 +112,7 @@ def test_a_new_network_predicts_zero_and_its_gates_are_closed(key):
   np.testing.assert_array_equal(params["blocks"]["adaLN_modulation"]["kernel"], 0)
 
 
-@pytest.mark.parametrize(
-  "changes", [{"remat": "names"}, {"remat": "dots"}, {"remat": "full"}, {"unroll": 3}]
-)
+@pytest.mark.parametrize("changes", [*({"remat": r} for r in model.REMATS[1:]), {"unroll": 3}])
 def test_remat_and_unrolling_change_neither_output_nor_gradient(key, changes):
   network, other = model.SiT(config(), 10, True), model.SiT(config(**changes), 10, True)
   params = random_params(network, (8, 8, 1))

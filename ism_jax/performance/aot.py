@@ -43,12 +43,12 @@ These two overlap over the whole program, so that the roofline is a bound: no pr
 for its links. Links: ring algorithms, all links busy of the axes along which a collective's chips
 lie, those that wrap around only where the slice has them, 1 microsecond a hop, no overlap with the
 rest; between slices the hosts' network cards. XLA's cycles: its own estimate, which it writes into
-the program, of each instruction, one after another, and the links; nearer to the truth, and known
-for v5e and v6e. Custom calls (kernels), of which it estimates nothing, count there at the least
-they can take, so that it is too short for them: operands and results in main memory at full
-bandwidth, or the FLOPs of their own cost estimate, where they have one, at the peak, whichever is
-longer. Loops count as often as they run; of a conditional every branch; Sinkhorn's and the greedy
-permutation's trip counts are assumed.
+the program, of each instruction, one after another, and the links: nearer to the truth. Custom
+calls (kernels), of which it estimates nothing, count there at the least they can take, so that it
+is too short for them: operands and results in main memory at full bandwidth, or the FLOPs of their
+own cost estimate, where they have one, at the peak, whichever is longer. Loops count as often as
+they run; of a conditional every branch; Sinkhorn's and the greedy permutation's trip counts are
+assumed.
 Memory is what one program holds at its worst and, for the coupling and the sampler, what training
 keeps meanwhile; the pool that is read ahead and the decoder of latents are not in it.
 Utilisation: FLOPs of the model (none computed twice) over what the chips can do in that time."""
@@ -116,8 +116,8 @@ def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: f
     at_peak: FLOPs of all chips together, at the peak rate.
     elementwise: those at the slower rate.
   Returns:
-    Of the roofline {"compute", "memory", "links", "total"}; {"custom_calls_at_least"}; and, where
-    the clock is known of XLA's own estimate, {"cycles"}: that, custom calls and links.
+    Of the roofline {"compute", "memory", "links", "total"}; {"custom_calls_at_least"}; and
+    {"cycles"}: XLA's own estimate, custom calls and links.
   """
   chip = top.chip
   compute = (at_peak + elementwise / _VECTOR) / len(top.devices) / chip.flops
@@ -127,13 +127,13 @@ def estimate(top: Topology, profile: hlo.Profile, at_peak: float, elementwise: f
   custom = sum(kernel.seconds(chip.bandwidth, chip.flops) for kernel in kernels)
   seconds = {"compute": compute, "memory": memory, "links": links}
   seconds |= {"total": max(compute, memory) + links, "custom_calls_at_least": custom}
-  return seconds | ({"cycles": profile.cycles / chip.clock + custom + links} if chip.clock else {})
+  return seconds | {"cycles": profile.cycles / chip.clock + custom + links}
 
 
 def by_part(chip: chips.Chip, profile: hlo.Profile, calls: int) -> dict[str, dict]:
   """{"hbm_bytes", "custom_calls", "seconds"} by part of a program, of one of the `calls` it holds.
 
-  The seconds are those of XLA's cycles and the custom calls; None where its clock is not known.
+  The seconds are those of XLA's cycles and the custom calls.
   """
   parts = {}
   for name, part in profile.parts.items():
@@ -141,7 +141,7 @@ def by_part(chip: chips.Chip, profile: hlo.Profile, calls: int) -> dict[str, dic
     parts[name] = {
       "hbm_bytes": part.bytes / calls,
       "custom_calls": sum(kernel.times for kernel in part.kernels) / calls,
-      "seconds": chip.clock and (part.cycles / chip.clock + custom) / calls,
+      "seconds": (part.cycles / chip.clock + custom) / calls,
     }
   return parts
 
@@ -209,6 +209,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     "chips": mesh.size,
     "memory": top.chip.memory,
     "placement": steps.placement(exp, mesh),
+    "attention": exp.network(sharding.device_kind(mesh)).attention(exp.image_shape),
     "fits": all(one["spare"] >= 0 for one in reports.values()),
     "needed": max(one["needed"] + one["meanwhile"] for one in reports.values()),
     "state": {
@@ -224,8 +225,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     share = lambda pool, step: pool / (pool + pool_size * step) if pool else 0.0
     at_best = step.model / mesh.size / top.chip.flops
     report["utilisation"] = at_best / seconds
-    if by_cycles := a_step["estimate"].get("cycles"):
-      report["utilisation_by_cycles"] = at_best / by_cycles
+    report["utilisation_by_cycles"] = at_best / a_step["estimate"]["cycles"]
     report["images_per_second"] = exp.batch_size / seconds
     report["coupling_share"] = {
       "flops": share(sum(pairing), step.model),
@@ -377,7 +377,8 @@ def _details(one: dict, content: dict) -> list[str]:
   lines = [
     f"## {one['topology']}",
     "",
-    f"{one['chips']} chips {one['chip']}. State, {one['placement']}, GiB per chip: {state}. A "
+    f"{one['chips']} chips {one['chip']}, attention {one['attention']!r}. State, "
+    f"{one['placement']}, GiB per chip: {state}. A "
     f"step, TFLOP: {work['model']} ({work['per_chip']} per chip), gradient {work['gradient']}, "
     f"targets {work['targets']}; computed again: {work['recomputed']}.",
     "",

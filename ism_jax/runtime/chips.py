@@ -25,9 +25,9 @@ class Chip(NamedTuple):
     pod: the most chips of a slice.
     network: bytes per second that a chip sends out of its slice: a host's network cards over its
       chips. (For v4 and v5p no source was found: as v5e.)
-    clock: cycles per second, as XLA's estimates count them: at these, large products reach 78 % (v6e)
-      to 94 % of the peak, and streaming 72 % (v5p) to 81 % of the bandwidth. v6e has no datasheet's:
-      it streams at the others' share at 1.75 GHz, and at twice that would exceed the peak.
+    clock: cycles per second, as XLA's estimates count them. At these, large products reach 78 %
+      (v6e) to 94 % of the peak, and streaming 72 % (v5p) to 81 % of the bandwidth. For v6e no
+      datasheet says it: at twice this one, its estimates would exceed the peak and the bandwidth.
   """
 
   name: str

@@ -61,12 +61,19 @@ def local_rows(mesh: Mesh, count: int) -> np.ndarray:
 
 
 def split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-  """The longest axis that "data" divides, split over it; replicated where there is none."""
+  """One axis that "data" divides, split over it; replicated where there is none.
+
+  The second-last where each part holds whole rows of a TPU's tiles, of 8, since XLA reduces and
+  scatters gradients in one only there; else the longest.
+  """
   parts = mesh.shape["data"]
   divisible = [i for i, n in enumerate(shape) if n and n % parts == 0]
   if parts == 1 or not divisible:
     return replicated(mesh)
-  return NamedSharding(mesh, P(*(None,) * max(divisible, key=lambda i: shape[i]), "data"))
+  axis = max(
+    divisible, key=lambda i: (i == len(shape) - 2 and shape[i] % (8 * parts) == 0, shape[i])
+  )
+  return NamedSharding(mesh, P(*(None,) * axis, "data"))
 
 
 def device_memory(mesh: Mesh) -> float | None:
