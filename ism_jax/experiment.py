@@ -129,8 +129,8 @@ class Experiment:
     init_from: file of a state dict with which a run begins, SiT's or one of ours (see
       `state_dicts`); "" is a new network. A run that continues does not read it.
     placement: of the train state: "replicated" (all of it on every device), "sharded" (split over
-      the devices of a slice; a step gathers the parameters) or "auto" (replicated where a device's
-      memory allows).
+      the devices of a slice; a step gathers the parameters) or "auto" (sharded where several
+      accelerators share the work).
     gradient_dtype: in which gradients are summed over devices, "float32" or "bfloat16", which
       halves what the links carry.
     profile_steps: how many steps are profiled, from the second pool of a run on; 0 for none.

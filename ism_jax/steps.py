@@ -156,37 +156,17 @@ def gradient_norms_function(exp: Experiment, mesh) -> Callable:
 
 @functools.lru_cache
 def placement(exp: Experiment, mesh) -> str:
-  """ "replicated" or "sharded": what `exp.placement` comes to on this mesh, logged."""
+  """ "replicated" or "sharded": what `exp.placement` comes to on this mesh, logged.
+
+  "auto" shards wherever accelerators share the work: by ahead-of-time compilation a step then takes
+  less memory and no more time (ism_jax/performance/README.md).
+  """
   if exp.placement != "auto":
     return exp.placement
-  memory = sharding.device_memory(mesh)
-  if memory is None:
-    return "replicated"
-  needed = replicated_bytes(exp, mesh.size)
-  chosen = "replicated" if needed <= 0.9 * memory else "sharded"
-  logging.info(
-    "Placement of the train state: %s (replicated, a step takes about %.1f GB of a device's %.1f).",
-    chosen,
-    needed / 1e9,
-    memory / 1e9,
-  )
+  is_shared = mesh.shape["data"] > 1 and mesh.devices.flat[0].platform != "cpu"
+  chosen = "sharded" if is_shared else "replicated"
+  logging.info("Placement of the train state: %s.", chosen)
   return chosen
-
-
-def replicated_bytes(exp: Experiment, devices: int) -> float:
-  """About what a step takes of a device's memory where the state is on every device.
-
-  Parameters, two moments, two averages and a gradient in float32, and the activations of a device's
-  rows, in bytes per token, layer and unit of width, as ahead-of-time compilation for TPUs measures
-  them (ism_jax/performance/README.md).
-  """
-  parameters = sum(a.size for a in jax.tree.leaves(_shapes(exp).params))
-  depth, width, _ = exp.model.dimensions
-  tokens = (exp.data.image_size // exp.model.patch) ** 2
-  rows = exp.batch_size / devices / exp.micro_batches
-  per_unit = {"none": 100, "names": 30, "dots": 30, "full": 4}[exp.model.remat]
-  per_unit *= np.dtype(exp.model.dtype).itemsize / 2
-  return 4.0 * 6 * parameters + per_unit * rows * depth * width * tokens
 
 
 def _create(exp: Experiment) -> Callable:

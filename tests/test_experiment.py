@@ -229,7 +229,7 @@ def test_every_key_says_what_it_means_to_a_run():
   assert experiment.MARKS.keys() == experiment.flatten(tiny_config().to_dict()).keys()
   assert keys_marked("fixed") == {
     *("variant", "seed", "batch_size", "coupling.pool_size", "model.size"),
-    *("objective.guidance", "objective.fixed_w"),
+    *("objective.guidance", "objective.fixed_w", "optimizer.mu_dtype"),
     *("data.name", "data.seed", "data.flip"),
     *("data.image_size", "data.channels", "data.num_classes"),
   }

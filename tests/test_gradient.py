@@ -22,11 +22,20 @@ def randomised(params, key):
   return jax.tree.unflatten(tree, [a + n for a, n in zip(leaves, noise, strict=True)])
 
 
-def problem(micro_batches=1, variant="ism", batch_size=128, unroll=3, **objective):
+def problem(
+  micro_batches=1,
+  variant="ism",
+  batch_size=128,
+  unroll=3,
+  placement="replicated",
+  gradient_dtype="float32",
+  **objective,
+):
   """One fixed global batch: (experiment, arguments of the gradient function)."""
   config = tiny_config(variant)
   config.batch_size, config.micro_batches = batch_size, micro_batches
   config.model.unroll = unroll
+  config.placement, config.gradient_dtype = placement, gradient_dtype
   config.objective.update(objective)
   exp = experiment.parse(config)
   keys = jax.random.split(jax.random.key(1), 6)
@@ -74,6 +83,15 @@ def test_the_raw_gradient_depends_neither_on_devices_nor_on_micro_batches(
   grad, loss = gradient_and_loss(devices, micro_batches)
   np.testing.assert_allclose(loss, reference[1], rtol=1e-5)
   assert relative_difference(grad, reference[0]) < 1e-5
+
+
+def test_sharded_parameters_get_their_part_of_the_same_gradient(reference):
+  """Reduced and scattered; and summed in bfloat16, near it but not the same."""
+  grad, loss = gradient_and_loss(8, 1, placement="sharded")
+  np.testing.assert_allclose(loss, reference[1], rtol=1e-5)
+  assert relative_difference(grad, reference[0]) < 1e-5
+  rounded, _ = gradient_and_loss(8, 1, placement="sharded", gradient_dtype="bfloat16")
+  assert 1e-4 < relative_difference(rounded, reference[0]) < 1e-2
 
 
 @functools.cache

@@ -74,7 +74,7 @@ def test_judging_and_sampling_build_no_optimizer_and_decide_no_placement(
   for module, name in (
     (state_lib, "optimizer"),
     (state_lib, "create"),
-    (sharding, "device_memory"),
+    (steps, "placement"),
     (sharding, "split"),
   ):
     monkeypatch.setattr(module, name, refuse)

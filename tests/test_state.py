@@ -81,8 +81,24 @@ def test_clipping_bounds_the_norm_before_adam():
   np.testing.assert_allclose(mu, 0.5, rtol=1e-5)
 
 
+def test_a_first_moment_in_bfloat16_moves_the_parameters_nearly_as_one_in_float32():
+  params, gradient = {"a": jnp.zeros(64)}, {"a": jnp.linspace(0.1, 1.0, 64)}
+
+  def after_three_steps(dtype):
+    tx = state.optimizer(dataclasses.replace(ADAM, mu_dtype=dtype), 10)
+    s = state.create(params, tx)
+    for _ in range(3):
+      s = state.update(s, gradient, tx, state.EmaConfig(0.9, 0.9, False))
+    return s.params["a"], next(part.mu for part in s.opt_state[1] if hasattr(part, "mu"))["a"]
+
+  (exact, moment), (rounded, half) = map(after_three_steps, ("float32", "bfloat16"))
+  assert (moment.dtype, half.dtype) == (jnp.float32, jnp.bfloat16)
+  assert 0 < np.abs(rounded - exact).max() < 0.01 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize(
-  "change", [{"schedule": "step"}, {"learning_rate": 0.0}, {"clip_norm": -1.0}]
+  "change",
+  [{"schedule": "step"}, {"learning_rate": 0.0}, {"clip_norm": -1.0}, {"mu_dtype": "float16"}],
 )
 def test_optimizer_values_that_mean_nothing_are_refused(change):
   with pytest.raises(ValueError, match=f"optimizer.{next(iter(change))}"):

@@ -9,13 +9,11 @@ Axes: N rows over all devices, D columns.
 """
 
 import jax
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
-
-from ism_jax.runtime import chips
 
 AXIS = ("slice", "data")
 PLACEMENTS = ("auto", "replicated", "sharded")
@@ -74,19 +72,6 @@ def split(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     divisible, key=lambda i: (i == len(shape) - 2 and shape[i] % (8 * parts) == 0, shape[i])
   )
   return NamedSharding(mesh, P(*(None,) * axis, "data"))
-
-
-def device_memory(mesh: Mesh) -> float | None:
-  """Bytes that a device of the mesh can hold; None where nobody knows (a CPU).
-
-  The same in all processes: by the kind of the device, or the least that any process's devices say.
-  """
-  if chip := chips.CHIPS.get(mesh.devices.flat[0].device_kind):
-    return chip.memory
-  limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 0)
-  if jax.process_count() > 1:
-    limit = int(multihost_utils.process_allgather(np.float64(limit)).min())
-  return limit or None
 
 
 def global_arrays(sharding: NamedSharding, local):
