@@ -45,7 +45,7 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
   """A trained network that samples.
 
   Args:
-    source: the workdir of a run; a folder that `python -m ism_jax.export` wrote, or its safetensors
+    source: the workdir of a run; a folder that `python -m ism_jax export` wrote, or its safetensors
       file; or the name of such an export on the Hugging Face hub, OWNER/NAME.
     tree: of a workdir, the parameters that sample: "ema", "target_ema" or "params".
     step: of a workdir, the checkpoint; default the newest whole one.
@@ -70,7 +70,7 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
     config, about = details["config"], restore.describe(details["tree"], details["step"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
-      f"{folder / sit.CONFIG} is none that python -m ism_jax.export writes "
+      f"{folder / sit.CONFIG} is none that python -m ism_jax export writes "
       f"({type(error).__name__}: {error})."
     ) from error
   exp = experiment_lib.parse(config)
@@ -87,7 +87,7 @@ def _find_export(source: str) -> pathlib.Path:
     return path
   absent = lambda reason: FileNotFoundError(
     f"{source}{reason}; needed is the workdir of a run with checkpoints, a folder that "
-    f"python -m ism_jax.export wrote ({sit.CONFIG}, {sit.WEIGHTS}), or the name of one on the "
+    f"python -m ism_jax export wrote ({sit.CONFIG}, {sit.WEIGHTS}), or the name of one on the "
     "Hugging Face hub."
   )
   if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):

@@ -1,4 +1,4 @@
-"""Scaled optimal transport (sOT): which noise goes with which image (iSM, Sec. 4), through ott-jax.
+"""Scaling optimal transport (sOT): which noise goes with which image (iSM, Sec. 4), by ott-jax.
 
 A pool of n = K M images and n noises is paired by one entropic transport problem, then split back
 into K batches of M. Only the noises move: every image appears exactly once, with its label. For

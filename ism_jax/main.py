@@ -10,8 +10,8 @@ are the same.
 --config.KEY=VALUE overrides a value of --config; without --config, which only training needs, of
 the config in the newest checkpoint. Without --workdir it is runs/ and the config's name and words:
 runs/digits-sm for configs/digits.py:sm. The same training command continues a run. Several
-processes are one run, on the same --workdir: see `multihost`. Exit codes: 0 done, 1 an error, 143
-training that SIGTERM stopped after saving a checkpoint.
+processes are one run, on the same --workdir: see launch/README.md. Exit codes: 0 done, 1 an error,
+143 training that SIGTERM stopped after saving a checkpoint.
 """
 
 import os
@@ -54,13 +54,13 @@ def main(arguments):
   if config is not None and len(arguments) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(arguments[1:])}.")
   if mode == "sample" and out is None:
-    raise app.UsageError("--mode=sample needs --out=FILE.npz, the file to write.")
+    raise app.UsageError("sample needs --out=FILE.npz, the file to write.")
   if mode != "sample" and out is not None:
-    raise app.UsageError("--out goes with --mode=sample.")
+    raise app.UsageError("--out goes with sample.")
   if mode != "evaluate" and samples is not None:
-    raise app.UsageError("--samples goes with --mode=evaluate.")
+    raise app.UsageError("--samples goes with evaluate.")
   if mode == "train" and config is None:
-    raise app.UsageError("--mode=train needs --config, such as --config=configs/digits.py.")
+    raise app.UsageError("train needs --config, such as --config=configs/digits.py.")
   if workdir is None:
     if config is None:
       raise app.UsageError("--workdir is missing: name the folder of a run, or its --config.")

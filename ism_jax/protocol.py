@@ -35,7 +35,7 @@ def parse_files(option: str, value: str, names) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """What `--mode=evaluate` measures, by which protocol.
+  """What `evaluate` measures, by which protocol.
 
   Attributes:
     num_images: samples per setting.

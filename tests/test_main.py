@@ -183,7 +183,7 @@ def test_a_run_that_is_killed_then_terminated_and_continued_is_the_same_run(envi
     (("--config.objective.alfa=2",), "names a key that the config does not have: alfa. "),
     (("--config.batch_size=126",), "the nearest is"),
     (("--config.data.name=cifar",), "known: digits"),
-    (("--mode=sample",), "--mode=sample needs --out"),
+    (("--mode=sample",), "sample needs --out"),
     (("--mode=evaluate",), "--mode=train"),
   ],
 )
@@ -200,7 +200,7 @@ def test_what_the_user_got_wrong_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ((), "--mode=train needs --config"),
+    ((), "train needs --config"),
     (("--mode=evaluate", "--config.sample.w=1"), "no checkpoint in"),
   ],
 )

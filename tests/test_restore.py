@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from ism_jax import experiment, generate, restore
+from ism_jax import experiment, generate, restore, steps
 from ism_jax import state as state_lib
 from ism_jax.evaluation import evaluate
 from ism_jax.runtime import checkpoints, files, sharding

@@ -53,7 +53,9 @@ def read_report(workdir: str) -> dict:
   """evaluation.json of a run."""
   path = os.path.join(workdir, "evaluation.json")
   if not os.path.exists(path):
-    raise FileNotFoundError(f"{path} is missing; make it with --mode=evaluate --workdir={workdir}.")
+    raise FileNotFoundError(
+      f"{path} is missing; `python -m ism_jax evaluate --workdir={workdir}` makes it."
+    )
   with open(path) as f:
     return json.load(f)
 

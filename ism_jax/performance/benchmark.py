@@ -3,7 +3,7 @@
   python -m ism_jax benchmark --config=configs/imagenet256.py --out=DIR [--config.KEY=VALUE ...]
       [--rows=N] [--pools=1,2,4] [--repeats=5]
 
-Any config, and any devices that JAX finds; several processes are one run, see `multihost`. Latents
+Any config, and any devices that JAX finds; several processes are one run. Latents
 need no data and no autoencoder: without data.dir a folder of random ones is made and removed again,
 and the decoder has random weights.
 

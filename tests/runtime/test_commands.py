@@ -61,7 +61,7 @@ def test_help_tells_the_flags_of_the_command_before_those_of_absl(name, capsys):
       ("train", "--config=configs/digits.py", "--config.objectiv.gamma=2"),
       'objectiv. Did you mean "objective"',
     ),
-    (("sample", "--config=configs/digits.py"), "Error: --mode=sample needs --out"),
+    (("sample", "--config=configs/digits.py"), "Error: sample needs --out"),
   ],
 )
 def test_what_is_wrong_with_a_command_line_is_one_line(arguments, error):
