@@ -23,11 +23,13 @@ import jax.numpy as jnp
 
 _BLOCK = 256  # queries at a time
 _MIB = 2**20
-_VMEM = {"TPU v4": 16 * _MIB}  # on-chip memory that a kernel may take
-_LATER_VMEM = 64 * _MIB  # from v5 on
+# On-chip memory that a kernel may take, and how much more than `vmem_needed` it is given, for the
+# arrays [T, _BLOCK] of a head.
+_VMEM = {**dict.fromkeys(("TPU v2", "TPU v3", "TPU v4"), 16 * _MIB), "later": 64 * _MIB}
+_ROOM = 5 / 4
 
 
-def attend(product, bias, tokens: int, heads: int, kind: str):
+def attend(product, bias, tokens: int, heads: int, implementation: str):
   """The attention of q, k, v = product + bias.
 
   Args:
@@ -36,15 +38,15 @@ def attend(product, bias, tokens: int, heads: int, kind: str):
     bias: [3 D].
     tokens: T.
     heads: H.
-    kind: as `choose` names it.
+    implementation: as `choose` names it.
   Returns:
     [B, T, D] or [B T, D], as the product.
   """
   *rows, width = product.shape
-  if kind == "tpu":
+  if implementation == "tpu":
     return fused(product.reshape(-1, tokens, width), bias, heads).reshape(*rows, width // 3)
   qkv = checkpoint_name(product + bias, "qkv").reshape(-1, tokens, 3, heads, width // 3 // heads)
-  if kind == "cudnn":
+  if implementation == "cudnn":
     out_BxTxHxK = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), implementation="cudnn")
   else:
     out_BxTxHxK = written_out(*qkv.transpose(2, 0, 3, 1, 4)).transpose(0, 2, 1, 3)
@@ -69,8 +71,11 @@ def vmem_needed(tokens: int, width: int, dtype) -> int:
   return tokens * width * (2 * 7 * jnp.dtype(dtype).itemsize + 4 * 4)
 
 
+@functools.lru_cache
 def choose(device_kind: str | None, tokens: int, width: int, heads: int, dtype) -> str:
   """What computes the attention of these sizes on such devices: "tpu", "cudnn" or "xla".
+
+  Logged where a TPU has no kernel for them.
 
   Args:
     device_kind: as JAX names it; None where the devices are not known.
@@ -79,17 +84,17 @@ def choose(device_kind: str | None, tokens: int, width: int, heads: int, dtype) 
     heads: H.
     dtype: of queries, keys and values.
   """
-  kind = device_kind or ""
-  if kind.startswith("TPU"):
-    # Whole lanes and sublanes, and memory left for what lies between.
-    fits = tokens % 128 == 0 and (tokens <= _BLOCK or tokens % _BLOCK == 0)
-    fits &= width % 128 == 0 and (width // heads) % 8 == 0
-    fits &= vmem_needed(tokens, width, dtype) <= 0.85 * _VMEM.get(kind, _LATER_VMEM)
-    if not fits:
-      message = "Attention of %d tokens of width %d is written out: %s has no kernel for it."
-      logging.log_first_n(logging.INFO, message, 1, tokens, width, kind)
-    return "tpu" if fits else "xla"
-  return "cudnn" if kind.startswith("NVIDIA") and dtype == jnp.bfloat16 else "xla"
+  if device_kind is None or not device_kind.startswith("TPU"):
+    is_nvidia = device_kind is not None and device_kind.startswith("NVIDIA")
+    return "cudnn" if is_nvidia and dtype == jnp.bfloat16 else "xla"
+  # Whole lanes and sublanes, and memory for all.
+  fits = tokens % 128 == 0 and (tokens <= _BLOCK or tokens % _BLOCK == 0)
+  fits &= width % 128 == 0 and (width // heads) % 8 == 0
+  fits &= _ROOM * vmem_needed(tokens, width, dtype) <= _VMEM.get(device_kind, _VMEM["later"])
+  if not fits:
+    message = "Attention of %d tokens of width %d is written out: no kernel fits it on %s."
+    logging.info(message, tokens, width, device_kind)
+  return "tpu" if fits else "xla"
 
 
 def _dot(a, b, contracted: tuple[int, int]):
@@ -128,15 +133,15 @@ def _forward_kernel(qkv, out, x, *, heads):
     part = pl.ds(n * width, width)
     x[part] = qkv[0, :, part].T.astype(jnp.float32)
 
-  def attend(h):
+  def one_head(h):
     queries, keys, values = _head(h, width // heads, width)
     k, v = x[keys].astype(dtype), x[values].astype(dtype)
     for i in range(0, tokens, _BLOCK):
       block = pl.ds(i, min(_BLOCK, tokens))
-      weights, scale = _weights(k, x[queries, block].astype(dtype))
-      x[queries, block] = _dot(v, weights.astype(dtype), (1, 0)) * scale
+      weights, inverse_sums = _weights(k, x[queries, block].astype(dtype))
+      x[queries, block] = _dot(v, weights.astype(dtype), (1, 0)) * inverse_sums
 
-  _for_each_head(attend, heads, tokens)
+  _for_each_head(one_head, heads, tokens)
   out[0] = x[:width].astype(dtype).T
 
 
@@ -149,15 +154,15 @@ def _backward_kernel(qkv, cotangent, grad, grad_bias, x, g, *, heads):
     x[part] = qkv[0, :, part].T.astype(jnp.float32)
   g[...] = cotangent[0].T.astype(jnp.float32)
 
-  def attend(h):
+  def one_head(h):
     queries, keys, values = _head(h, size, width)
     k, v = x[keys].astype(dtype), x[values].astype(dtype)
     d_k = d_v = jnp.zeros((size, tokens), jnp.float32)
     for i in range(0, tokens, _BLOCK):
       block = pl.ds(i, min(_BLOCK, tokens))
-      q, d_out = x[queries, block].astype(dtype), g[_head(h, size, width)[0], block].astype(dtype)
-      weights, scale = _weights(k, q)
-      weights *= scale
+      q, d_out = x[queries, block].astype(dtype), g[queries, block].astype(dtype)
+      weights, inverse_sums = _weights(k, q)
+      weights *= inverse_sums
       d_weights = _dot(v, d_out, (0, 0))
       d_logits = weights * (d_weights - jnp.sum(weights * d_weights, axis=0, keepdims=True))
       d_logits = d_logits.astype(dtype)
@@ -166,7 +171,7 @@ def _backward_kernel(qkv, cotangent, grad, grad_bias, x, g, *, heads):
       d_v += _dot(d_out, weights.astype(dtype), (1, 1))
     x[keys], x[values] = d_k / math.sqrt(size), d_v
 
-  _for_each_head(attend, heads, tokens)
+  _for_each_head(one_head, heads, tokens)
   for n in range(3):
     part = pl.ds(n * width, width)
     whole = x[part].astype(dtype).T
@@ -188,7 +193,7 @@ def _call(kernel, heads: int, arrays, results, scratch, products: int):
   b, tokens, width = arrays[0].shape
   over_mesh = jax.typeof(arrays[0]).manual_axis_type  # the results vary as the arrays do
   shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=over_mesh)
-  shapes = [shape((b, rows, width), kind) for rows, width, kind in results]
+  shapes = [shape((b, rows, width), dtype) for rows, width, dtype in results]
   window = lambda rows, width: pl.BlockSpec((1, rows, width), lambda i: (i, 0, 0))
   needed = vmem_needed(tokens, width // 3, arrays[0].dtype)
   moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*arrays, *shapes))
@@ -200,7 +205,7 @@ def _call(kernel, heads: int, arrays, results, scratch, products: int):
     out_shape=shapes,
     scratch_shapes=[pltpu.VMEM((rows, tokens), jnp.float32) for rows in scratch],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel",), vmem_limit_bytes=max(16 * _MIB, needed * 5 // 4)
+      dimension_semantics=("parallel",), vmem_limit_bytes=max(16 * _MIB, int(_ROOM * needed))
     ),
     cost_estimate=pl.CostEstimate(
       flops=products * 2 * b * tokens**2 * width // 3,

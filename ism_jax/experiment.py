@@ -103,8 +103,10 @@ class Marks:
       seeds of one; the others say how a run is computed, watched and judged.
     fixed: whether a checkpoint depends on it: with another value it is another run's.
     path: whether it names files of the machine that trained.
+    default: what configs mean that are older than the key; dataclasses.MISSING where none are.
   """
 
+  default: object
   learnt: bool
   fixed: bool = False
   path: bool = False
@@ -187,7 +189,7 @@ def _marks(config_class, section=None, prefix: str = "") -> dict[str, Marks]:
     if dataclasses.is_dataclass(field.type):
       marks |= _marks(field.type, metadata, f"{key}.")
     else:
-      marks[key] = Marks(**metadata)
+      marks[key] = Marks(field.default, **metadata)
   return marks
 
 
@@ -291,8 +293,10 @@ def check_continues(saved: dict, config: dict) -> None:
 
 
 def flatten(tree: dict) -> dict:
-  """{"a": {"b": 1}} -> {"a.b": 1}; lists become tuples."""
-  return {k: _as_tuples(v) for k, v in traverse_util.flatten_dict(tree, sep=".").items()}
+  """{"a": {"b": 1}} -> {"a.b": 1}; lists become tuples, and keys that came later have defaults."""
+  defaults = {k: m.default for k, m in MARKS.items() if m.default is not dataclasses.MISSING}
+  values = traverse_util.flatten_dict(tree, sep=".")
+  return defaults | {k: _as_tuples(v) for k, v in values.items()}
 
 
 def check_devices(exp: Experiment, devices: int) -> None:

@@ -42,9 +42,10 @@ def to_uint8(x, rounding: str = "nearest"):
 
 
 def sampler(exp: Experiment, schedule, device_kind: str | None = None) -> Callable:
-  """sample(params, x0 [B, H, W, C], c [B], w [B]) -> x1 [B, H, W, C]; see `SiT.device_kind`.
+  """sample(params, x0 [B, H, W, C], c [B], w [B]) -> x1 [B, H, W, C].
 
-  A `schedule` is as `paths.parse_schedule` returns it, here and everywhere in this module.
+  With a `device_kind`, see `SiT`, only inside of shard_map: XLA cannot divide a kernel among
+  devices. A `schedule` is as `paths.parse_schedule` returns it, here and everywhere in this module.
   """
   velocity = functools.partial(model.velocity_function, exp.network(device_kind))
   integrate = sampling.sample

@@ -43,8 +43,9 @@ class ModelConfig:
       the patch size in pixels, and may be 1 too.
     dtype: of the blocks' activations and matrix products, "float32" or "bfloat16"; parameters, the
       conditioning, softmax and output are float32 always.
-    remat: what a block keeps for the backward pass: "none" keeps all, "names" `NAMES`, "dots" the
-      matrix products without their biases, "full" its input only.
+    remat: what a block keeps for the backward pass: "none" keeps all, "names" `NAMES` (cuDNN's
+      attention runs forward again all the same), "dots" the matrix products without their biases,
+      "full" its input only.
     unroll: blocks per iteration of the scan over layers.
     attention: "auto" takes the fused kernel that the device has for these sizes, see
       `attention.choose`; "xla" writes it out on every device.
@@ -142,13 +143,13 @@ class Attention(nn.Module):
 
   heads: int
   dtype: jnp.dtype
-  kind: str
+  implementation: str
 
   @nn.compact
   def __call__(self, x, tokens: int):
     width = x.shape[-1]
     product, bias = Projection(3 * width, self.dtype, name="qkv")(x)
-    h = attention.attend(product, bias, tokens, self.heads, self.kind)
+    h = attention.attend(product, bias, tokens, self.heads, self.implementation)
     h = checkpoint_name(h, "attention")
     return checkpoint_name(_dense(width, dtype=self.dtype, name="proj")(h), "proj")
 
@@ -250,9 +251,9 @@ class SiT(nn.Module):
       split_rngs={"params": True},
       in_axes=nn.broadcast,
     )
-    kind = self.attention((height, wide))
+    implementation = self.attention_for((height, wide))
     flat = not (self.device_kind or "").startswith("TPU")
-    x, _ = blocks(heads, dtype, kind, flat, name="blocks")(x, condition)
+    x, _ = blocks(heads, dtype, implementation, flat, name="blocks")(x, condition)
 
     modulation = _dense_zero(2 * width, dtype=dtype, name="final_adaLN_modulation")(condition)
     x = modulate(_norm(dtype=dtype, name="norm_final")(x), *jnp.split(modulation, 2, axis=-1))
@@ -262,7 +263,7 @@ class SiT(nn.Module):
     x = x.reshape(b, *grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, height, wide, channels).astype(jnp.float32)
 
-  def attention(self, image_shape: tuple[int, ...]) -> str:
+  def attention_for(self, image_shape: tuple[int, ...]) -> str:
     """What computes the attention of images [H, W, ..]; see `attention.choose`."""
     if self.cfg.attention == "xla":
       return "xla"

@@ -1,5 +1,6 @@
 """Configs: every variant builds and steps, and what is wrong is said before anything runs."""
 
+import copy
 import dataclasses
 import pathlib
 import re
@@ -223,6 +224,17 @@ def test_a_config_is_validated_without_importing_a_feature_network():
 
 def keys_marked(mark):
   return {key for key, marks in experiment.MARKS.items() if getattr(marks, mark)}
+
+
+def test_a_config_older_than_a_key_has_its_default():
+  config = tiny_config().to_dict()
+  older = copy.deepcopy(config)
+  del older["gradient_dtype"], older["optimizer"]["mu_dtype"], older["model"]["attention"]
+  experiment.check_continues(older, config)
+  assert summary.row_names([older, config]) == ["`ism`", "`ism`"]
+  config["optimizer"]["mu_dtype"] = "bfloat16"
+  with pytest.raises(ValueError, match=r"optimizer\.mu_dtype='float32', now 'bfloat16'"):
+    experiment.check_continues(older, config)
 
 
 def test_every_key_says_what_it_means_to_a_run():

@@ -47,10 +47,14 @@ def problem(
   return exp, (online, target, x0, x1, conditions)
 
 
-def gradient_and_metrics(devices, micro_batches, **changes):
+def gradient_and_metrics(devices, micro_batches, slices=1, **changes):
   """What training differentiates, on some devices, and all that is logged of it."""
   exp, arguments = problem(micro_batches, **changes)
   mesh = sharding.data_mesh(jax.devices()[:devices])
+  if slices > 1:
+    mesh = jax.sharding.Mesh(
+      mesh.devices.reshape(slices, -1), mesh.axis_names, axis_types=mesh.axis_types
+    )
   everywhere = sharding.replicated(mesh)
   gradient = jax.jit(steps.gradient_function(exp, mesh), in_shardings=everywhere)
   (loss, parts), grad = jax.device_get(gradient(*arguments))
@@ -89,6 +93,8 @@ def test_sharded_parameters_get_their_part_of_the_same_gradient(reference):
   """Reduced and scattered; and summed in bfloat16, near it but not the same."""
   grad, loss = gradient_and_loss(8, 1, placement="sharded")
   np.testing.assert_allclose(loss, reference[1], rtol=1e-5)
+  assert relative_difference(grad, reference[0]) < 1e-5
+  grad, _ = gradient_and_loss(8, 2, placement="sharded", slices=2)
   assert relative_difference(grad, reference[0]) < 1e-5
   rounded, _ = gradient_and_loss(8, 1, placement="sharded", gradient_dtype="bfloat16")
   assert 1e-4 < relative_difference(rounded, reference[0]) < 1e-2

@@ -15,7 +15,6 @@ The programs take any batch size, and run on CPUs, TPUs and NVIDIA GPUs, with JA
 flatbuffers. JAX promises to read them for six months after the version that wrote them.
 """
 
-import dataclasses
 import functools
 import json
 
@@ -56,8 +55,6 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
     raise ValueError("there are no schedules: name numbers of steps, such as (1, 4).")
   for schedule in names:
     experiment.check_guidance(exp, schedule, exp.sample.w)
-  # A program for all platforms has no kernel of one.
-  exp = dataclasses.replace(exp, model=dataclasses.replace(exp.model, attention="xla"))
   (b,) = export.symbolic_shape("b")
   of_batch = lambda shape, dtype: jax.ShapeDtypeStruct((b, *shape), dtype)
   x1 = of_batch(exp.image_shape, jnp.float32)

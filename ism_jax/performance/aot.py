@@ -177,7 +177,8 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     "sample": resident + bytes_per_device(paired) - is_argument * average,
   }
   trips = {"sinkhorn": math.ceil(iterations / _CHECKED_EVERY), "greedy_permutation": rounds}
-  step, pairing = flops.step(exp), flops.couple(exp, iterations, rounds)
+  attention = exp.network(sharding.device_kind(mesh)).attention_for(exp.image_shape)
+  step, pairing = flops.step(exp, attention), flops.couple(exp, iterations, rounds)
   work = {  # FLOPs of a call: at the peak, element by element
     "train_steps": ((step.model + step.recomputed) * exp.scan_steps, 0),
     "couple": (_HIGHEST * pairing.matrix, pairing.elementwise),
@@ -209,7 +210,7 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     "chips": mesh.size,
     "memory": top.chip.memory,
     "placement": steps.placement(exp, mesh),
-    "attention": exp.network(sharding.device_kind(mesh)).attention(exp.image_shape),
+    "attention": attention,
     "fits": all(one["spare"] >= 0 for one in reports.values()),
     "needed": max(one["needed"] + one["meanwhile"] for one in reports.values()),
     "state": {

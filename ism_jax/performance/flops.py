@@ -89,15 +89,22 @@ def forward_equivalents(exp: Experiment) -> float:
   return 3 + target_calls(exp)
 
 
-def step(exp: Experiment) -> Step:
-  """FLOPs of one training step of the global batch."""
+def step(exp: Experiment, attention: str = "xla") -> Step:
+  """FLOPs of one training step of the global batch.
+
+  Args:
+    exp: the experiment.
+    attention: what computes it, see `attention.choose`.
+  """
   once = forward(exp)
   again = {
     "none": 0,
-    "names": once.attention // 2,  # the logits
+    "names": 0 if attention == "tpu" else once.attention,
     "dots": once.attention,  # products with a batch axis are not kept
     "full": once.total - once.outside_blocks,
   }[exp.model.remat]
+  if attention != "xla":
+    again += once.attention // 2  # a kernel's backward pass begins with the logits
   m = exp.batch_size
   return Step(3 * m * once.total, target_calls(exp) * m * once.total, m * again)
 

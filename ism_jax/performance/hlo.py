@@ -43,7 +43,7 @@ _OPERATORS |= {name: getattr(operator, name.lower()) for name in _COMPARISONS}
 # that matches counts. Beside them are "collectives", and "other".
 PARTS = {
   "prefetches": r"^\S+-start ",  # and what is brought back, beside other work
-  "qkv and proj": r"/attn/(qkv|proj)/",
+  "qkv and proj": r"/attn/(qkv/|proj/|add$)",  # the bias of qkv
   "attention": r"/attn/",
   "MLP": r"/fc[12]/|/blocks/(tanh|integer_pow)",  # of gelu
   "adaLN": r"adaLN_modulation/|/blocks/(split|concatenate)",

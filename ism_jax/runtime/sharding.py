@@ -1,9 +1,9 @@
 """The device mesh, and where arrays live on it.
 
 Two axes: "slice", the parts of a machine that only the data-centre network joins (one, but for
-multi-slice TPUs), and "data" within each. Batches are split over both by rows. The parameters are
-on every device; what only the update and sampling use may be split over "data" (ZeRO-1), and is
-then whole in every slice, so that it is gathered over the fast links only.
+multi-slice TPUs), and "data" within each. Batches are split over both by rows. The train state is
+on every device, or split over "data" and whole in every slice, so that it is gathered over the fast
+links only.
 
 Axes: N rows over all devices, D columns.
 """
@@ -34,9 +34,8 @@ def data_mesh(devices=None) -> Mesh:
 def device_kind(mesh: Mesh) -> str | None:
   """JAX's name of the mesh's devices; None of GPUs that are too old for fused attention."""
   device = mesh.devices.flat[0]
-  if device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) < 8:
-    return None
-  return device.device_kind
+  is_nvidia = device.device_kind.startswith("NVIDIA")
+  return None if is_nvidia and float(device.compute_capability) < 8 else device.device_kind
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

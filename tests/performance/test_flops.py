@@ -101,7 +101,7 @@ def test_a_step_has_these_matrix_products_and_remat_those_again():
   exp = small()
   products = matrix_products(*gradient(exp))
   np.testing.assert_allclose(products, flops.step(exp).model, rtol=5e-3)
-  for remat in ("dots", "full"):
+  for remat in ("names", "dots", "full"):
     exp = small(remat=remat)
     again = matrix_products(*gradient(exp)) - products
     np.testing.assert_allclose(again, flops.step(exp).recomputed, rtol=5e-3)

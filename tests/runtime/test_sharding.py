@@ -141,6 +141,18 @@ def test_a_checkpoint_of_a_sharded_state_continues_replicated_on_another_mesh(
   assert train.train(config, str(tmp_path / "run"), jax.devices()[:2]).step == 8
 
 
+def test_gpus_without_fused_attention_have_no_kernels_kind():
+  def kind(name, **attributes):
+    device = types.SimpleNamespace(device_kind=name, **attributes)
+    return sharding.device_kind(types.SimpleNamespace(devices=np.array([[device]])))
+
+  h100 = "NVIDIA H100 80GB HBM3"
+  assert kind(h100, compute_capability="9.0") == h100
+  assert kind("NVIDIA GeForce RTX 2080 Ti", compute_capability="7.5") is None
+  assert kind("AMD Instinct MI300X", compute_capability="gfx942") == "AMD Instinct MI300X"
+  assert kind("cpu") == "cpu"
+
+
 def test_the_state_is_sharded_where_accelerators_share_the_work(caplog):
   exp, mesh = placed("auto", 8)
   assert steps.placement(exp, mesh) == "replicated"  # CPUs
