@@ -132,7 +132,7 @@ class Experiment:
       `state_dicts`); "" is a new network. A run that continues does not read it.
     placement: of the train state: "replicated" (all of it on every device), "sharded" (split over
       the devices of a slice; a step gathers the parameters) or "auto" (sharded where several
-      accelerators share the work).
+      accelerators share the work, but for `steps.placement`'s exceptions).
     gradient_dtype: in which gradients are summed over devices, "float32" or "bfloat16", which
       halves what the links carry.
     profile_steps: how many steps are profiled, from the second pool of a run on; 0 for none.

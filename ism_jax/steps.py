@@ -21,7 +21,7 @@ from ism_jax import couplings, model, objectives, paths
 from ism_jax import state as state_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import sit, vae
-from ism_jax.runtime import sharding
+from ism_jax.runtime import chips, sharding
 from ism_jax.runtime.sharding import AXIS, P
 
 
@@ -158,15 +158,37 @@ def gradient_norms_function(exp: Experiment, mesh) -> Callable:
 def placement(exp: Experiment, mesh) -> str:
   """ "replicated" or "sharded": what `exp.placement` comes to on this mesh, logged.
 
-  "auto" shards wherever accelerators share the work: by ahead-of-time compilation a step then takes
-  less memory and no more time (ism_jax/performance/README.md).
+  "auto" shards where several accelerators share the work: by ahead-of-time compilation a step then
+  takes less memory and as much time or less (ism_jax/performance/README.md; GPUs were not tried).
+  But in pods of TPUs whose links have three axes XLA gathers by all-reduces, which takes longer.
   """
   if exp.placement != "auto":
     return exp.placement
-  is_shared = mesh.shape["data"] > 1 and mesh.devices.flat[0].platform != "cpu"
-  chosen = "sharded" if is_shared else "replicated"
+  device, chosen = mesh.devices.flat[0], "sharded"
+  chip = chips.CHIPS.get(device.device_kind)
+  if chip and chip.axes == 3 and mesh.size > 8:
+    fits = replicated_bytes(exp, mesh.size) <= 0.9 * chip.memory
+    chosen = "replicated" if fits else "sharded"
+  if device.platform == "cpu" or mesh.shape["data"] == 1:
+    chosen = "replicated"
   logging.info("Placement of the train state: %s.", chosen)
   return chosen
+
+
+def replicated_bytes(exp: Experiment, devices: int) -> float:
+  """About what a step takes of a device's memory where the state is on every device.
+
+  Parameters, two moments, two averages and a gradient in float32, and the activations of a device's
+  rows, in bytes per token, layer and unit of width, as ahead-of-time compilation for TPUs measures
+  them.
+  """
+  parameters = sum(a.size for a in jax.tree.leaves(_shapes(exp).params))
+  depth, width, _ = exp.model.dimensions
+  tokens = (exp.data.image_size // exp.model.patch) ** 2
+  rows = exp.batch_size / devices / exp.micro_batches
+  per_unit = {"none": 100, "names": 30, "dots": 30, "full": 4}[exp.model.remat]
+  per_unit *= np.dtype(exp.model.dtype).itemsize / 2
+  return 4.0 * 6 * parameters + per_unit * rows * depth * width * tokens
 
 
 def _create(exp: Experiment) -> Callable:
