@@ -9,10 +9,10 @@ b2, s2; xl2) and 250k, the length of the paper's ablation (800 K):
   --config=configs/imagenet256.py:wavelet,250k
   --config=configs/imagenet256.py:b2
 
-Compiled ahead of time it fits, of the TPUs that were tried, v5e from 8 chips, and v4, v5p and v6e
-from 4. On a v5e:4x4 a step is 0.17 s by calculation, so 800 K of them are 37 hours; on a v5p:4x4x4
-36 ms and 8 hours (what that rests on, and what was wrong with it, is in
-ism_jax/performance/README.md). 800 K steps are 1.9e20 FLOPs of the network.
+Compiled ahead of time it fits v4, v5p and v6e from 4 chips, and v5e from 8. By calculation 800 K
+steps are 20 hours at least and about 51 on a v6e:2x2, 34 and 56 on a v5p:2x2x1, 45 and 68 on a
+v5e:2x4, 13 and 28 on a v6e:2x4; 64 chips are for batch_size=1024 (what that rests on is in
+ism_jax/performance/README.md). They are 1.9e20 FLOPs of the network.
 
 The paper reports FID-50K 5.27 / 2.44 / 2.05 / 1.93 / 1.88 in 1 / 2 / 4 / 8 / 128 steps after 800 K
 iterations, and for the rows of its ablation, after 250 K, in one step / four:
