@@ -184,7 +184,7 @@ def test_a_run_that_is_killed_then_terminated_and_continued_is_the_same_run(envi
     (("--config.batch_size=126",), "the nearest is"),
     (("--config.data.name=cifar",), "known: digits"),
     (("--mode=sample",), "sample needs --out"),
-    (("--mode=evaluate",), "--mode=train"),
+    (("--mode=evaluate",), "ism_jax train"),
   ],
 )
 def test_what_the_user_got_wrong_is_one_line_and_nothing_is_written(

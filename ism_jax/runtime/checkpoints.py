@@ -175,7 +175,7 @@ def _existing_step(manager, step):
   steps = sorted(manager.all_steps())
   if not steps:
     raise FileNotFoundError(
-      f"no checkpoint in {manager.directory}; make one with `python -m ism_jax train` and it."
+      f"no checkpoint in {manager.directory}; `python -m ism_jax train` makes one there."
     )
   if step is None:
     return steps[-1]
