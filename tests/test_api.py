@@ -221,7 +221,7 @@ def test_what_is_no_model_says_what_is_needed(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match="no such model"):
     ism_jax.load("/not/there/at/all")
   (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-  with pytest.raises(ValueError, match=r"config\.json is none that python -m ism_jax\.export"):
+  with pytest.raises(ValueError, match=r"config\.json is none that python -m ism_jax export"):
     ism_jax.load(tmp_path)
 
   def unreachable(*_, **__):
