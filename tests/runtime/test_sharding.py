@@ -30,9 +30,6 @@ class Device:
   def __repr__(self):
     return f"{self.slice_index}.{self.id}"
 
-  def memory_stats(self):
-    raise NotImplementedError
-
 
 def test_devices_of_one_slice_stay_together():
   devices = [Device(i, i % 2) for i in range(8)]  # slices that arrive interleaved
