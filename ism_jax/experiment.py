@@ -129,7 +129,7 @@ class Experiment:
     micro_batches: pieces of each device's rows, one after the other, to save memory.
     scan_steps: steps per compiled call; divides the pool size.
     init_from: file of a state dict with which a run begins, SiT's or one of ours (see
-      `state_dicts`); "" is a new network. A run that continues does not read it.
+      `pretrained.sit`); "" is a new network. A run that continues does not read it.
     placement: of the train state: "replicated" (all of it on every device), "sharded" (split over
       the devices of a slice; a step gathers the parameters) or "auto" (sharded where several
       accelerators share the work, but for `steps.placement`'s exceptions).
