@@ -66,7 +66,7 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
     )
   folder = _find_export(str(source))
   try:
-    details = json.loads((folder / sit.CONFIG).read_text())
+    details = json.loads((folder / sit.CONFIG).read_text(encoding="utf-8"))
     config, about = details["config"], restore.describe(details["tree"], details["step"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(

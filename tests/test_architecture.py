@@ -39,7 +39,7 @@ ROOMS = {name.partition(".")[0] for name in MODULES}
 
 def imports(path):
   """Dotted names of all that a file imports."""
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
     if isinstance(node, ast.ImportFrom):
       yield from (f"{node.module}.{alias.name}" for alias in node.names)
     elif isinstance(node, ast.Import):
@@ -114,11 +114,26 @@ def test_no_module_imports_tensorflow_or_torch(path):
   assert "export.ism_pytorch" not in imported_modules(path)
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_text_is_read_and_written_as_utf8_whatever_the_locale(path):
+  """Of the calls of open, read_text and write_text, of whatever has such methods."""
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if not isinstance(node, ast.Call):
+      continue
+    function = ast.unparse(node.func)
+    options = {keyword.arg for keyword in node.keywords}
+    if function.endswith((".read_text", ".write_text")):
+      assert "encoding" in options, f"line {node.lineno}: {ast.unparse(node)}"
+    elif function == "open" or function.endswith(".open") and "Path(" in function:
+      is_binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args)
+      assert is_binary or "encoding" in options, f"line {node.lineno}: {ast.unparse(node)}"
+
+
 def test_the_pytorch_module_needs_nothing_but_pytorch():
   packages = {name.partition(".")[0] for name in imports(IN_PYTORCH)}
   # diffusers where latents are decoded, and no sooner.
   assert packages - sys.stdlib_module_names == {"torch", "diffusers"}
-  top = ast.parse(IN_PYTORCH.read_text()).body
+  top = ast.parse(IN_PYTORCH.read_text(encoding="utf-8")).body
   assert not any(isinstance(node, ast.ImportFrom) and node.module == "diffusers" for node in top)
 
 

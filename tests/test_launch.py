@@ -130,6 +130,20 @@ def launch(project, tmp_path):
   return Launch(project, tmp_path / "user")
 
 
+def test_a_clone_that_converts_line_ends_has_the_scripts_as_they_are(project, tmp_path):
+  """As of Git for Windows: bash runs no script whose lines end with CR."""
+  shutil.copy(ROOT / ".gitattributes", project)
+  git = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
+  for words in (
+    ["-C", str(project), "add", "."],
+    ["-C", str(project), "commit", "--quiet", "--message=m"],
+    ["clone", "--quiet", "--config=core.autocrlf=true", str(project), str(tmp_path / "clone")],
+  ):
+    subprocess.run([*git, *words], check=True)
+  scripts = sorted((tmp_path / "clone" / "launch").glob("*.sh"))
+  assert scripts and not [path.name for path in scripts if b"\r" in path.read_bytes()]
+
+
 TPU = ("--name=ism", *AT, "--type=v6e-64", "--version=v2-alpha-tpuv6e")
 
 

@@ -249,7 +249,7 @@ def read_manifest(directory: str) -> dict:
     )
   path = os.path.join(directory, MANIFEST)
   try:
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
       content = json.load(f)
   except FileNotFoundError:
     reason = "is unfinished" if os.path.isdir(directory) else "does not exist"

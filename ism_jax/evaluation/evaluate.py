@@ -213,7 +213,7 @@ def _read_partial(path: str, fingerprint: dict) -> dict[tuple, dict]:
   path = epath.Path(path)
   if not path.exists():
     return {}
-  saved = json.loads(path.read_text())
+  saved = json.loads(path.read_text(encoding="utf-8"))
   if saved["fingerprint"] != json.loads(json.dumps(fingerprint)):
     logging.info("%s is of another evaluation: beginning anew.", path)
     return {}

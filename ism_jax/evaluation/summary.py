@@ -56,7 +56,7 @@ def read_report(workdir: str) -> dict:
     raise FileNotFoundError(
       f"{path} is missing; `python -m ism_jax evaluate --workdir={workdir}` makes it."
     )
-  with open(path) as f:
+  with open(path, encoding="utf-8") as f:
     return json.load(f)
 
 
@@ -65,7 +65,7 @@ def read_run(workdir: str, report: dict) -> Run:
   path = os.path.join(workdir, "metrics.jsonl")
   if not os.path.exists(path):
     raise FileNotFoundError(f"{path} is missing: {workdir} is not where the run was trained.")
-  with open(path) as f:
+  with open(path, encoding="utf-8") as f:
     return as_run(report, workdir, [json.loads(line) for line in f])
 
 

@@ -57,9 +57,10 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
   with files.whole_folder(out) as folder:
     settings = json.dumps(describe(trained, dtype), indent=2) + "\n"
-    (folder / sit.CONFIG).write_text(settings)
+    (folder / sit.CONFIG).write_text(settings, encoding="utf-8")
     (folder / CODE).write_bytes(pathlib.Path(__file__).with_name(CODE).read_bytes())
-    (folder / CARD).write_text(card(trained, dtype, read_evaluation(workdir, trained)))
+    about = card(trained, dtype, read_evaluation(workdir, trained))
+    (folder / CARD).write_text(about, encoding="utf-8")
     weights = folder / sit.WEIGHTS
     # Other readers ask the metadata whose arrays these are.
     safetensors.numpy.save_file(state, weights, {"format": "pt"})
@@ -93,7 +94,7 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   path = epath.Path(workdir) / "evaluation.json"
   if not path.exists():
     return None
-  report = json.loads(path.read_text())
+  report = json.loads(path.read_text(encoding="utf-8"))
   measured = report.get("step"), report.get("parameters")
   if measured == (trained.step, TREES[trained.tree]) and "networks" in report:
     return report

@@ -89,8 +89,8 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
       "vae": exp.data.vae,
       "jax": jax.__version__,
     }
-    (folder / DETAILS).write_text(json.dumps(details, indent=2) + "\n")
-    (folder / "README.md").write_text(_readme(exp, programs, about))
+    (folder / DETAILS).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_readme(exp, programs, about), encoding="utf-8")
 
 
 def _write_program(path, function, *arguments):

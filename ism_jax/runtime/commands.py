@@ -27,6 +27,8 @@ def run(command, argv: list[str] | None = None, **options) -> None:
     options: of its `define_flags`.
   """
   argv = list(sys.argv if argv is None else argv)
+  with contextlib.suppress(AttributeError):  # of a stream that is no file
+    sys.stdout.reconfigure(errors="backslashreplace")  # no text is lost to the locale's encoding
   before = set(flags.FLAGS)
   command.define_flags(**options)
   names = [name for name in flags.FLAGS if name not in before]

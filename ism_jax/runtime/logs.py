@@ -128,7 +128,7 @@ class Writer:
     self._lines_path = os.path.join(folder, "metrics.jsonl")
     if epath.Path(metrics_path).exists():
       # A run that continues from step `start` writes what came after it anew.
-      with epath.Path(metrics_path).open() as f:
+      with epath.Path(metrics_path).open(encoding="utf-8") as f:
         lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
       for path in {metrics_path, self._lines_path}:
         files.write_whole(path, "".join(lines))
@@ -201,7 +201,7 @@ class Writer:
     if self._events is None:
       return
     entry = {name: float(value) for name, value in entry.items()}
-    with open(self._lines_path, "a") as f:
+    with open(self._lines_path, "a", encoding="utf-8") as f:
       f.write(json.dumps({"step": step} | entry) + "\n")
     for name, value in entry.items():
       self._events.add_scalar(name, value, step)

@@ -1,14 +1,17 @@
 """The door to all commands: what it lists, the flags that help tells first, one-line errors."""
 
+import io
 import pathlib
 import subprocess
 import sys
+import types
 
 from absl import flags
 from examples import flags_of
 import pytest
 
 from ism_jax import __main__ as door
+from ism_jax.runtime import commands
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -44,6 +47,16 @@ def test_help_tells_the_flags_of_the_command_before_those_of_absl(name, capsys):
   finally:
     for flag in names:
       delattr(flags.FLAGS, flag)
+
+
+def test_a_locale_without_a_letter_loses_no_text(monkeypatch):
+  stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+  monkeypatch.setattr(sys, "stdout", stdout)
+  command = types.SimpleNamespace(__doc__="Fréchet distances.", define_flags=lambda: None)
+  with pytest.raises(SystemExit) as leaving:
+    commands.run(command, ["ism_jax compare", "--help"])
+  stdout.flush()
+  assert not leaving.value.code and b"Fr\\xe9chet distances." in stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize(
