@@ -124,8 +124,9 @@ def test_text_is_read_and_written_as_utf8_whatever_the_locale(path):
     options = {keyword.arg for keyword in node.keywords}
     if function.endswith((".read_text", ".write_text")):
       assert "encoding" in options, f"line {node.lineno}: {ast.unparse(node)}"
-    elif function == "open" or function.endswith(".open") and "Path(" in function:
-      is_binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args)
+    elif function == "open" or (function.endswith(".open") and "Path(" in function):
+      arguments = [ast.unparse(argument) for argument in node.args]
+      is_binary = any(f"'{mode}b'" in arguments for mode in "rwa")
       assert is_binary or "encoding" in options, f"line {node.lineno}: {ast.unparse(node)}"
 
 

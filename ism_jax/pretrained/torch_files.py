@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import struct
 from typing import Any, NamedTuple
 import zipfile
@@ -27,6 +28,11 @@ import safetensors
 
 _STREAM_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 _STREAM_VERSION = 1001
+
+_WRAPPERS = re.compile(
+  r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+)
+_MODULE, _COUNT = "module.", "n_averaged"
 
 _STORAGES = {  # torch's names
   "DoubleStorage": np.float64,
@@ -58,9 +64,10 @@ def read_state_dict(path) -> dict[str, Any]:
     path: of the file. Its first bytes tell the format, whatever its name.
   Returns:
     What was saved: dicts, lists and plain values as they are nested in the file, with an array in
-    place of each tensor or parameter; an argparse.Namespace becomes a dict. Arrays have the dtypes
-    of the file, with ml_dtypes.bfloat16 for bfloat16. They are read-only, and those that shared a
-    storage may share memory: copy before writing.
+    place of each tensor or parameter; an argparse.Namespace becomes a dict. Keys are without what
+    PyTorch's wrappers put into them, see `_unwrapped`. Arrays have the dtypes of the file, with
+    ml_dtypes.bfloat16 for bfloat16. They are read-only, and those that shared a storage may share
+    memory: copy before writing.
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: the file is damaged, is none of the formats, holds no dict, or names a global that a
@@ -80,7 +87,24 @@ def read_state_dict(path) -> dict[str, Any]:
       raise _unreadable(path, f"is no file of torch.save or safetensors: it {_looks_like(head)}")
   if not isinstance(saved, dict):
     raise _unreadable(path, f"holds a {type(saved).__name__}, not a dict of tensors")
-  return saved
+  return _unwrapped(saved)
+
+
+def _unwrapped(saved: dict) -> dict:
+  """Keys as those of the module itself, also of dicts inside.
+
+  DataParallel and AveragedModel, which counts, put "module." before all keys; torch.compile, FSDP
+  and activation checkpointing name themselves wherever they are.
+  """
+  saved = {k: _unwrapped(v) if isinstance(v, dict) else v for k, v in saved.items()}
+  names = {key: _WRAPPERS.sub(r"\1", key) if isinstance(key, str) else key for key in saved}
+  while (of_module := names.keys() - {_COUNT}) and all(
+    str(names[key]).startswith(_MODULE) for key in of_module
+  ):
+    names = {key: name.removeprefix(_MODULE) for key, name in names.items() if key != _COUNT}
+  if len(set(names.values())) < len(names):  # then these words are of the module's own
+    return saved
+  return {name: saved[key] for key, name in names.items()}
 
 
 def _read_safetensors(path, file):

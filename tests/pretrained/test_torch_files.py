@@ -281,6 +281,35 @@ def test_bad_safetensors_are_errors(tmp_path):
     torch_files.read_state_dict(path)
 
 
+@pytest.mark.parametrize(
+  "wrapped",
+  [
+    ("module.blocks.0.w", "module.b"),
+    ("_orig_mod.blocks.0.w", "_orig_mod.b"),
+    ("module._orig_mod.blocks.0.w", "module._orig_mod.b"),
+    ("_orig_mod.module.blocks.0._orig_mod.w", "_orig_mod.module.b"),
+    ("blocks.0._checkpoint_wrapped_module._orig_mod.w", "b"),
+    ("module.blocks.0.w", "module.b", "n_averaged"),
+  ],
+)
+def test_keys_are_those_of_the_module_whatever_wrapped_it(tmp_path, wrapped):
+  storages = {"0": np.arange(2, dtype=np.float32)}
+  state = {key: Tensor("0", i % 2, (1,), (1,)) for i, key in enumerate(wrapped)}
+  write_zip(tmp_path / "a.pt", {"ema": state, "args": {"n_averaged": 3}}, storages)
+  read = torch_files.read_state_dict(tmp_path / "a.pt")
+  expected = {"blocks.0.w": storages["0"][:1], "b": storages["0"][1:]}
+  assert_same(read, {"ema": expected, "args": {"n_averaged": 3}})
+
+
+@pytest.mark.parametrize(
+  "keys", [("module.w", "b"), ("w", "_orig_mod.w"), ("modules.w", "modules")]
+)
+def test_keys_of_the_modules_own_stay(tmp_path, keys):
+  state = dict.fromkeys(keys, Tensor("0", 0, (2,), (1,)))
+  write_zip(tmp_path / "a.pt", state, {"0": np.arange(2, dtype=np.float32)})
+  assert tuple(torch_files.read_state_dict(tmp_path / "a.pt")) == keys
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_files_that_pytorch_writes_are_read_as_pytorch_reads_them(pytorch, tmp_path, as_zip):
