@@ -148,7 +148,12 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
         f"scan_steps={exp.scan_steps} does not reach step {step}, where the checkpoint is, in a "
         f"pool of {exp.coupling.pool_size}: continue with the scan_steps it was made with."
       )
-    return checkpoints.restore(manager, like, step)
+    restored, position = checkpoints.restore(manager, like, step)
+    if (saved := int(restored.step)) != step:  # of an older version: the others say it themselves
+      raise checkpoints.DamagedError(
+        f"{manager.directory}/{step} is damaged: it holds step {saved}"
+      )
+    return restored, position
 
   step, (state, position) = checkpoints.restore_newest(manager, read, move_damaged=True)
   pools.set_state(position["pools"])

@@ -232,6 +232,28 @@ def test_a_damaged_checkpoint_is_put_aside_and_its_steps_are_trained_again(
     assert_equal_trees(jax.device_get(checkpoints.restore(manager, like, 8)[0]), run[1])
 
 
+def test_swapped_checkpoints_of_an_older_version_are_damaged(run, tmp_path, one_device):
+  """One that does not say its step: the state has it."""
+  workdir = shutil.copytree(run[0], tmp_path / "work")
+  for old, new in (("4", "x"), ("8", "4"), ("x", "8")):
+    path = (workdir / "checkpoints" / old).rename(workdir / "checkpoints" / new)
+    path = path / "checksums" / "metadata"
+    sums = json.loads(path.read_text())
+    path.write_text(json.dumps({name: sums[name] for name in sums if name != "step"}))
+  with pytest.raises(
+    ValueError, match=r"(?s)whole.*8 is damaged: it holds step 4.*it holds step 8"
+  ):
+    train.train(tiny_config(), str(workdir), one_device)
+
+
+def test_a_path_that_cannot_hold_checkpoints_is_refused_before_the_data_is_read(
+  tmp_path, one_device, monkeypatch
+):
+  monkeypatch.setattr(data, "load_source", None)
+  with pytest.raises(ValueError, match=r"a\[1\]' cannot hold checkpoints"):
+    train.train(tiny_config(), str(tmp_path / "a[1]"), one_device)
+
+
 def test_a_finished_run_is_left_alone(run, one_device):
   workdir, state, _ = run
   before = (workdir / "metrics.jsonl").read_bytes()

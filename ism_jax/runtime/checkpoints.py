@@ -3,7 +3,7 @@
 A step counts once it is complete: a save that was killed leaves a temporary folder that no reader
 sees and the next writer removes. Arrays are restored to the placement the caller asks for, on any
 number of devices. Every array and both JSON items have checksums: TensorStore returns flipped bytes
-without a word.
+without a word. The checksums name the step, so that a folder which was renamed is noticed.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def save(manager, step, state, data_state, config):
     )
   plain = {"data": data_state, "config": config}
   checksums = {item: _json_checksum(value) for item, value in plain.items()}
-  plain["checksums"] = {"state": _state_checksums(state)} | checksums
+  plain["checksums"] = {"step": step, "state": _state_checksums(state)} | checksums
   items = {item: ocp.args.JsonSave(value) for item, value in plain.items()}
   # The state may be donated as soon as this returns. On accelerators its values are in host memory
   # by then. On CPU, Orbax goes on reading the arrays' own buffers in the background; XLA does not
@@ -168,7 +168,7 @@ def restore_tree(manager, name, like, step=None):
 def read_config(manager, step=None):
   """The config dict the checkpoint was saved with; raises as `restore` does."""
   step = _existing_step(manager, step)
-  return _read_json(manager, step, "config", _read_json(manager, step, "checksums"))
+  return _read_json(manager, step, "config", _read_checksums(manager, step))
 
 
 def _existing_step(manager, step):
@@ -211,9 +211,18 @@ def _read_json(manager, step, item, checksums=None):
   return value
 
 
+def _read_checksums(manager, step):
+  checksums = _read_json(manager, step, "checksums")
+  with _reading(manager, step):
+    # Checkpoints of older versions do not say their step.
+    if (saved := checksums.get("step", step)) != step:
+      raise ValueError(f"it holds step {saved}; a folder that was renamed has to be named {saved}")
+  return checksums
+
+
 def _contents(manager, step):
   """(the shapes and dtypes of the saved state, the checksums)."""
-  checksums = _read_json(manager, step, "checksums")
+  checksums = _read_checksums(manager, step)
   with _reading(manager, step):
     metadata = manager.item_metadata(step).state
     if metadata is None:

@@ -217,12 +217,20 @@ def test_a_changed_bit_or_two_swapped_values_on_disk_are_noticed(tmp_path):
       assert_same(checkpoints.restore_tree(manager, "ema", abstract(state.ema)), state.ema)
 
 
+def edit_checksums(at, edit):
+  """Edits what a checkpoint says of its content."""
+  path = at / "checksums" / "metadata"
+  path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+
+
 DAMAGES = {
   "flipped array": lambda at, w: replace_on_disk(at, w.tobytes()[:8], bytes(8)),
   "other position": lambda at, w: replace_on_disk(at / "data", b": 7", b": 6"),
   "other config": lambda at, w: replace_on_disk(at / "config", b'"ism"', b'"isn"'),
   "other checksums": lambda at, w: replace_on_disk(at / "checksums", b'"state"', b'"stale"'),
   "no checksums": lambda at, w: shutil.rmtree(at / "checksums"),
+  "checksums in a list": lambda at, w: edit_checksums(at, lambda sums: [sums]),
+  "of another step": lambda at, w: edit_checksums(at, lambda sums: sums | {"step": 7}),
   "empty config": lambda at, w: (at / "config" / "metadata").write_bytes(b""),
   "no position": lambda at, w: (at / "data" / "metadata").unlink(),
   "no metadata": lambda at, w: (at / "state" / "_METADATA").unlink(),
@@ -275,6 +283,33 @@ def test_a_writer_moves_damaged_steps_away_and_saves_them_again(tmp_path):
     with checkpoints.open_manager(tmp_path, keep=3) as manager:
       assert manager.all_steps() == [1, 2, 3]
       assert_same(checkpoints.restore(manager, like)[0], numpy_of(make_state(3)))
+
+
+def test_swapped_folders_are_damaged_and_those_that_do_not_say_their_step_are_read(tmp_path):
+  save_steps(tmp_path, 5, 6, 7)
+  folder, like = tmp_path / "checkpoints", abstract(make_state(1))
+  for old, new in (("6", "x"), ("7", "6"), ("x", "7")):
+    (folder / old).rename(folder / new)
+  with reader(tmp_path) as manager:
+    for read in (
+      lambda: checkpoints.restore(manager, like, 7),
+      lambda: checkpoints.restore_tree(manager, "ema", like.ema, 7),
+      lambda: checkpoints.read_config(manager, 7),
+    ):
+      with pytest.raises(checkpoints.DamagedError, match=r"/7 is damaged: it holds step 6; .* 6$"):
+        read()
+  with checkpoints.open_manager(tmp_path, keep=3) as manager:
+    step, (state, _) = checkpoints.restore_newest(
+      manager, lambda step: checkpoints.restore(manager, like, step), move_damaged=True
+    )
+  assert step == 5
+  assert_same(state, numpy_of(make_state(5)))
+  assert sorted(p.name for p in tmp_path.rglob("checkpoints*/?")) == ["5", "6", "7"]
+  # As older versions saved: no step beside the checksums.
+  edit_checksums(folder / "5", lambda sums: {k: v for k, v in sums.items() if k != "step"})
+  (folder / "5").rename(folder / "8")
+  with reader(tmp_path) as manager:
+    assert_same(checkpoints.restore(manager, like)[0], numpy_of(make_state(5)))
 
 
 def test_where_all_are_damaged_all_are_named_and_left_where_they_are(tmp_path):
