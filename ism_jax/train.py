@@ -97,7 +97,7 @@ def train(config, workdir: str, devices=None) -> TrainState:
   exp = experiment.parse(config)
   mesh = sharding.data_mesh(devices)
   experiment.check_devices(exp, mesh.size)
-  files.check_writable(workdir)
+  checkpoints.check_workdir(workdir)
   source = data.load_source(exp.data)
   total, pool_size = exp.total_steps, exp.coupling.pool_size
   if total != exp.steps:

@@ -38,16 +38,13 @@ def open_manager(workdir, *, keep, keep_every=0, read_only=False):
     An orbax CheckpointManager. For preemption: reached_preemption(step).
   Raises:
     OSError: the workdir cannot be written.
+    ValueError: checkpoints under this path would be written or read elsewhere.
   """
   if keep < 1:
     raise ValueError(f"keep={keep} must be at least 1: training resumes from the latest.")
   if keep_every < 0:
     raise ValueError(f"keep_every={keep_every} must be a number of steps, or 0 for none.")
-  workdir = os.fspath(workdir)
-  if not read_only:
-    files.check_writable(workdir)
-  if "://" not in workdir:
-    workdir = os.path.abspath(os.path.expanduser(workdir))
+  workdir = check_workdir(workdir, read_only=read_only)
   state, plain = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
   handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
   handlers.add("state", ocp.args.StandardSave, state)
@@ -63,11 +60,34 @@ def open_manager(workdir, *, keep, keep_every=0, read_only=False):
   return ocp.CheckpointManager(f"{workdir}/checkpoints", options=options, handler_registry=handlers)
 
 
+def check_workdir(workdir, *, read_only=False) -> str:
+  """The absolute path of a workdir that can hold checkpoints; raises as `open_manager` does."""
+  workdir = os.fspath(workdir)
+  if "://" not in workdir:
+    workdir = os.path.abspath(os.path.expanduser(workdir))
+  # TensorStore takes a backslash for a slash, and paths of UTF-8 alone. Where Orbax saves, it takes
+  # the path for a pattern: a[1] matches nothing, a* the arrays of another run as well.
+  odd = [character for character in ("\\" if read_only else "\\*?[") if character in workdir]
+  try:
+    workdir.encode()
+  except UnicodeEncodeError:
+    odd.append("bytes that are no UTF-8")
+  if odd:
+    raise ValueError(
+      f"the workdir {workdir!r} cannot hold checkpoints, for its path has {' and '.join(odd)}; "
+      "name or rename it without."
+    )
+  if not read_only:
+    files.check_writable(workdir)
+  return workdir
+
+
 def save(manager, step, state, data_state, config):
   """Starts writing a checkpoint, and returns once the state may be overwritten.
 
   Blocks for the copy to host memory, and for the previous save if that has not finished. An error
-  of the background write is raised by the next save or by close().
+  of the background write is raised by the next save or by close(). The first checkpoint of a run is
+  waited for and read back, all but the arrays: a run must not go on where none could be read.
 
   Args:
     state: a pytree of arrays (a flax.struct dataclass, optax states).
@@ -94,7 +114,22 @@ def save(manager, step, state, data_state, config):
   args = ocp.args.Composite(state=ocp.args.StandardSave(state), **items)
   if not manager.save(step, args=args):
     raise ValueError(f"step {step} was not saved: {manager.directory} was opened read_only.")
+  if latest is None:
+    _read_back(manager, step)
   return True
+
+
+def _read_back(manager, step):
+  manager.wait_until_finished()
+  try:
+    _, checksums = _contents(manager, step)
+    for item in ("data", "config"):
+      _read_json(manager, step, item, checksums)
+  except DamagedError as e:
+    raise DamagedError(
+      f"the first checkpoint of this run cannot be read back ({e}), nor could later ones: train in "
+      "another --workdir."
+    ) from e
 
 
 def restore_newest(manager, read, *, move_damaged=False):

@@ -463,6 +463,53 @@ def test_an_unwritable_workdir_is_refused_before_anything_is_written(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", r"a\b", os.fsdecode(b"a\xff")])
+def test_a_path_that_cannot_hold_checkpoints_is_refused_before_anything_is_written(
+  tmp_path, monkeypatch, name
+):
+  expected = pytest.raises(ValueError, match=r"cannot hold checkpoints.*; name or rename it")
+  with expected as error:
+    checkpoints.open_manager(tmp_path / name / "run", keep=1)
+  str(error.value).encode()  # can be printed
+  (tmp_path / name).mkdir()
+  monkeypatch.chdir(tmp_path / name)
+  with expected:
+    checkpoints.open_manager("run", keep=1)
+  assert not os.listdir()
+
+
+@pytest.mark.parametrize(
+  "name", ["a]", "a,b", " a b ", "a%41", "{a}", "$a", "a\nb", "a'b\"", "ü", "a~", "#&;|<>!"]
+)
+def test_other_odd_paths_hold_checkpoints(tmp_path, name):
+  save_steps(tmp_path / name, 1)
+  with reader(tmp_path / name) as manager:
+    assert_same(checkpoints.restore(manager, abstract(make_state(1)))[0], numpy_of(make_state(1)))
+
+
+def test_checkpoints_that_were_moved_to_an_odd_path_are_read_or_refused(tmp_path):
+  for name in ("a[1]", "a*", "a?", r"a\b"):
+    save_steps(tmp_path / "run", 1)
+    (tmp_path / "run").rename(tmp_path / name)
+    if "\\" in name:
+      with pytest.raises(ValueError, match="name or rename it"):
+        reader(tmp_path / name)
+    else:
+      with reader(tmp_path / name) as manager:
+        state, _ = checkpoints.restore(manager, abstract(make_state(1)))
+      assert_same(state, numpy_of(make_state(1)))
+
+
+def test_the_first_checkpoint_of_a_run_is_read_back(tmp_path, monkeypatch):
+  """Here the library itself loses the arrays, without a word."""
+  monkeypatch.setattr(checkpoints, "check_workdir", lambda workdir, **_: os.fspath(workdir))
+  expected = pytest.raises(
+    checkpoints.DamagedError, match=r"first .*a\[1\]/checkpoints/1 .*--workdir"
+  )
+  with checkpoints.open_manager(tmp_path / "a[1]", keep=2) as manager, expected:
+    checkpoints.save(manager, 1, make_state(1), DATA, CONFIG)
+
+
 def test_the_position_of_a_data_iterator_fits_into_a_checkpoint(tmp_path):
   import grain
 
