@@ -56,8 +56,14 @@ def check(config) -> None:
   """Raises what would keep `evaluate` from judging this experiment once it is trained."""
   exp = experiment.parse(config)
   generate.pixels_function(exp.data.vae, sharding.data_mesh(), exp.evaluation.rounding)
-  load_reference(exp, sharding.data_mesh(jax.local_devices()))
+  reference = load_reference(exp, sharding.data_mesh(jax.local_devices()))
+  _check_enough(exp, reference)
   features.extractor.cache_clear()  # training needs the memory
+
+
+def _check_enough(exp: Experiment, reference: reference_lib.Reference) -> None:
+  count = exp.evaluation.num_images
+  reference.check_enough(f"evaluation.num_images={count}", count)
 
 
 def evaluate(config, workdir: str, devices=None) -> dict | None:
@@ -76,6 +82,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   files.check_writable(workdir)
   generate.pixels_function(exp.data.vae, mesh, ev.rounding)  # a VAE may be missing
   reference = load_reference(exp, mesh)
+  _check_enough(exp, reference)
   header = {
     "variant": exp.variant,
     "step": trained.step,
@@ -137,6 +144,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   files.check_writable(workdir)
   reference = load_reference(exp, mesh)
   reference.check_count(samples.count)
+  reference.check_enough(f"{path} with {samples.count} images", samples.count)
   reference.check_images(path, samples.image_shape, samples.labels)
   batches = samples.batches(exp.evaluation.batch_size)
   result = reference.judge(batches, samples.count, samples.labels)

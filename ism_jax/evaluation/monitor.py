@@ -35,6 +35,9 @@ class Monitor:
     # On one device: scores are made by the first process, without the others.
     one_device = sharding.data_mesh(jax.local_devices()[:1])
     self._reference = Reference(exp, one_device) if exp.monitor.score else None
+    if self._reference:
+      count = exp.monitor.num_images
+      self._reference.check_enough(f"monitor.num_images={count}", count, brief=True)
     # One call draws them all; samples beyond num_images fill the mesh and are dropped.
     self._count = -(-exp.monitor.num_images // mesh.size) * mesh.size
     self._labels = generate.class_labels(exp, self._count)

@@ -198,6 +198,11 @@ class Reference:
           "Fréchet distance comes out too large. 50,000 samples are usual."
         )
 
+  def check_enough(self, what: str, count: int, *, brief: bool = False) -> None:
+    """Raises ValueError if so few images cannot be judged; see `scores.check_count`."""
+    for network in self.networks:
+      scores.check_count(what, count, network, self.statistics[network.name], brief=brief)
+
   def check_images(self, path: str, image_shape, labels) -> None:
     """Raises if images [H, W, C] of these labels [N] cannot be judged against this reference."""
     if self.images and image_shape != self.images.reference.shape[1:]:

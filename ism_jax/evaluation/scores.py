@@ -35,6 +35,36 @@ class Statistics:
   kept: np.ndarray | None = None
 
 
+def check_count(
+  what: str, count: int, network: Network, real: Statistics, *, brief: bool = False
+) -> None:
+  """Raises ValueError where there are too few images for a metric, which `Tally` finds at the end.
+
+  Args:
+    what: says how many there are, for the message: "evaluation.num_images=3".
+    count: of the samples.
+    real: what they are compared with.
+    brief: as `reference.Judging`.
+  """
+  needed = {"a covariance": 2}
+  if network.name == "inception":
+    needed["the Inception Score"] = INCEPTION_SPLITS
+  if real.kept is not None and not brief:
+    needed["precision and recall"] = NEIGHBOURHOOD + 1
+    if len(real.kept) <= NEIGHBOURHOOD:
+      raise ValueError(
+        f"the reference of {network.name} has the features of {len(real.kept)} images, and "
+        f"precision and recall need {NEIGHBOURHOOD + 1}: make it of more images or with more "
+        "--keep_features, or with --keep_features=0 for none of them."
+      )
+  metric, least = max(needed.items(), key=lambda item: item[1])
+  if count < least:
+    raise ValueError(
+      f"{what} is too few: {metric} by {network.name} needs at least {least} images. Take more; "
+      "50,000 are usual."
+    )
+
+
 class Tally:
   """What is added up of one network's outputs for `total` images.
 

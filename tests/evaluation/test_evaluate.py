@@ -1,6 +1,7 @@
 """Judging checkpoints and files of images, on a network at random weights."""
 
 import logging
+import types
 
 from examples import tiny_config
 import jax
@@ -10,8 +11,9 @@ import pytest
 
 from ism_jax import experiment, generate, protocol, steps
 from ism_jax.data import samples
-from ism_jax.evaluation import evaluate
+from ism_jax.evaluation import evaluate, monitor, scores
 from ism_jax.evaluation import reference as references
+from ism_jax.metrics import moments
 from ism_jax.runtime import checkpoints, files, sharding
 
 IMAGES = 120
@@ -168,6 +170,59 @@ def test_too_few_samples_for_a_covariance_are_a_warning_before_sampling(mesh, ca
   with caplog.at_level(logging.WARNING):
     references.Reference(experiment.parse(config_of(num_images=50)), mesh)
   assert "50 samples do not determine the covariance of 64 features" in caplog.text
+
+
+def test_too_few_images_for_a_metric_are_an_error_before_anything_is_drawn(
+  workdir, mesh, tmp_path, monkeypatch
+):
+  forbidden = lambda *_, **__: pytest.fail("images were drawn")
+  monkeypatch.setattr(generate, "batches", forbidden)
+  message = r"evaluation\.num_images=3 is too few: precision and recall by classifier needs at leas"
+  for judge in (
+    evaluate.check,
+    lambda config: evaluate.evaluate(config, workdir, list(mesh.devices.flat)),
+  ):
+    with pytest.raises(ValueError, match=message):
+      judge(config_of(num_images=3))
+  np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8))
+  with pytest.raises(ValueError, match=r"few\.npz with 3 images is too few"):
+    evaluate.evaluate_samples(config_of(), str(tmp_path), str(tmp_path / "few.npz"))
+  config = config_of()
+  config.monitor.update({"every": 4, "num_images": 1, "score": True})
+  with pytest.raises(
+    ValueError, match=r"monitor\.num_images=1 is too few: a covariance by classif"
+  ):
+    monitor.Monitor(experiment.parse(config), mesh, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("name", "kept", "count", "message"),
+  [
+    ("inception", None, 9, "the Inception Score by inception needs at least 10 images"),
+    ("dinov2", None, 1, "a covariance by dinov2 needs at least 2 images"),
+    ("dinov2", 3, 50, "has the features of 3 images, and precision and recall need 4.*=0 for none"),
+  ],
+)
+def test_each_metric_has_its_least_number_of_images(name, kept, count, message):
+  """The number above it is enough for `Tally.scores`, and the one below is not."""
+  rng = np.random.default_rng(0)
+  kept = None if kept is None else rng.random((kept, 2))
+  real = scores.Statistics(moments.feature_statistics(rng.random((9, 2))), kept=kept)
+  network = types.SimpleNamespace(name=name, held_out_accuracy=None)
+
+  def score(count):
+    keep, has_logits = 0 if kept is None else count, name == "inception"
+    tally = scores.Tally(network, count, keep=keep, inception_score=has_logits)
+    tally.add({"features": rng.random((count, 2)), "logits": rng.random((count, 3))})
+    return tally.scores(real, labelled=False)
+
+  with pytest.raises(ValueError, match=message):
+    scores.check_count("num_images", count, network, real)
+  with pytest.raises(ValueError):
+    score(count)
+  if kept is None:
+    scores.check_count("num_images", count + 1, network, real)
+    assert score(count + 1)["frechet_distance"] >= 0
 
 
 def test_an_evaluation_of_other_images_refuses_what_cannot_be_compared(mesh, tmp_path):
