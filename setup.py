@@ -7,6 +7,7 @@ setuptools.setup(
   version="0.1.0",
   description='JAX reference implementation of "Improved Training Technique for Shortcut Models"',
   license="Apache-2.0",
+  url="https://github.com/_OWNER_/_REPOSITORY_",
   python_requires=">=3.11,<3.13",
   packages=setuptools.find_packages(include=["ism_jax*", "configs*"]),
   entry_points={"console_scripts": ["ism-jax = ism_jax.__main__:main"]},

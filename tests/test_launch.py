@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -670,3 +671,25 @@ def test_in_the_foreground_the_command_takes_the_place_of_the_shell(worker, tmp_
   process.terminate()
   process.communicate(timeout=20)
   assert process.returncode == 143 and saved.read_text() == "saved"
+
+
+def test_the_place_of_the_repository_is_written_everywhere_and_can_change(tmp_path):
+  names = ["README.md", "CITATION.cff", "setup.py"]
+  names += [path.relative_to(ROOT) for path in (ROOT / "launch" / "colab").glob("*.ipynb")]
+  shutil.copytree(ROOT / "launch", tmp_path / "launch")
+  for name in names[:3]:
+    shutil.copy(ROOT / name, tmp_path)
+  call = lambda place: subprocess.run(
+    ["bash", tmp_path / "launch" / "place.sh", place], capture_output=True, text=True
+  )
+  text = lambda folder, name: (folder / name).read_text(encoding="utf-8")
+  notebook = text(ROOT, "launch/colab/sample.ipynb")
+  today = re.search(r'REPOSITORY = \\"https://github\.com/([^\\]+)', notebook)[1]
+  for place in ("jane.doe/ism", "jane", "jane/a b", ""):
+    assert "give OWNER/NAME" in call(place).stderr
+  for place in ("jane/ism.jax", "3d-x/ism", "3d-x/ism2"):
+    assert call(place).returncode == 0
+    for name in names:
+      expected = text(ROOT, name).replace(today, place)
+      assert text(tmp_path, name) == expected != text(ROOT, name), name
+  assert not list(tmp_path.rglob("*.before"))

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import types
 
 import jax
 import numpy as np
@@ -268,3 +269,32 @@ def test_in_the_committed_outputs_guidance_compounds_in_the_one_and_not_in_the_o
   assert max(scales["sm_compounding"]) > 3 * scales["sm_compounding"][0]
   assert max(scales["ism"]) < 1.3 * min(scales["ism"])
   assert len(pictures(code)) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("place", ["checkout", "repository", "nowhere"])
+def test_the_first_cell_installs_from_where_the_notebook_is(name, place, tmp_path, monkeypatch):
+  from IPython.core.inputtransformer2 import TransformerManager
+
+  cell = source(read(name)["cells"][1])
+  folder = FOLDER if place == "checkout" else tmp_path
+  name_there = "jane/ism" if place == "repository" else "_OWNER_/_REPOSITORY_"
+  cell = re.sub(r"github\.com/[^\"]+", f"github.com/{name_there}", cell)
+  monkeypatch.chdir(folder)
+  monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+  calls = []
+  shell = types.SimpleNamespace(run_line_magic=lambda *call: calls.append(call))
+  variables = {"get_ipython": lambda: shell}
+  code = TransformerManager().transform_cell(cell)
+  if place == "nowhere":
+    with pytest.raises(RuntimeError, match="put its address there, or install ism_jax first"):
+      exec(code, variables)
+    assert not calls
+    return
+  exec(code, variables)
+  ((magic, arguments),) = calls
+  source_of = {"checkout": ROOT.as_uri(), "repository": "git+https://github.com/jane/ism"}
+  extra = f"[{variables['EXTRA']}]" if name == "imagenet_tpu" else ""
+  arguments = arguments.format(**variables)  # as IPython does
+  assert (magic, arguments) == ("pip", f'install --quiet "ism_jax{extra} @ {source_of[place]}"')
