@@ -10,6 +10,7 @@ setuptools.setup(
   url="https://github.com/_OWNER_/_REPOSITORY_",
   python_requires=">=3.11,<3.13",
   packages=setuptools.find_packages(include=["ism_jax*", "configs*"]),
+  package_data={"ism_jax": ["py.typed"]},
   entry_points={"console_scripts": ["ism-jax = ism_jax.__main__:main"]},
   install_requires=[
     # Lower bounds are the versions the tests run on.

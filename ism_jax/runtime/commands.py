@@ -120,7 +120,7 @@ def parse_flags(argv, known_only: bool = False) -> list[str]:
   With `known_only`, unknown flags are among those arguments instead of an error.
   """
   with one_line_flag_errors():
-    arguments = flags.FLAGS(argv, known_only=known_only)
+    arguments = flags.FLAGS([_packaged(a) for a in argv], known_only=known_only)
     for flag in (flags.FLAGS[name] for name in flags.FLAGS if flags.FLAGS[name].present):
       # A file that is not there is no error of the flag's own before somebody reads the config.
       file = getattr(flag, "config_filename", None)
@@ -129,6 +129,15 @@ def parse_flags(argv, known_only: bool = False) -> list[str]:
           f"--{flag.name}={file}: there is no such file; those here are in configs/."
         )
     return arguments
+
+
+def _packaged(argument: str) -> str:
+  """Of configs/NAME.py, the one that came with the package, in a folder that has no such file."""
+  form = re.fullmatch(r"(--?config=)?(configs/\w+\.py)(:.*)?", argument)
+  if form is None or os.path.exists(form[2]):
+    return argument
+  file = os.path.join(os.path.dirname(_PACKAGE), form[2])
+  return f"{form[1] or ''}{file}{form[3] or ''}" if os.path.exists(file) else argument
 
 
 def suggest(name: str, known, prefix: str = "") -> str:
