@@ -22,7 +22,7 @@ README = ROOT / "README.md"
 READMES = sorted(
   ROOT / line
   for line in subprocess.check_output(
-    ["git", "ls-files", "*README.md"], cwd=ROOT, text=True
+    ["git", "ls-files", "*README.md", "CONTRIBUTING.md"], cwd=ROOT, text=True
   ).splitlines()
 )
 
