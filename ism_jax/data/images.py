@@ -8,13 +8,14 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
 import os
 import re
 import tarfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 import numpy as np
@@ -22,11 +23,18 @@ from PIL import Image
 import tensorflow_datasets as tfds
 
 from ism_jax.data import pipeline
+from ism_jax.runtime import files
 
 CROP = "ADM centre crop"
 TFDS = "tfds:"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL has some that run programs
 _LEVELS_PER_LEVEL = 257  # 65535 / 255: 16-bit levels in one of 8 bits
+_LARGEST = 2**30  # bytes of a file: of more no image has come that PIL's limit of pixels allows
+_LONGEST = 32  # short sides in a long one
+# What is wrong with one file, and not with the storage that it is on.
+_OF_ONE_FILE = {errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT}
+_OF_ONE_FILE |= {errno.ENOTDIR, errno.ENXIO}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,12 +59,13 @@ class Source:
 
 
 class _File(NamedTuple):
-  """`size` bytes at `offset` of `path`; -1 is all to its end."""
+  """`size` bytes at `offset` of `path`, -1 for all to its end; or why they are no image."""
 
   name: str
   path: str
   offset: int = 0
   size: int = -1
+  reason: str = ""
 
 
 def open_source(images: str, tfds_dir: str) -> Source:
@@ -85,29 +94,48 @@ def open_source(images: str, tfds_dir: str) -> Source:
   # In threads: on network storage nearly all of the time is waiting for one header after another.
   with concurrent.futures.ThreadPoolExecutor() as pool:
     members = pool.map(lambda listing: listing(), listings.values())
-    files = dict(zip(listings, members, strict=True))
-  if empty := sorted(name for name, members in files.items() if not members):
+    listed = dict(zip(listings, members, strict=True))
+  if empty := sorted(name for name, members in listed.items() if not members):
     raise ValueError(
-      f"{len(empty)} of the {len(files)} classes of {images} have no image: {', '.join(empty)}. "
+      f"{len(empty)} of the {len(listed)} classes of {images} have no image: {', '.join(empty)}. "
       f"Remove them, or add their images (files with one of the suffixes {' '.join(SUFFIXES)})."
     )
-  classes = tuple(sorted(files))
-  flat = [(file, label) for label, name in enumerate(classes) for file in sorted(files[name])]
+  classes = tuple(sorted(listed))
+  flat = [(file, label) for label, name in enumerate(classes) for file in sorted(listed[name])]
   names = "\n".join((*classes, "", *(file.name for file, _ in flat)))
 
   def read(i):
     file, label = flat[i]
-    with open(file.path, "rb") as f:
-      f.seek(file.offset)
-      return f.read(file.size), label
+    if file.reason:
+      raise OSError(errno.EINVAL, file.reason, file.path)
+    return read_file(file.path, file.offset, file.size), label
 
   return Source(
     classes=classes,
     size=len(flat),
-    listing=hashlib.sha256(names.encode()).hexdigest(),
+    listing=hashlib.sha256(as_bytes(names)).hexdigest(),
     name=lambda i: flat[i][0].name,
     read=read,
   )
+
+
+def as_bytes(names: str) -> bytes:
+  """Names in UTF-8; those of files that are not keep their bytes."""
+  return names.encode(errors="surrogateescape")
+
+
+def read_file(path, offset: int = 0, size: int = -1) -> bytes:
+  """The bytes of an image: those of a regular file, or `size` of them at an offset.
+
+  Raises:
+    OSError: there is no such file, or it is of another kind, or too large for an image.
+  """
+  with files.open_regular(path) as f:
+    size = os.fstat(f.fileno()).st_size - offset if size < 0 else size
+    if size > _LARGEST:
+      raise OSError(errno.EINVAL, f"{size} bytes are too many for an image", os.fspath(path))
+    f.seek(offset)
+    return f.read(size)
 
 
 def only_images(names, where):
@@ -125,8 +153,15 @@ def only_images(names, where):
 def _classes_of_folder(folder) -> dict[str, Callable[[], list[_File]]]:
   """Of each class, what lists its files."""
   entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-  classes = [entry.name for entry in entries if entry.is_dir()]
-  tars = [entry.name for entry in entries if entry.is_file() and entry.name.endswith(".tar")]
+  kinds = {entry.name: _kind(entry) for entry in entries}
+  if odd := [name for name, kind in kinds.items() if kind == "other"]:
+    raise ValueError(
+      f"{folder} holds {len(odd)} entries that are neither folders nor files, such as {min(odd)}: "
+      "without the class that a broken link stood for, the others would have other labels. Mend or "
+      "remove it."
+    )
+  classes = [name for name, kind in kinds.items() if kind == "folder"]
+  tars = [name for name, kind in kinds.items() if kind == "file" and name.endswith(".tar")]
   if classes and tars:
     raise ValueError(
       f"{folder} holds both {len(classes)} folders, such as {min(classes)}, and {len(tars)} tar "
@@ -143,22 +178,31 @@ def _classes_of_folder(folder) -> dict[str, Callable[[], list[_File]]]:
   return {tar[:-4]: functools.partial(_members, path(tar), tar[:-4]) for tar in tars}
 
 
+def _kind(entry: os.DirEntry) -> str:
+  """Of what an entry is or leads to: "folder", "file" or "other"."""
+  # Of links that lead nowhere some raise, if the entry itself is asked.
+  linked = entry.is_symlink()
+  if os.path.isdir(entry.path) if linked else entry.is_dir():
+    return "folder"
+  return "file" if (os.path.isfile(entry.path) if linked else entry.is_file()) else "other"
+
+
 def _files_of_class_folder(folder, name) -> list[_File]:
   path = os.path.join(folder, name)
   with os.scandir(path) as entries:
-    is_folder = {entry.name: entry.is_dir() for entry in entries}
-  if folders := [entry for entry in is_folder if is_folder[entry]]:
+    kinds = {entry.name: _kind(entry) for entry in entries}
+  if folders := [entry for entry, kind in kinds.items() if kind == "folder"]:
     logging.warning(
       f"Folders inside class folder {name} are left out, such as {folders[0]}; images must lie in "
       f"{name} itself."
     )
-  files = [entry for entry in is_folder if not is_folder[entry]]  # broken links, too
-  return [_File(f"{name}/{file}", os.path.join(path, file)) for file in only_images(files, path)]
+  names = [entry for entry, kind in kinds.items() if kind != "folder"]  # broken links, too
+  return [_File(f"{name}/{file}", os.path.join(path, file)) for file in only_images(names, path)]
 
 
 def _classes_of_tar_of_tars(path) -> dict[str, Callable[[], list[_File]]]:
-  tars = _regular_members(path)
-  others = [member.name for member in tars if not member.name.endswith(".tar")]
+  tars = _members_of_tar(path)
+  others = [m.name for m in tars if not (m.isfile() and m.name.endswith(".tar"))]
   if others or not tars:
     raise ValueError(
       f"{path} is no tar file of class tar files such as ILSVRC2012_img_train.tar: it holds "
@@ -172,14 +216,20 @@ def _classes_of_tar_of_tars(path) -> dict[str, Callable[[], list[_File]]]:
 
 def _members(path, class_name, start=0, size=None) -> list[_File]:
   """The images in the tar file of a class, which begins at byte `start` of `path`."""
-  members = {m.name.removeprefix("./"): m for m in _regular_members(path, start, size)}
-  return [
-    _File(f"{class_name}/{name}", path, members[name].offset_data, members[name].size)
-    for name in only_images(members, f"{class_name}.tar")
-  ]
+  members = {m.name.removeprefix("./"): m for m in _members_of_tar(path, start, size)}
+  listed = []
+  for name in only_images(members, f"{class_name}.tar"):
+    member, reason = members[name], ""
+    if member.islnk():  # a file that is in the archive under another name
+      member = members.get(member.linkname.removeprefix("./"), member)
+    if not member.isfile() or member.issparse():
+      reason = "a link, a device or a file with holes in the tar file"
+    place = member.offset_data, member.size
+    listed.append(_File(f"{class_name}/{name}", path, *place, reason))
+  return listed
 
 
-def _regular_members(path, start=0, size=None) -> list[tarfile.TarInfo]:
+def _members_of_tar(path, start=0, size=None) -> list[tarfile.TarInfo]:
   size = os.path.getsize(path) if size is None else size
   damaged = (
     f"{path} is truncated, damaged or no (uncompressed) tar file: the archive of {size} bytes that "
@@ -194,11 +244,11 @@ def _regular_members(path, start=0, size=None) -> list[tarfile.TarInfo]:
         # Anything but a header ends the list without an error; a whole archive ends with zeros.
         f.seek(tar.offset)
         end = f.read(tarfile.BLOCKSIZE)
-  except tarfile.TarError as error:
+  except (tarfile.TarError, ValueError, OverflowError) as error:
     raise ValueError(f"{damaged}cannot be read, {error}. Fetch it again.") from error
   if tar.offset >= start + size or end != bytes(tarfile.BLOCKSIZE):
     raise ValueError(f"{damaged}has no end after {len(members)} members. Fetch it again.")
-  return [member for member in members if member.isfile()]
+  return [member for member in members if not member.isdir()]
 
 
 def _from_tfds(name, tfds_dir) -> Source:
@@ -232,12 +282,13 @@ def decode(content: bytes | np.ndarray) -> Image.Image:
   here they are scaled.
 
   Raises:
-    Exception: of any type, as PIL does for files that are damaged or of no known format.
+    Exception: of any type, as PIL does for files that are damaged, of no known format, or of more
+      than 179 million pixels.
   """
   if isinstance(content, np.ndarray):
     content = content[..., 0] if content.shape[-1] == 1 else content
     return Image.fromarray(content).convert("RGB")
-  with Image.open(io.BytesIO(content)) as image:
+  with open_image(io.BytesIO(content)) as image:
     image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):
       levels = np.asarray(image).astype(np.int64)
@@ -250,13 +301,24 @@ def decode(content: bytes | np.ndarray) -> Image.Image:
     return image.convert("RGB")
 
 
+def open_image(file) -> Image.Image:
+  """An image file of a known format, of which PIL has read the header."""
+  return Image.open(file, formats=_FORMATS)
+
+
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
   """The centre square, uint8 [size, size, 3], by the recipe of ADM (Dhariwal and Nichol 2021).
 
   Halved by box filters while the short side has at least twice the pixels, then resized
   bicubically, so that the short side has `size`; smaller images are enlarged. The recipe decides
-  what FIDs are compared with.
+  what FIDs are compared with. Of images that are longer than 32 short sides only the middle is
+  resized: ADM would make 5 million columns of a line of 20,000 pixels, to keep 256.
   """
+  longest = _LONGEST * min(image.size)
+  if max(image.size) > longest:
+    # As much on both sides, so that the centre stays where it is.
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    image = image.crop((left, top, image.width - left, image.height - top))
   while min(image.size) >= 2 * size:
     image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
   scale = size / min(image.size)
@@ -276,36 +338,62 @@ class Crop(NamedTuple):
 
 
 def read_crop(source: Source, size: int, index: int) -> Crop:
-  """Reads and crops an image, or says why it cannot be.
+  """Reads and crops an image, or says why it cannot be; raises as `attempt` does."""
+  crop = lambda content, label: (centre_crop(decode(content), size), label)
+  read = functools.partial(source.read, index)
+  result, reason = attempt(source.name(index), read, lambda image: crop(*image))
+  return Crop(index, *(result or (None, None)), reason)
+
+
+def attempt(name: str, read: Callable, convert: Callable) -> tuple[Any, str | None]:
+  """(convert(read()), None) of an image; where the image is at fault (None, the reason).
 
   Raises:
-    OSError: the storage fails. That is no property of the image: a run that went on would leave out
-      everything that follows.
+    OSError: the storage fails, or memory. That is no property of the image: a run that went on
+      would leave out everything that follows.
   """
-  label = None
+  content = None
   try:
-    content, label = source.read(index)
-    return Crop(index, centre_crop(decode(content), size), label, None)
-  except MemoryError:
-    raise
+    content = read()
+    return convert(content), None
+  except MemoryError as error:
+    raise OSError(f"there is no memory to decode {name}: pass a lower --num_threads.") from error
   except Exception as error:  # PIL raises all kinds for damaged files
-    if label is None and not _of_one_file(error):
+    if content is None and not _of_one_file(error):
       raise OSError(
-        f"{source.name(index)} cannot be read from its storage: {error}. Make that available "
-        "again, and run the same command again."
+        f"{name} cannot be read from its storage: {error}. Make that available again, or remove "
+        "the image, and run the same command again."
       ) from error
     # Without addresses in memory, so that another run gives the same reason.
     reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")
-    logging.warning("Image %s cannot be read: %s", source.name(index), reason)
-    return Crop(index, None, label, reason)
+    logging.warning("Image %s cannot be read: %s", name, reason)
+    return None, reason
+
+
+def readable_batches(
+  images: Iterable[Crop], batch_size: int, name: Callable[[int], str], unreadable: dict[str, str]
+) -> Iterator[np.ndarray]:
+  """uint8 [B, H, W, C] of the images that could be read; why the others, by name, could not."""
+  ready = []
+  for image in images:
+    if image.reason is not None:
+      unreadable[name(image.index)] = image.reason
+      continue
+    ready.append(image.pixels)
+    if len(ready) == batch_size:
+      yield np.stack(ready)
+      ready = []
+  if ready:
+    yield np.stack(ready)
 
 
 def _of_one_file(error) -> bool:
   """Whether a file alone could not be read, and the folder that it is in is there."""
   if isinstance(error, PermissionError):
     return True
-  gone = isinstance(error, FileNotFoundError) and error.filename is not None
-  return gone and os.path.isdir(os.path.dirname(error.filename))
+  if getattr(error, "errno", None) not in _OF_ONE_FILE or error.filename is None:
+    return False
+  return os.path.isdir(os.path.dirname(error.filename) or ".")
 
 
 def in_order(function, items: Iterable, *, ahead: int, num_threads: int) -> Iterator:

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import os
 import pathlib
@@ -27,7 +26,6 @@ from absl import logging
 from etils import epath
 import jax
 import numpy as np
-from PIL import Image
 
 from ism_jax.data import images as images_lib
 from ism_jax.runtime import files
@@ -228,24 +226,29 @@ def _array_batches(path, images: _Array, batch_size) -> Iterator[np.ndarray]:
 
 
 def _open_folder(folder, num_threads) -> ImageSet:
-  names = []
-  for root, folders, files_here in os.walk(folder):
-    folders[:] = (name for name in folders if not name.startswith("."))
-    names += [os.path.relpath(os.path.join(root, name), folder) for name in files_here]
-  listed, names = len(names), sorted(images_lib.only_images(names, folder))
+  files_here = _files_below(folder)
+  names = sorted(images_lib.only_images(files_here, folder))
   if not names:
     raise ValueError(
-      f"{folder} holds no images: none of its {listed} files has one of the suffixes "
+      f"{folder} holds no images: none of its {len(files_here)} files has one of the suffixes "
       f"{' '.join(images_lib.SUFFIXES)}."
     )
-  paths = [os.path.join(folder, name) for name in names]
+  path = functools.partial(os.path.join, folder)
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-    headers = list(pool.map(_size_and_grey, paths))
-  sizes = [size for size, _ in headers]
-  if others := [i for i, size in enumerate(sizes) if size != sizes[0]]:
-    describe = lambda i: "{} is {}x{}".format(names[i], *sizes[i])
+    headers = dict(zip(names, pool.map(_size_and_grey, map(path, names)), strict=True))
+  sizes = {name: header[0] for name, (header, _) in headers.items() if header}
+  unreadable = {name: reason for name, (_, reason) in headers.items() if reason}
+  if len(sizes) < min(2, len(names)):
+    name, reason = next(iter(unreadable.items()))
     raise ValueError(
-      f"{folder} holds images of several sizes: {describe(0)} pixels (width x height), but "
+      f"{folder}: {len(unreadable)} of {len(names)} images cannot be read; the first is {name}: "
+      f"{reason}."
+    )
+  first, *_ = sizes
+  if others := [name for name, size in sizes.items() if size != sizes[first]]:
+    describe = lambda name: "{} is {}x{}".format(name, *sizes[name])
+    raise ValueError(
+      f"{folder} holds images of several sizes: {describe(first)} pixels (width x height), but "
       f"{describe(others[0])}, and {len(others)} of {len(names)} differ from the first. Put those "
       "of one size in a folder of their own, or resize them."
     )
@@ -254,59 +257,82 @@ def _open_folder(folder, num_threads) -> ImageSet:
       f"{folder}: {len(lossy)} of {len(names)} images are JPEG files, such as {lossy[0]}: what "
       "compression lost moves the Fréchet distance. PNG or npz loses nothing."
     )
-  image_shape = (*sizes[0][::-1], 1 if all(grey for _, grey in headers) else 3)
+  grey = all(header[1] for header, _ in headers.values() if header)
+  image_shape = (*sizes[first][::-1], 1 if grey else 3)
 
   def sha256():
+    checksum = lambda name: files.sha256(path(name)) if headers[name][0] else "unreadable"
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-      contents = zip(names, pool.map(files.sha256, paths), strict=True)
+      contents = zip(names, pool.map(checksum, names), strict=True)
       lines = "".join(f"{name}\n{content}\n" for name, content in contents)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(images_lib.as_bytes(lines)).hexdigest()
+
+  def batches(batch_size):
+    decode = functools.partial(_decode, folder, image_shape)
+    # The next batch is decoded while this one is used.
+    items = [(i, name) for i, name in enumerate(names) if headers[name][0]]
+    decoded = images_lib.in_order(decode, items, ahead=batch_size, num_threads=num_threads)
+    with contextlib.closing(decoded):
+      yield from images_lib.readable_batches(decoded, batch_size, names.__getitem__, unreadable)
 
   return ImageSet(
     source=folder,
     count=len(names),
     image_shape=image_shape,
-    batches=functools.partial(_folder_batches, paths, image_shape, num_threads),
+    batches=batches,
     protocol=lambda: {"source": folder, "sha256": sha256(), "listed": len(names)},
+    unreadable=unreadable,
   )
 
 
-def _size_and_grey(path) -> tuple[tuple[int, int], bool]:
-  """((width, height), whether it has no colours) from the header of an image file."""
-  with _readable(path), Image.open(path) as image:
-    return image.size, image.mode in _GREY_MODES or image.mode.startswith("I;16")
+def _files_below(folder) -> list[str]:
+  """The names of all that is no folder, in `folder` and in the folders inside it.
+
+  Links to folders are followed, to each folder once, and never to one that they lie in.
+  """
+
+  def fail(error):
+    raise OSError(f"{error.filename} cannot be read ({error.strerror}): allow it, or remove it.")
+
+  names, entered, lies_in = [], set(), {folder: [os.path.realpath(folder)]}
+  for root, folders, names_here in os.walk(folder, onerror=fail, followlinks=True):
+    names += [os.path.relpath(os.path.join(root, name), folder) for name in names_here]
+    kept, above = [], lies_in.pop(root)
+    for name in sorted(name for name in folders if not name.startswith(".")):
+      path = os.path.join(root, name)
+      target = os.path.realpath(path)
+      if os.path.islink(path):
+        loop = any(os.path.commonpath([target, outer]) == target for outer in above)
+        if loop or target in entered:
+          logging.warning("%s is left out: it leads to %s, which is read already.", path, target)
+          continue
+        entered.add(target)
+      kept.append(name)
+      lies_in[path] = [*above, target]
+    folders[:] = kept
+  return names
 
 
-def _decode(path, image_shape) -> np.ndarray:
-  """uint8 [H, W, C] of an image file."""
-  with _readable(path):
-    content = pathlib.Path(path).read_bytes()
-    pixels = np.asarray(images_lib.decode(content))[..., : image_shape[2]]
-  if pixels.shape != image_shape:
+def _size_and_grey(path) -> tuple[tuple[tuple[int, int], bool] | None, str | None]:
+  """((width, height), whether it has no colours) from the header of an image file, or why not."""
+
+  def header(file):
+    with file, images_lib.open_image(file) as image:
+      return image.size, image.mode in _GREY_MODES or image.mode.startswith("I;16")
+
+  return images_lib.attempt(path, lambda: files.open_regular(path), header)
+
+
+def _decode(folder, image_shape, item) -> images_lib.Crop:
+  """An image file as uint8 [H, W, C], or why it cannot be read."""
+  index, name = item
+  path = os.path.join(folder, name)
+  read = functools.partial(images_lib.read_file, path)
+  convert = lambda content: np.asarray(images_lib.decode(content))[..., : image_shape[2]]
+  pixels, reason = images_lib.attempt(path, read, convert)
+  if reason is None and pixels.shape != image_shape:
     raise ValueError(f"{path} has become {pixels.shape} since it was {image_shape}: start again.")
-  return pixels
-
-
-@contextlib.contextmanager
-def _readable(path):
-  try:
-    yield
-  except MemoryError:
-    raise
-  except Exception as error:  # PIL raises all kinds for damaged files
-    raise ValueError(
-      f"{path} cannot be read as an image ({type(error).__name__}: {error}): remove it, or make it "
-      "again."
-    ) from error
-
-
-def _folder_batches(paths, image_shape, num_threads, batch_size) -> Iterator[np.ndarray]:
-  decode = functools.partial(_decode, image_shape=image_shape)
-  # The next batch is decoded while this one is used.
-  decoded = images_lib.in_order(decode, paths, ahead=batch_size, num_threads=num_threads)
-  with contextlib.closing(decoded):
-    while batch := list(itertools.islice(decoded, batch_size)):
-      yield np.stack(batch)
+  return images_lib.Crop(index, pixels, None, reason)
 
 
 # Writing.

@@ -147,10 +147,16 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   reference.check_enough(f"{path} with {samples.count} images", samples.count)
   reference.check_images(path, samples.image_shape, samples.labels)
   batches = samples.batches(exp.evaluation.batch_size)
-  result = reference.judge(batches, samples.count, samples.labels)
+  unreadable = samples.unreadable
+  result = reference.judge(batches, samples.count, samples.labels, unreadable=unreadable)
+  if unreadable:
+    logging.warning(
+      f"{len(unreadable)} of {samples.count} images could not be read and are left out, such as "
+      f"{next(iter(unreadable))}; evaluation.json lists them."
+    )
   logging.info("%s: %s.", path, format_scores(result["scores"]))
   report = {"samples": path, "sha256": samples.protocol()["sha256"], "labels": "as given"}
-  report |= protocol(mesh, reference, samples.count)
+  report |= {"unreadable": unreadable} | protocol(mesh, reference, samples.count - len(unreadable))
   report |= {"results": [result], "yardsticks": reference.yardsticks()}
   report["config"] = files.as_dict(config)
   write_report(workdir, report)

@@ -221,12 +221,13 @@ class Reference:
     """{network: {metric: value}}, brief, of host images uint8 [N, H, W, C] of `labels` [N]."""
     return self.judge(features.in_batches(images), len(images), labels, brief=True)["scores"]
 
-  def judge(self, batches, total: int, labels, brief: bool = False) -> dict:
+  def judge(self, batches, total: int, labels, brief: bool = False, unreadable=()) -> dict:
     """`Judging.result` of host batches, uint8 [b, H, W, C], all of one size but the last.
 
     Args:
       total: of images.
       labels: [total], or None.
+      unreadable: of the total, those that the batches turn out to lack; then without labels.
       brief: see `Judging`.
     """
     judging, start = Judging(self, total, brief), 0
@@ -234,6 +235,7 @@ class Reference:
       stop = start + len(images)
       judging.add(outputs, images, None if labels is None else labels[start:stop])
       start = stop
+    judging.leave_out(len(unreadable))
     return judging.result()
 
   def yardsticks(self) -> dict[str, dict]:
@@ -290,6 +292,11 @@ class Judging:
       self._spectrum += count * spectra.radial_power(images)
       self._bands += count * spectra.band_energies(images)
     self._added += count
+
+  def leave_out(self, count: int) -> None:
+    """Says that so many of the total could not be read, and will not be added."""
+    for tally in self._tallies.values():
+      tally.leave_out(count)
 
   def result(self) -> dict:
     """{"scores": {network: {metric: value}}}, and of described samples their "nearest_neighbour"

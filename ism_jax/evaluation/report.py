@@ -52,7 +52,9 @@ def as_markdown(report: dict) -> str:
   """The report as a table, with the protocol above it."""
   of_checkpoint = "step" in report
   title = f"{report['variant']}, step {report['step']}" if of_checkpoint else report["samples"]
-  lines = [f"# {title}", "", f"{report['num_images']} samples, against:", ""]
+  unreadable = report.get("unreadable")
+  left_out = f" ({len(unreadable)} more could not be read)" if unreadable else ""
+  lines = [f"# {title}", "", f"{report['num_images']} samples{left_out}, against:", ""]
   lines += [_describe_network(network) for network in report["networks"]]
   protocol = [f"{name}: {how}" for name, how in report["metrics"].items()]
   if of_checkpoint:

@@ -99,6 +99,8 @@ class Tally:
   def leave_out(self, count: int) -> None:
     """Says that so many of the total could not be read, and will not be added."""
     self._total -= count
+    if self._score:
+      self._score.leave_out(count)
 
   def statistics(self) -> Statistics:
     """Of all that was added."""

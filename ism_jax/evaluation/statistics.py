@@ -26,7 +26,6 @@ import os
 from absl import flags, logging
 import jax
 from ml_collections import config_flags
-import numpy as np
 
 from ism_jax import data
 from ism_jax.data import images as images_lib
@@ -48,19 +47,10 @@ def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSe
   crop, unreadable = functools.partial(images_lib.read_crop, source, size), {}
 
   def batches(batch_size):
-    ready, ahead = [], _BATCHES_AHEAD * batch_size
+    ahead = _BATCHES_AHEAD * batch_size
     crops = images_lib.in_order(crop, range(source.size), ahead=ahead, num_threads=num_threads)
     with contextlib.closing(crops):
-      for image in crops:
-        if image.reason is not None:
-          unreadable[source.name(image.index)] = image.reason
-          continue
-        ready.append(image.pixels)
-        if len(ready) == batch_size:
-          yield np.stack(ready)
-          ready = []
-    if ready:
-      yield np.stack(ready)
+      yield from images_lib.readable_batches(crops, batch_size, source.name, unreadable)
 
   protocol = {"source": named, "listing": source.listing, "listed": source.size}
   protocol |= {"crop": images_lib.CROP, "size": size}

@@ -144,11 +144,16 @@ class InceptionScore:
     self._negative_entropies += np.bincount(split, negative, minlength=len(self._sums))
     self._added = stop
 
+  def leave_out(self, count: int) -> None:
+    """Says that so many of the total will not be added: the last ones dealt, in effect."""
+    self._total -= count
+    self._split_of = self._split_of[: self._total]
+
   def result(self) -> tuple[float, float]:
     """Mean and standard deviation (ddof=0) of the scores of the parts."""
     if self._added < self._total:
       raise ValueError(f"{self._added} samples were added of {self._total}; add the others.")
-    counts = np.bincount(self._split_of)
+    counts = np.bincount(self._split_of, minlength=len(self._sums))
     marginal = self._sums / counts[:, None]
     # A class that no sample could be has no logarithm, and counts for nothing.
     entropy = -scipy.special.xlogy(marginal, marginal).sum(axis=1)

@@ -2,14 +2,24 @@
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pathlib
+import stat
 import tempfile
 
 from etils import epath
 import jax
+
+_KINDS = {
+  stat.S_IFDIR: "a folder",
+  stat.S_IFIFO: "a FIFO",
+  stat.S_IFSOCK: "a socket",
+  stat.S_IFCHR: "a device",
+  stat.S_IFBLK: "a device",
+}
 
 
 def as_dict(config) -> dict:
@@ -23,9 +33,21 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> list[str]:
   return [row(header), "|---" * len(header) + "|", *map(row, lines), ""]
 
 
+def open_regular(path):
+  """Opens a file to read bytes. An OSError for any other kind, which is never opened.
+
+  Opening a FIFO waits for a writer, and what a device gives may never end.
+  """
+  kind = stat.S_IFMT(os.stat(path).st_mode)
+  if kind != stat.S_IFREG:
+    reason = f"{_KINDS.get(kind, 'of another kind')}, and no regular file"
+    raise OSError(errno.EINVAL, reason, os.fspath(path))
+  return open(path, "rb")
+
+
 def sha256(path) -> str:
   """The checksum of a file, in hex."""
-  with open(path, "rb") as file:
+  with open_regular(path) as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -94,7 +116,9 @@ def write_whole(path, data: str | bytes) -> None:
 
 def write_here(path, data: str | bytes) -> None:
   """Writes a file that is either all there or not there, from this process."""
-  path, data = os.fspath(path), data.encode() if isinstance(data, str) else data
+  if isinstance(data, str):
+    data = data.encode(errors="backslashreplace")  # names of files need not be UTF-8
+  path = os.fspath(path)
   if "://" in path:  # an object store shows an object once it is whole
     epath.Path(path).write_bytes(data)
     return

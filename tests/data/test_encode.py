@@ -6,11 +6,13 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import zlib
 
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
@@ -349,6 +351,35 @@ def test_the_crop_is_adms_against_a_reference_in_numpy(photo, shape, size):
   assert np.abs(crop - reference_crop(pixels, size)).max() <= 1
 
 
+def adms_recipe(image, size):
+  """As ADM's code has it, whatever it takes."""
+  while min(image.size) >= 2 * size:
+    image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+  scale = size / min(image.size)
+  image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+  y, x = ((side - size) // 2 for side in (image.height, image.width))
+  return np.asarray(image)[y : y + size, x : x + size]
+
+
+@pytest.mark.parametrize("shape", [(640, 20), (37, 500), (1, 20_000), (20_001, 2), (5, 3_001)])
+def test_the_crop_of_a_long_image_is_adms_and_takes_no_memory(shape, monkeypatch):
+  pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  image, resize, areas = Image.fromarray(pixels), Image.Image.resize, []
+  expected = adms_recipe(image, 16)
+
+  def watched(self, size, *args):
+    areas.append(size[0] * size[1])
+    return resize(self, size, *args)
+
+  monkeypatch.setattr(Image.Image, "resize", watched)
+  crop = images.centre_crop(image, 16)
+  if max(shape) <= 32 * min(shape) or 16 % min(shape) == 0:
+    np.testing.assert_array_equal(crop, expected)
+  else:  # places are rounded otherwise
+    assert np.abs(crop.astype(int) - expected).max() <= 12
+  assert max(areas) <= max(33 * 16**2, pixels.size // 3)
+
+
 @pytest.fixture(scope="module")
 def vae():
   return vae_lib.load("random-small")
@@ -522,6 +553,87 @@ def test_a_missing_file_is_one_image_and_a_missing_folder_stops_the_run(tmp_path
   (folder / "flower").rename(tmp_path / "elsewhere")
   with pytest.raises(OSError, match=r"flower/\S+ cannot be read from its storage"):
     run(source, vae, tmp_path / "two")
+
+
+def hostile_files(folder):
+  """{name: reason} of entries made in a folder, of which none is an image."""
+  image = file_of(PHOTOS["china"][:20, :20])
+  (folder / "cut.png").write_bytes(image[:-100])
+  (folder / "empty.png").touch()
+  # A few bytes that promise 30,000 x 30,000 pixels.
+  promise = image[:16] + (30_000).to_bytes(4, "big") * 2 + image[24:29]
+  promise += zlib.crc32(promise[12:]).to_bytes(4, "big") + image[33:]
+  (folder / "bomb.png").write_bytes(promise)
+  (folder / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+  with open(folder / "huge.bmp", "wb") as file:
+    file.truncate(2**40)  # all of it a hole
+  os.mkfifo(folder / "fifo.png")  # an open would wait for a writer
+  with socket.socket(socket.AF_UNIX) as server:
+    server.bind(os.path.relpath(folder / "socket.png"))
+  (folder / "device.png").symlink_to("/dev/zero")
+  (folder / "nothing.png").symlink_to("nowhere.png")
+  (folder / "itself.png").symlink_to("itself.png")
+  (folder / "through.png").symlink_to("cut.png/image.png")
+  return {
+    "cut.png": "",
+    "empty.png": "cannot identify",
+    "bomb.png": "exceeds limit",
+    "program.jpg": "cannot identify",
+    "huge.bmp": "1099511627776 bytes are too many",
+    "fifo.png": "a FIFO, and no regular file",
+    "socket.png": "a socket, and no regular file",
+    "device.png": "a device, and no regular file",
+    "nothing.png": "No such file",
+    "itself.png": "symbolic links",
+    "through.png": "Not a directory",
+  }
+
+
+def test_whatever_is_no_image_is_listed_and_no_image_is_lost(tmp_path, vae, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # names of sockets are short
+  folder = pathlib.Path(write_folder(tmp_path / "photos", crops_of_photos(2)))
+  expected = hostile_files(folder / "china")
+  line = file_of(PHOTOS["china"][:1].repeat(40, axis=1)[:, :20_000])
+  (folder / "flower" / "line.png").write_bytes(line)
+  (folder / os.fsdecode(b"\xff")).mkdir()  # is not UTF-8
+  (folder / os.fsdecode(b"\xff") / os.fsdecode(b"\xfe.png")).write_bytes(line)
+  source = images.open_source(str(folder), "")
+  run(source, vae, tmp_path / "out")
+  manifest = latents.read_manifest(str(tmp_path / "out"))
+  assert manifest["images"] == 6 and manifest["classes"][2] == os.fsdecode(b"\xff")
+  reasons = manifest["unreadable"]
+  assert reasons.keys() == {f"china/{name}" for name in expected}
+  assert all(expected[name] in reasons[f"china/{name}"] for name in expected), reasons
+
+
+def test_members_of_a_tar_file_that_are_no_files_are_listed(tmp_path):
+  image = file_of(PHOTOS["china"][:20, :20])
+  (tmp_path / "tars").mkdir()
+  with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
+    for name, kind, target in (
+      ("1.png", tarfile.REGTYPE, ""),
+      ("2.png", tarfile.LNKTYPE, "1.png"),  # as tar stores the same file a second time
+      ("3.png", tarfile.SYMTYPE, "1.png"),
+      ("4.png", tarfile.FIFOTYPE, ""),
+      (os.fsdecode(b"\xff.png"), tarfile.REGTYPE, ""),
+    ):
+      member = tarfile.TarInfo(name)
+      member.type, member.linkname, content = kind, target, image if not target else b""
+      member.size = len(content) if kind == tarfile.REGTYPE else 0
+      tar.addfile(member, io.BytesIO(content))
+  source = images.open_source(str(tmp_path / "tars"), "")
+  crops = {source.name(i): images.read_crop(source, SIZE, i) for i in range(source.size)}
+  readable = [name for name, crop in crops.items() if crop.reason is None]
+  assert readable == ["a/1.png", "a/2.png", os.fsdecode(b"a/\xff.png")]
+  np.testing.assert_array_equal(crops["a/1.png"].pixels, crops["a/2.png"].pixels)
+  assert all("a link, a device" in crops[f"a/{i}.png"].reason for i in (3, 4))
+
+
+def test_a_class_that_is_a_broken_link_is_no_class_fewer(tmp_path):
+  folder = pathlib.Path(write_folder(tmp_path / "photos", crops_of_photos(1)))
+  (folder / "dahlia").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match=r"neither folders nor files, such as dahlia.*other labels"):
+    images.open_source(str(folder), "")
 
 
 def test_images_of_which_none_is_readable_are_no_dataset(tmp_path, vae):

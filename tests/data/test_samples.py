@@ -375,10 +375,56 @@ def test_damaged_images_and_folders_without_images_are_refused(tmp_path):
   refused(tmp_path, "holds 1 image")
   (tmp_path / "b.png").write_bytes(b"text")
   refused(tmp_path / "b.png", "is no array of NumPy's")
-  refused(tmp_path, r"b\.png cannot be read as an image \(UnidentifiedImageError")
+  refused(tmp_path, r"1 of 2 images cannot be read; the first is b\.png: UnidentifiedImageError")
   (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:-2000])
-  assert samples.open(str(tmp_path)).count == 2  # as far as its header tells
-  refused(tmp_path, r"b\.png cannot be read as an image \(OSError: .*truncated")
+  image_set = samples.open(str(tmp_path))
+  assert image_set.count == 2 and not image_set.unreadable  # as far as its header tells
+  assert len(read(image_set)) == 1 and "truncated" in image_set.unreadable["b.png"]
+
+
+def test_images_of_a_folder_that_cannot_be_read_are_listed_and_never_opened_if_no_files(tmp_path):
+  images = pixels(3)
+  save_images(tmp_path, {f"{i}.png": image for i, image in enumerate(images)})
+  (tmp_path / "text.png").write_bytes(b"text")
+  (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:-40])
+  os.mkfifo(tmp_path / "fifo.png")  # an open would wait for a writer
+  (tmp_path / "device.png").symlink_to("/dev/zero")
+  (tmp_path / "nothing.png").symlink_to(tmp_path / "nowhere")
+  (tmp_path / "itself.png").symlink_to(tmp_path / "itself.png")
+  os.rename(tmp_path / "2.png", os.fsencode(tmp_path) + b"/\xff.png")  # is not UTF-8
+  image_set = samples.open(str(tmp_path))
+  sha256 = image_set.protocol()["sha256"]
+  np.testing.assert_array_equal(read(image_set, 2), images)
+  reasons = {
+    "text.png": "cannot identify image file",
+    "cut.png": "",
+    "fifo.png": "a FIFO, and no regular file",
+    "device.png": "a device, and no regular file",
+    "nothing.png": "No such file",
+    "itself.png": "Too many levels of symbolic links",
+  }
+  assert image_set.count == 9 and image_set.unreadable.keys() == reasons.keys()
+  assert all(reason in image_set.unreadable[name] for name, reason in reasons.items())
+  assert image_set.protocol()["sha256"] == sha256  # before and after reading
+  assert samples.open(str(tmp_path)).protocol()["sha256"] == sha256
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
+  images = pixels(4)
+  folder = tmp_path / "folder"
+  save_images(folder, {"0.png": images[0], "a/1.png": images[1]})
+  save_images(tmp_path / "elsewhere", {"2.png": images[2], "b/3.png": images[3]})
+  (folder / "linked").symlink_to(tmp_path / "elsewhere")
+  (folder / "twice").symlink_to(tmp_path / "elsewhere")
+  (folder / "again").symlink_to(folder / "a")  # a folder that is in it, under another name
+  (folder / "loop").symlink_to(folder)
+  (folder / "a" / "up").symlink_to(tmp_path)
+  (tmp_path / "elsewhere" / "b" / "back").symlink_to(folder)
+  (tmp_path / "elsewhere" / "nothing").symlink_to(tmp_path / "nowhere")
+  image_set = samples.open(str(folder))
+  names = ["0.png", "a/1.png", "again/1.png", "linked/2.png", "linked/b/3.png"]
+  assert sorted(samples._files_below(str(folder))) == sorted([*names, "linked/nothing"])
+  np.testing.assert_array_equal(read(image_set), images[[0, 1, 1, 2, 3]])
 
 
 def test_jpeg_samples_are_warned_of(tmp_path):

@@ -7,6 +7,7 @@ from examples import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from ism_jax import experiment, generate, protocol, steps
@@ -98,6 +99,20 @@ def test_samples_in_a_file_are_judged_as_those_of_the_checkpoint(workdir, mesh, 
     np.testing.assert_allclose(b["scores"]["classifier"][metric], value, rtol=1e-4, err_msg=metric)
   np.testing.assert_allclose(b["spectrum"], a["spectrum"])
   assert "| samples |" in (tmp_path / "other" / "evaluation.md").read_text()
+
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  with np.load(path) as saved:
+    for i, image in enumerate(saved["arr_0"]):
+      Image.fromarray(image[..., 0]).save(folder / f"{i:05d}.png")
+  (folder / "cut.png").write_bytes((folder / "00000.png").read_bytes()[:-60])
+  in_folder = evaluate.evaluate_samples(config, str(tmp_path / "other"), str(folder))
+  assert list(in_folder["unreadable"]) == ["cut.png"]
+  assert in_folder["num_images"] == theirs["num_images"]
+  for metric in ("frechet_distance", "precision", "recall"):
+    values = (r["results"][0]["scores"]["classifier"][metric] for r in (in_folder, theirs))
+    np.testing.assert_allclose(*values, rtol=1e-4)
+  assert "samples (1 more could not be read)" in (tmp_path / "other/evaluation.md").read_text()
 
   config.sample.update({"num_images": IMAGES, "steps": "1", "w": 0.5, "batch_size": 40})
   generate.write_samples(config, workdir, str(tmp_path / "x.npz"), list(mesh.devices.flat))

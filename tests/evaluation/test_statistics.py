@@ -239,12 +239,20 @@ def test_images_that_cannot_be_read_leave_no_statistics(tmp_path, photos):
     ValueError, match=r"3 of 4 images .* at least 2; .*class/a\.png: Unidentified"
   ):
     make(image_set, tmp_path / "out")
-  images = [png(i) for i in crops(5)]
-  for i, content in enumerate(images):
-    (tmp_path / f"{i}.png").write_bytes(content if i < 4 else content[:-300])
-  with pytest.raises(ValueError, match=r"4\.png cannot be read as an image"):
-    make(samples.open(str(tmp_path), 2), tmp_path / "out")
   assert not (tmp_path / "out").exists()
+
+
+def test_samples_that_cannot_be_read_are_left_out_and_listed(tmp_path):
+  images, folder = crops(6), tmp_path / "samples"
+  folder.mkdir()
+  for i, image in enumerate(images):
+    (folder / f"{i}.png").write_bytes(png(image)[: -300 if i == 4 else None])
+  (folder / "2text.png").write_bytes(b"no image")
+  path = make(samples.open(str(folder), 2), tmp_path / "out")["inception"]
+  _, protocol = check_file(path, np.delete(images, 4, axis=0))
+  assert protocol["listed"] == 7 and protocol["images"] == 5
+  assert set(protocol["unreadable"]) == {"4.png", "2text.png"}
+  make(dataclasses.replace(samples.open(str(folder), 2), batches=forbidden), tmp_path / "out")
 
 
 def test_a_network_that_gives_nan_is_an_error_and_leaves_no_file(tmp_path):

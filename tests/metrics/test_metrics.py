@@ -221,6 +221,16 @@ def test_inception_score_is_that_of_its_formula_on_the_same_parts(rng):
   np.testing.assert_allclose(score.result(), inception_score_by_loops(logits, parts), rtol=1e-12)
 
 
+def test_samples_that_cannot_be_read_are_in_no_part_of_an_inception_score(rng):
+  logits, score = rng.normal(size=(100, 12)), moments.InceptionScore(103, splits=4)
+  order = np.random.RandomState(2020).permutation(103)
+  parts = [order[i * 103 // 4 : (i + 1) * 103 // 4] for i in range(4)]
+  score.update(logits)
+  score.leave_out(3)
+  expected = inception_score_by_loops(logits, [part[part < 100] for part in parts])
+  np.testing.assert_allclose(score.result(), expected, rtol=1e-12)
+
+
 def test_inception_score_of_sure_answers_is_the_number_of_classes():
   # So sure that other classes have probability 0 in float64, and class 7 is never seen.
   logits = 1e4 * np.eye(8)[np.repeat(np.arange(7), 10)]
