@@ -13,6 +13,11 @@ files end up the same byte for byte, as far as the devices compute the same numb
 several processes, each makes its share of the shards with its own devices. DIR must be one folder
 for all of them, on a file system or a mounted bucket. Images that cannot be read are left out, and
 listed in the manifest by name and reason.
+
+  python -m ism_jax encode --verify --out=DIR
+
+reads every record of DIR and names the shards that are damaged, or hold what is no latent of a
+class.
 """
 
 from collections.abc import Iterator
@@ -22,7 +27,7 @@ import itertools
 import os
 import time
 
-from absl import flags, logging
+from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,15 +204,22 @@ def define_flags() -> None:
   positive("batch_size", 16, "Images at a time, on each device.")
   positive("images_per_shard", 1024, "Images in a shard.")
   positive("num_threads", os.cpu_count(), "Threads that decode images, in each process.")
-  flags.mark_flags_as_required(["images", "out"])
+  flags.DEFINE_bool("verify", False, "Check every record in --out instead, and make nothing.")
+  flags.mark_flags_as_required(["out"])
   multihost.define_flags()
 
 
 def main(argv):
   """Encodes; see the module's docstring."""
   values = flags.FLAGS
+  if values.images is None and not values.verify:
+    raise app.UsageError("--images is missing; --help tells what it is.")
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize_from_flags()
+    if values.verify:
+      if jax.process_index() == 0:
+        latents.verify(values.out, values.num_threads)
+      return
     latents.check_size(values.size)
     make_folder(values.out)
     source = images.open_source(values.images, values.tfds_dir)

@@ -18,9 +18,12 @@ import re
 import resource
 import socket
 
+from absl import logging
 from array_record.python import array_record_module
 import grain
 import numpy as np
+
+from ism_jax.runtime import logs
 
 NAME = "latents"  # of the dataset, in a config
 MANIFEST = "manifest.json"
@@ -30,6 +33,7 @@ VIEWS = 2  # as it is, and mirrored
 _SHARD = re.compile(r"latents-(\d{5,})-of-\d{5,}\.array_record")
 # Records one by one, as they are: they are read at random, and moments do not compress.
 _OPTIONS = "group_size:1,uncompressed"
+_VERIFIED_TOGETHER = 1024  # records, in each thread
 _SPARE_FILES = 512  # open at the same time as the shards: event files, libraries, sockets
 
 
@@ -216,23 +220,28 @@ def _differences(trailer: dict, wanted: dict) -> str:
 def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
   """The text of `manifest.json` of all shards; raises ValueError if no image was readable."""
   ordered = [trailers[shard] for shard in range(settings.shards)]
-  counts = [sum(t["counts"].get(str(label), 0) for t in ordered) for label in range(len(classes))]
   unreadable = {name: reason for t in ordered for name, reason in t["unreadable"].items()}
-  if not sum(counts):
+  totals = _totals(ordered, len(classes))
+  if not totals["images"]:
     name, reason = next(iter(unreadable.items()))
     raise ValueError(
       f"none of the {len(unreadable)} images could be read; the first is {name}: {reason}."
     )
-  content = dataclasses.asdict(settings) | {
-    "images": sum(counts),
+  content = dataclasses.asdict(settings) | totals
+  content |= {
     "moments": settings.moments_shape,
     "classes": list(classes),
-    "counts": counts,
     "unreadable": unreadable,
     "unreadable_count": len(unreadable),
-    "shards": [t["images"] for t in ordered],
   }
   return json.dumps(content, indent=1) + "\n"
+
+
+def _totals(trailers, num_classes: int) -> dict:
+  """What a manifest says of the images in the shards that have these trailers."""
+  count = lambda label: sum(t["counts"].get(str(label), 0) for t in trailers)
+  shards = [t["images"] for t in trailers]
+  return {"images": sum(shards), "counts": list(map(count, range(num_classes))), "shards": shards}
 
 
 def read_manifest(directory: str) -> dict:
@@ -294,28 +303,80 @@ class Latents:
         f"for {describe(*wanted)}. Set data.image_size, data.channels, data.num_classes and "
         "data.vae to the dataset's, or data.dir to another."
       )
-    settings = Settings(**{f.name: content[f.name] for f in dataclasses.fields(Settings)})
-    paths = [settings.path(cfg.dir, shard) for shard in range(settings.shards)]
-    _check_shards(settings, content["shards"], paths)
-    _allow_open_files(len(paths) + _SPARE_FILES)
-    self._size, self._type = content["images"], record_type(content["moments"])
+    self._paths = _checked_shards(cfg.dir, content)
+    _allow_open_files(len(self._paths) + _SPARE_FILES)
+    self._type, self._classes = record_type(content["moments"]), len(content["classes"])
+    self._ends = np.cumsum(content["shards"])  # of each shard, in the dataset's images
     # Without the trailers, image i of the dataset has the records 2 i and 2 i + 1.
-    counts = zip(paths, content["shards"], strict=True)
+    counts = zip(self._paths, content["shards"], strict=True)
     shards = [f"{path}[0:{VIEWS * count}]" for path, count in counts if count]
     self._records = grain.sources.ArrayRecordDataSource(shards)
 
   def __len__(self):
-    return self._size
+    return int(self._ends[-1])
 
   def read(self, keys, mirror):
-    """{"moments": float16 [N, h, w, 2 C]} and labels int32 [N], see `pipeline`."""
+    """{"moments": float16 [N, h, w, 2 C]} and labels int32 [N], see `pipeline`.
+
+    Raises:
+      ValueError: records are damaged, or hold what is no image of the dataset; names their shard.
+    """
     places = VIEWS * np.asarray(keys) + np.asarray(mirror)
-    records = np.frombuffer(b"".join(self._records.__getitems__(places.tolist())), self._type)
-    return {"moments": records["moments"].copy()}, records["label"].astype(np.int32)
+    try:
+      return self._read(places)
+    except _UNUSABLE:  # of which shard?
+      shards = np.searchsorted(self._ends, places // VIEWS, side="right")
+      for shard in np.unique(shards):
+        try:
+          self._read(places[shards == shard])
+        except _UNUSABLE as error:
+          raise ValueError(_damage(self._paths[shard], error)) from error
+      raise
+
+  def _read(self, places):
+    records = self._records.__getitems__(places.tolist())
+    moments, labels = _parse(records, self._type, self._classes)
+    return {"moments": moments}, labels
 
 
-def _check_shards(settings, counts, paths) -> None:
-  """Raises for shards that are absent, damaged or of another folder, from one read of each."""
+_UNUSABLE = (RuntimeError, ValueError, OSError)  # what records that cannot be used raise
+
+
+def _damage(path: str, error: Exception) -> str:
+  reason = str(error).partition("\n")[0]
+  return (
+    f"{path} is damaged: {reason}. Delete it; the encoding command makes it again, and no others, "
+    "and the training command then continues from its last checkpoint. `python -m ism_jax encode "
+    f"--verify --out={os.path.dirname(path)}` finds all shards that are damaged."
+  )
+
+
+def _parse(records: list[bytes], kind: np.dtype, num_classes: int):
+  """(moments float16 [N, h, w, 2 C], labels int32 [N]); a ValueError for what is no latent."""
+  if wrong := {len(record) for record in records} - {kind.itemsize}:
+    raise ValueError(f"a record has {min(wrong)} bytes, and {kind.itemsize} are needed")
+  rows = np.frombuffer(b"".join(records), kind)
+  moments, labels = rows["moments"].copy(), rows["label"].astype(np.int32)
+  # As whole numbers, NaN and infinity are the largest of their sign. np.isfinite takes 20 times as
+  # long.
+  if moments.view(np.int16).max() >= 0x7C00 or moments.view(np.uint16).max() >= 0xFC00:
+    raise ValueError("its moments hold NaN or infinity")
+  if not 0 <= labels.min() <= labels.max() < num_classes:
+    raise ValueError(
+      f"its labels run from {labels.min()} to {labels.max()}, and the classes from 0 to "
+      f"{num_classes - 1}"
+    )
+  return moments, labels
+
+
+def _checked_shards(directory: str, content: dict) -> list[str]:
+  """The shards of a folder with this manifest, from one read of each.
+
+  Raises:
+    ValueError: some are absent, damaged or of another folder, or hold other images than it says.
+  """
+  settings = Settings(**{f.name: content[f.name] for f in dataclasses.fields(Settings)})
+  paths = [settings.path(directory, shard) for shard in range(settings.shards)]
   trailers = _trailers(paths)
   problems = {
     "missing: {}. The": [path for path in paths if not os.path.exists(path)],
@@ -328,13 +389,66 @@ def _check_shards(settings, counts, paths) -> None:
         f"{len(broken)} of {len(paths)} shards are {problem.format(first)} encoding command makes "
         "them again, and no others."
       )
-  for shard, (path, count) in enumerate(zip(paths, counts, strict=True)):
-    wanted = dataclasses.asdict(settings) | {"shard": shard, "images": count}
-    if differ := _differences(trailers[path], wanted):
+  num_classes = len(content["classes"])
+  for shard, (path, trailer) in enumerate(trailers.items()):
+    if differ := _differences(trailer, dataclasses.asdict(settings) | {"shard": shard}):
       raise ValueError(
         f"{path} does not belong to the other shards and their {MANIFEST}: it has {differ}. Delete "
         "it; the encoding command makes it again."
       )
+    if beyond := [label for label in trailer["counts"] if not 0 <= int(label) < num_classes]:
+      raise ValueError(
+        f"{path} has images of class {beyond[0]}, and the {num_classes} classes of {MANIFEST} are "
+        f"0 to {num_classes - 1}. Delete it; the encoding command makes it again."
+      )
+  totals = _totals(trailers.values(), num_classes)
+  if wrong := [name for name, total in totals.items() if content[name] != total]:
+    raise ValueError(
+      f"{os.path.join(directory, MANIFEST)} is not that of its shards, which hold "
+      f"{totals['images']} images, by their own counts: it has other {' and '.join(wrong)} "
+      f"({content['images']} images). Delete it; the encoding command writes it anew, from the "
+      "shards that are there."
+    )
+  return paths
+
+
+def verify(directory: str, num_threads: int) -> None:
+  """Reads every record of an encoded dataset; raises ValueError, naming all shards with damage."""
+  content = read_manifest(directory)
+  paths, kind = _checked_shards(directory, content), record_type(content["moments"])
+  progress = logs.Progress(content["images"])
+
+  def problem(path):
+    trailer, held = read_trailer(path), collections.Counter()
+    reader = array_record_module.ArrayRecordReader(path)
+    try:
+      for start in range(0, VIEWS * trailer["images"], _VERIFIED_TOGETHER):
+        stop = min(start + _VERIFIED_TOGETHER, VIEWS * trailer["images"])
+        _, labels = _parse(reader.read(start, stop), kind, len(content["classes"]))
+        if (labels[::VIEWS] != labels[1::VIEWS]).any():
+          raise ValueError("an image and its mirror image have two labels")
+        held.update(labels[::VIEWS].tolist())
+      if {str(label): count for label, count in held.items()} != trailer["counts"]:
+        raise ValueError("its labels are not those that its trailer counts")
+    except _UNUSABLE as error:
+      return str(error).partition("\n")[0]
+    finally:
+      reader.close()
+
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+    damaged = {}
+    for path, count, reason in zip(paths, content["shards"], pool.map(problem, paths), strict=True):
+      progress.add(count)
+      if reason is not None:
+        damaged[path] = reason
+        logging.error("%s is damaged: %s.", path, reason)
+  if damaged:
+    raise ValueError(
+      f"{len(damaged)} of {len(paths)} shards are damaged: {', '.join(damaged)}. Delete them; the "
+      "encoding command makes them again, and no others."
+    )
+  images = content["images"]
+  logging.info("All %d images in the %d shards of %s are whole.", images, len(paths), directory)
 
 
 def _allow_open_files(needed: int) -> None:

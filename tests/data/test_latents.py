@@ -6,12 +6,14 @@ import os
 import resource
 import shutil
 
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 import numpy as np
 import pytest
 
 from ism_jax import data
 from ism_jax.data import latents
 from ism_jax.pretrained import weights
+from ism_jax.runtime import commands
 
 SETTINGS = latents.Settings(
   vae="some/vae",
@@ -105,8 +107,6 @@ def test_any_image_is_read_as_it_was_written_in_either_view(source):
 
 
 def test_records_are_label_and_moments_in_little_endian_and_a_trailer_in_json(folder):
-  from array_record.python.array_record_module import ArrayRecordReader
-
   reader = ArrayRecordReader(str(folder / "latents-00002-of-00005.array_record"))
   *records, trailer = reader.read_all()
   readable = [i for i in range(24, 36) if i != 24]
@@ -259,14 +259,96 @@ def test_a_shard_under_another_shards_name_is_named(copy):
     data.load_source(config(copy))
 
 
-def test_a_damaged_record_is_an_error_and_no_image(copy):
-  path = SETTINGS.path(copy, 1)
+def flip_bits(path):
+  """In a record: of the about 4,000 bytes that have some, of a block of 65,536."""
   with open(path, "r+b") as f:
-    f.seek(1_000)  # of about 4,000 with records, of a block of 65,536
+    f.seek(1_000)
     f.write(bytes(100))
+
+
+def rewrite(copy, shard, change):
+  """Writes other records into a shard, whose trailer and checksums know of nothing."""
+  path = SETTINGS.path(copy, shard)
+  reader = ArrayRecordReader(path)
+  *records, trailer = reader.read_all()
+  reader.close()
+  writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+  for record in [*map(change, records), trailer]:
+    writer.write(record)
+  writer.close()
+
+
+def relabel(copy, shard, label):
+  rewrite(copy, shard, lambda record: np.array(label, "<i4").tobytes() + record[4:])
+
+
+def end_with(number):
+  return lambda copy: rewrite(copy, 1, lambda r: r[:-2] + np.array(number, "<f2").tobytes())
+
+
+DAMAGE = {
+  "flipped bits": (lambda copy: flip_bits(SETTINGS.path(copy, 1)), "Corrupted"),
+  "NaN": (end_with(np.nan), "its moments hold NaN or infinity"),
+  "infinity": (end_with(-np.inf), "NaN or infinity"),
+  "a class too many": (lambda copy: relabel(copy, 1, 3), "run from 3 to 3, .* classes from 0 to 2"),
+  "a short record": (
+    lambda copy: rewrite(copy, 1, lambda r: r[:-2]),
+    "66 bytes, and 68 are",
+  ),
+  "a negative class": (lambda copy: relabel(copy, 1, -1), "labels run from -1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_in_a_shard_names_it_and_the_remedy_also_in_the_middle_of_a_run(copy, damage):
+  hurt, reason = DAMAGE[damage]
+  hurt(copy)
   source = data.load_source(config(copy))
-  with pytest.raises(RuntimeError, match="Corrupted"):
-    source.read(np.arange(47), np.ones(47, bool))
+  remedy = r"Delete it; the encoding command makes it again.*encode --verify --out="
+  line = rf"^Error: \S*latents-00001-of-00005\.array_record is damaged: .*{reason}.*{remedy}[^\n]*$"
+  pools = data.pools(source, batch_size=47, pool_size=1, seed=0, flip=True, num_threads=2)
+  with pytest.raises(SystemExit, match=line), commands.one_line_errors():
+    [next(pools) for _ in range(3)]  # in which both views of all images are
+  first = np.arange(11)  # of the first shard, which is whole
+  np.testing.assert_array_equal(source.read(first, first < 0)[1], label_of(np.array(READABLE[:11])))
+  with pytest.raises(ValueError, match=r"1 of 5 shards are damaged: \S*00001-of-.* Delete them"):
+    latents.verify(str(copy), 2)
+
+
+def test_a_whole_folder_is_verified_and_labels_that_no_trailer_counts_are_not(copy, caplog):
+  with caplog.at_level("INFO", logger="absl"):
+    latents.verify(str(copy), 2)
+  assert "All 47 images in the 5 shards" in caplog.text
+  relabel(copy, 4, 2)  # of the one image 48, of class 0
+  with pytest.raises(ValueError, match="00004-of-00005"):
+    latents.verify(str(copy), 2)
+  assert "not those that its trailer counts" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"images": 40},
+    {"images": 470},
+    {"shards": [11, 12, 11, 12]},
+    {"shards": [11, 10, 11, 12, 1], "images": 45},
+    {"shards": [11, 14, 11, 12, 1], "images": 49},
+    {"counts": [47, 0, 0]},
+  ],
+)
+def test_a_manifest_that_counts_other_images_than_the_shards_hold_is_refused(copy, change):
+  path = copy / "manifest.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  other = " and ".join(name for name in ("images", "counts", "shards") if name in change)
+  with pytest.raises(ValueError, match=rf"which hold 47 images, .* has other {other} .*Delete it"):
+    data.load_source(config(copy))
+
+
+def test_a_shard_of_classes_that_the_manifest_does_not_have_is_named(copy):
+  path = copy / "manifest.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": ["ant", "bee"]}))
+  with pytest.raises(ValueError, match=r"00000-of-.* has images of class 2, .* are 0 to 1"):
+    data.load_source(config(copy, num_classes=2))
 
 
 def test_a_shard_that_fails_half_way_leaves_nothing(tmp_path):
