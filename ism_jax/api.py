@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax import experiment as experiment_lib
-from ism_jax import generate, model, paths, restore, sampling, train
+from ism_jax import generate, model, paths, ranges, restore, sampling, train
 from ism_jax.experiment import Experiment
 from ism_jax.export import stablehlo
 from ism_jax.pretrained import sit
@@ -184,8 +184,8 @@ class Model:
       if noise.shape != (needed := (n, *exp.image_shape)):
         raise ValueError(f"noise is {noise.shape}; needed is {needed}, as of model.noise({n}).")
     batch_size = exp.sample.batch_size if batch_size is None else batch_size
-    if batch_size < 1:
-      raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    ranges.check("batch_size", batch_size, experiment_lib.BatchSize)
+    ranges.check("seed", seed, ranges.Seed)
     draw = functools.partial(generate.batches, exp, self.mesh, self.params, self._labels(labels, n))
     batches = draw(schedule=schedule, w=w, seed=seed, batch_size=batch_size, noise=noise)
     parts = [(np.asarray(batch.images)[: len(batch.labels)], batch.labels) for batch in batches]
@@ -193,6 +193,7 @@ class Model:
 
   def noise(self, num_images: int, seed: int = 0) -> np.ndarray:
     """The noise that `sample` starts from, float32 [N, h, w, c]."""
+    ranges.check("seed", seed, ranges.Seed)
     shape = self.experiment.image_shape
     return np.asarray(sampling.draw_noise(jax.random.key(seed), np.arange(num_images), shape))
 

@@ -12,12 +12,15 @@ Axes: N images or noises of the pool (rows of the cost are images, columns noise
 
 import dataclasses
 from operator import getitem
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
+
+from ism_jax import ranges
 
 COUPLINGS = ("independent", "ot")
 PAIRINGS = ("permutation", "rows")
@@ -43,25 +46,17 @@ class CouplingConfig:
     momentum: over-relaxation of Sinkhorn's updates; 1 is none.
   """
 
-  coupling: str
-  pool_size: int = dataclasses.field(metadata={"fixed": True})
-  epsilon: float
-  pairing: str
-  class_penalty: float
-  max_iterations: int
-  threshold: float
-  momentum: float
+  coupling: Annotated[str, COUPLINGS]
+  pool_size: Annotated[int, "[1, 65536]"] = dataclasses.field(metadata={"fixed": True})
+  epsilon: Annotated[float, "[1e-4, 1000]"]
+  pairing: Annotated[str, PAIRINGS]
+  class_penalty: Annotated[float, "[0, 1000]"]
+  max_iterations: Annotated[int, "[1, 1000000]"]
+  threshold: Annotated[float, "(0, 1]"]
+  momentum: Annotated[float, "(0, 2)"]
 
   def __post_init__(self):
-    for name, known in (("coupling", COUPLINGS), ("pairing", PAIRINGS)):
-      if (value := getattr(self, name)) not in known:
-        raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(known)}.")
-    if self.pool_size < 1:
-      raise ValueError(f"pool_size={self.pool_size}: a pool needs at least one batch.")
-    if self.epsilon <= 0:
-      raise ValueError(f"coupling.epsilon={self.epsilon} must be positive; try 0.05.")
-    if self.class_penalty < 0:
-      raise ValueError(f"class_penalty={self.class_penalty} must be 0 (off) or positive.")
+    ranges.check_fields(self, "coupling")
 
 
 def dot_rows(x, y):

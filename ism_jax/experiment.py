@@ -7,16 +7,21 @@ is an error here, before anything is compiled or written.
 
 import dataclasses
 import math
-import operator
-import typing
+from typing import Annotated
 
 from absl import logging
 from flax import traverse_util
 
-from ism_jax import couplings, objectives, paths, protocol, state, wavelets
+from ism_jax import couplings, objectives, paths, protocol, ranges, state, wavelets
 from ism_jax import model as model_lib
-from ism_jax.data import pipeline
+from ism_jax.data import latents, pipeline
 from ism_jax.runtime import sharding
+
+Count = Annotated[int, "[1, 1e9]"]
+CountOrNone = Annotated[int, "[0, 1e9]"]
+BatchSize = Annotated[int, "[1, 1e6]"]
+MAX_PAIRS = 2**20  # whose costs are 4 TB
+MAX_ENLARGED = 1024  # pixels of an image in a grid of 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +34,11 @@ class LogConfig:
       which costs about three steps; 0 for none.
   """
 
-  every: int
-  gradients_every: int
+  every: Count
+  gradients_every: CountOrNone
+
+  def __post_init__(self):
+    ranges.check_fields(self, "log")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +51,12 @@ class CheckpointConfig:
     keep_every: those of steps that are a multiple of it stay as well; 0 for none.
   """
 
-  every: int
-  keep: int
-  keep_every: int
+  every: Count
+  keep: Count
+  keep_every: CountOrNone
+
+  def __post_init__(self):
+    ranges.check_fields(self, "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +71,15 @@ class SampleConfig:
     batch_size: images at a time, over all devices.
   """
 
-  num_images: int
+  num_images: Annotated[int, "[1, 1e8]"]
   steps: str
-  w: float
-  label: int
-  seed: int
-  batch_size: int
+  w: ranges.Guidance
+  label: Annotated[int, "[-1, 1e9]"]
+  seed: ranges.Seed
+  batch_size: BatchSize
+
+  def __post_init__(self):
+    ranges.check_fields(self, "sample")
 
   @property
   def schedule(self):
@@ -85,11 +99,14 @@ class MonitorConfig:
     score: whether the samples are scored as an evaluation's are, or only shown.
   """
 
-  every: int
-  num_images: int
-  steps: tuple[int, ...]
-  w: float
+  every: CountOrNone
+  num_images: Annotated[int, "[1, 100000]"]
+  steps: protocol.StepCounts
+  w: ranges.Guidance
   score: bool
+
+  def __post_init__(self):
+    ranges.check_fields(self, "monitor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +121,10 @@ class Marks:
     fixed: whether a checkpoint depends on it: with another value it is another run's.
     path: whether it names files of the machine that trained.
     default: what configs mean that are older than the key; dataclasses.MISSING where none are.
+    kind: its type, with the range of its values, see `ranges`.
   """
 
+  kind: object
   default: object
   learnt: bool
   fixed: bool = False
@@ -139,15 +158,17 @@ class Experiment:
   """
 
   variant: str = dataclasses.field(metadata=_LEARNT | {"fixed": True})
-  seed: int = dataclasses.field(metadata=_UNLEARNT | {"fixed": True})
-  steps: int = dataclasses.field(metadata=_LEARNT)
-  batch_size: int = dataclasses.field(metadata=_LEARNT | {"fixed": True})
-  micro_batches: int = dataclasses.field(metadata=_UNLEARNT)
-  scan_steps: int = dataclasses.field(metadata=_UNLEARNT)
+  seed: ranges.Seed = dataclasses.field(metadata=_UNLEARNT | {"fixed": True})
+  steps: Count = dataclasses.field(metadata=_LEARNT)
+  batch_size: BatchSize = dataclasses.field(metadata=_LEARNT | {"fixed": True})
+  micro_batches: BatchSize = dataclasses.field(metadata=_UNLEARNT)
+  scan_steps: Count = dataclasses.field(metadata=_UNLEARNT)
   init_from: str = dataclasses.field(metadata=_LEARNT | {"path": True})
-  placement: str = dataclasses.field(metadata=_UNLEARNT)
-  gradient_dtype: str = dataclasses.field(default="float32", metadata=_LEARNT)
-  profile_steps: int = dataclasses.field(default=0, metadata=_UNLEARNT)
+  placement: Annotated[str, sharding.PLACEMENTS] = dataclasses.field(metadata=_UNLEARNT)
+  gradient_dtype: Annotated[str, state.DTYPES] = dataclasses.field(
+    default="float32", metadata=_LEARNT
+  )
+  profile_steps: CountOrNone = dataclasses.field(default=0, metadata=_UNLEARNT)
   data: pipeline.DataConfig = dataclasses.field(metadata=_LEARNT)
   model: model_lib.ModelConfig = dataclasses.field(metadata=_LEARNT)
   objective: objectives.ObjectiveConfig = dataclasses.field(metadata=_LEARNT)
@@ -160,6 +181,9 @@ class Experiment:
   sample: SampleConfig = dataclasses.field(metadata=_UNLEARNT)
   monitor: MonitorConfig = dataclasses.field(metadata=_UNLEARNT)
   evaluation: protocol.EvaluationConfig = dataclasses.field(metadata=_UNLEARNT)
+
+  def __post_init__(self):
+    ranges.check_fields(self)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -189,17 +213,11 @@ def _marks(config_class, section=None, prefix: str = "") -> dict[str, Marks]:
     if dataclasses.is_dataclass(field.type):
       marks |= _marks(field.type, metadata, f"{key}.")
     else:
-      marks[key] = Marks(field.default, **metadata)
+      marks[key] = Marks(field.type, field.default, **metadata)
   return marks
 
 
 MARKS = _marks(Experiment)
-_LEAST = (  # the least value of keys
-  (0, "profile_steps checkpoint.keep_every"),
-  (1, "steps batch_size micro_batches scan_steps log.every checkpoint.every checkpoint.keep"),
-  (1, "sample.num_images sample.batch_size monitor.num_images"),
-  (1, "evaluation.num_images evaluation.batch_size evaluation.enlarge"),
-)
 
 
 def _as_tuples(value):
@@ -209,6 +227,8 @@ def _as_tuples(value):
 
 def _build(config_class, values, prefix: str = ""):
   """config_class(**values), section by section, naming whatever key is unknown or missing."""
+  if not hasattr(values, "keys"):
+    raise ValueError(f"config.{prefix.rstrip('.')}={values!r}: give a dict of its keys.")
   fields = dataclasses.fields(config_class)
   names = {field.name for field in fields}
   if unknown := sorted(set(values.keys()) - names):
@@ -218,17 +238,12 @@ def _build(config_class, values, prefix: str = ""):
     )
   required = {field.name for field in fields if field.default is dataclasses.MISSING}
   if missing := sorted(required - set(values.keys())):
-    raise ValueError(f"config lacks {', '.join(prefix + k for k in missing)}.")
+    raise ValueError(f"config lacks {', '.join(prefix + k for k in missing)}; add it.")
   arguments = {}
   for name, value in values.items():
-    key, kind = prefix + name, config_class.__annotations__[name]
+    kind = config_class.__annotations__[name]
     is_section = dataclasses.is_dataclass(kind)
-    arguments[name] = _build(kind, value, f"{key}.") if is_section else _as_tuples(value)
-    if typing.get_origin(kind) is tuple:
-      element = typing.get_args(kind)[0]
-      allowed = (int, float) if element is float else element
-      if wrong := [v for v in value if not isinstance(v, allowed)]:
-        raise ValueError(f"config.{key}: {wrong[0]!r} is no {element.__name__}.")
+    arguments[name] = _build(kind, value, f"{prefix}{name}.") if is_section else _as_tuples(value)
   return config_class(**arguments)
 
 
@@ -239,19 +254,21 @@ def parse(config) -> Experiment:
     ValueError: naming the value and the remedy.
   """
   exp = _build(Experiment, config)
-  for least, keys in _LEAST:
-    for key in keys.split():
-      if (value := operator.attrgetter(key)(exp)) < least:
-        raise ValueError(f"config.{key}={value} must be at least {least}.")
-  for name, known in (("placement", sharding.PLACEMENTS), ("gradient_dtype", state.DTYPES)):
-    if (value := getattr(exp, name)) not in known:
-      raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(known)}.")
   if exp.coupling.pool_size % exp.scan_steps:
     raise ValueError(
       f"scan_steps={exp.scan_steps} does not divide coupling.pool_size="
-      f"{exp.coupling.pool_size}: a compiled call runs part of a pool."
+      f"{exp.coupling.pool_size}: a compiled call runs part of a pool. Set scan_steps="
+      f"{math.gcd(exp.scan_steps, exp.coupling.pool_size)}."
     )
+  check_pairs(exp.coupling.pool_size, exp.batch_size)
   model_lib.check_image_size(exp.model, exp.image_shape[:2])
+  pixels = exp.data.image_size * (latents.DOWNSAMPLING if exp.data.vae else 1)
+  if exp.evaluation.enlarge * pixels > max(pixels, MAX_ENLARGED):
+    raise ValueError(
+      f"evaluation.enlarge={exp.evaluation.enlarge} makes {pixels} pixels of an image "
+      f"{exp.evaluation.enlarge * pixels} in a grid, and {MAX_ENLARGED} are the most: set it to "
+      f"{max(1, MAX_ENLARGED // pixels)} or less."
+    )
   wavelets.depth(exp.wavelet, exp.image_shape[:2])
   if not -1 <= exp.sample.label < exp.data.num_classes:
     raise ValueError(
@@ -266,8 +283,7 @@ def parse(config) -> Experiment:
 
 def check_guidance(exp: Experiment, schedule, w: float) -> None:
   """Raises for a w that the network cannot sample in a schedule; warns of one beyond training."""
-  if w < 0:
-    raise ValueError(f"w={w} is negative; w = 0 is no guidance (a CFG scale of 1 + w).")
+  ranges.check("w", w, ranges.Guidance)
   objective = exp.objective
   if objective.intrinsic and w > objective.w_max:
     logging.warning("w=%g is beyond the trained maximum, w_max=%g.", w, objective.w_max)
@@ -297,6 +313,24 @@ def flatten(tree: dict) -> dict:
   defaults = {k: m.default for k, m in MARKS.items() if m.default is not dataclasses.MISSING}
   values = traverse_util.flatten_dict(tree, sep=".")
   return defaults | {k: _as_tuples(v) for k, v in values.items()}
+
+
+def check_warmup(exp: Experiment) -> None:
+  """Raises ValueError where a run ends before its learning rate is reached."""
+  if (warmup := exp.optimizer.warmup_steps) > exp.total_steps:
+    raise ValueError(
+      f"optimizer.warmup_steps={warmup} is beyond the end of the run, steps={exp.steps}: set "
+      f"optimizer.warmup_steps={exp.steps // 20}, or more steps."
+    )
+
+
+def check_pairs(pool_size: int, batch_size: int) -> None:
+  """Raises ValueError for a pool that is larger than its costs can be."""
+  if (pairs := pool_size * batch_size) > MAX_PAIRS:
+    raise ValueError(
+      f"a pool of {pool_size} batches of {batch_size} has {pairs} images to pair, and {MAX_PAIRS} "
+      "is the most: set coupling.pool_size (of --pools) or batch_size lower."
+    )
 
 
 def check_devices(exp: Experiment, devices: int) -> None:

@@ -10,6 +10,7 @@ Axes: B batch, T tokens, D width, H heads, P patch pixels times channels, K feat
 import dataclasses
 import functools
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -17,11 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import attention, paths
+from ism_jax import attention, paths, ranges
 
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "names", "dots", "full")
 ATTENTIONS = ("auto", "xla")
+MAX_TOKENS = 2**16
 # What remat "names" keeps of a block: what its matrix products and its attention make.
 NAMES = ("modulation", "qkv", "attention", "proj", "fc1", "fc2")
 _SIZES = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
@@ -52,22 +54,20 @@ class ModelConfig:
   """
 
   size: str = dataclasses.field(metadata={"fixed": True})
-  dtype: str
-  remat: str = dataclasses.field(metadata={"learnt": False})
-  unroll: int = dataclasses.field(metadata={"learnt": False})
-  attention: str = dataclasses.field(default="auto", metadata={"learnt": False})
+  dtype: Annotated[str, DTYPES]
+  remat: Annotated[str, REMATS] = dataclasses.field(metadata={"learnt": False})
+  unroll: Annotated[int, "[1, 100]"] = dataclasses.field(metadata={"learnt": False})
+  attention: Annotated[str, ATTENTIONS] = dataclasses.field(
+    default="auto", metadata={"learnt": False}
+  )
 
   def __post_init__(self):
+    ranges.check_fields(self, "model")
     size, _, patch = self.size.removeprefix("SiT-").partition("/")
     if not self.size.startswith("SiT-") or size not in _SIZES or patch not in ("1", "2", "4", "8"):
       raise ValueError(
         f"model.size={self.size!r} is unknown; known are SiT-{{{','.join(_SIZES)}}}/{{1,2,4,8}}."
       )
-    for name, known in (("remat", REMATS), ("dtype", DTYPES), ("attention", ATTENTIONS)):
-      if (value := getattr(self, name)) not in known:
-        raise ValueError(f"model.{name}={value!r} is unknown; known are {', '.join(known)}.")
-    if self.unroll < 1:
-      raise ValueError(f"model.unroll={self.unroll} must be at least 1.")
 
   @property
   def dimensions(self) -> tuple[int, int, int]:
@@ -273,11 +273,16 @@ class SiT(nn.Module):
 
 
 def check_image_size(cfg: ModelConfig, size: tuple[int, int]) -> None:
-  """Raises ValueError where the patch does not divide the image."""
+  """Raises ValueError where the patch does not divide the image, or makes too many tokens of it."""
   if any(n % cfg.patch for n in size):
     raise ValueError(
       f"{size[0]}x{size[1]} images do not split into the {cfg.patch}x{cfg.patch} patches of "
       f"model.size={cfg.size!r}: choose a patch size that divides them."
+    )
+  if (tokens := math.prod(size) // cfg.patch**2) > MAX_TOKENS:
+    raise ValueError(
+      f"{size[0]}x{size[1]} images are {tokens} tokens of model.size={cfg.size!r}, and "
+      f"{MAX_TOKENS} is the most: choose a larger patch, or encode them."
     )
 
 

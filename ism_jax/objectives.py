@@ -13,17 +13,19 @@ Axes: B batch, H/W image size, C channels.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import guidance, paths, wavelets
+from ism_jax import guidance, paths, ranges, wavelets
 
 GUIDANCES = ("intrinsic", "fixed_finest", "fixed_every_level")
 PARAMETERS = ("online", "target")
 TIMES = ("grid", "uniform")
+Share = Annotated[int, "[0, 1000]"]
+Weight = Annotated[float, "[0, 1e6]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,46 +54,43 @@ class ObjectiveConfig:
     clip: bound on |x_{t+d}| and on the consistency target, as SM's code has at 4; 0 is none.
   """
 
-  shares: tuple[int, int, int]
-  alpha: float
-  beta: float
-  gamma: float
-  guidance: str = dataclasses.field(metadata={"fixed": True})
-  fixed_w: float = dataclasses.field(metadata={"fixed": True})
-  w_max: float
-  w_spacing: float
-  t_interval: float
-  guidance_parameters: str
-  label_dropout: float
-  times: str
-  clip: float
+  shares: tuple[Share, Share, Share]
+  alpha: Weight
+  beta: Weight
+  gamma: Weight
+  guidance: Annotated[str, GUIDANCES] = dataclasses.field(metadata={"fixed": True})
+  fixed_w: ranges.Guidance = dataclasses.field(metadata={"fixed": True})
+  w_max: ranges.Guidance
+  w_spacing: Annotated[float, "[0.001, 100]"]
+  t_interval: Annotated[float, "[0, 1]"]
+  guidance_parameters: Annotated[str, PARAMETERS]
+  label_dropout: Annotated[float, "[0, 1]"]
+  times: Annotated[str, TIMES]
+  clip: Annotated[float, "[0, 1e6]"]
 
   def __post_init__(self):
-    choices = {"guidance": GUIDANCES, "guidance_parameters": PARAMETERS, "times": TIMES}
-    for name, known in choices.items():
-      if (value := getattr(self, name)) not in known:
-        raise ValueError(f"objective.{name}={value!r} is unknown; known are {', '.join(known)}.")
-    if len(self.shares) != 3 or min(self.shares) < 0 or self.shares[0] < 1:
+    ranges.check_fields(self, "objective")
+    if self.shares[0] < 1:
       raise ValueError(
         f"objective.shares={self.shares}: give rows of velocity (at least 1), guidance and "
         "consistency, such as (2, 1, 1)."
+      )
+    if not any(share and weight for share, weight in zip(self.shares, self.weights, strict=True)):
+      raise ValueError(
+        f"objective.alpha={self.alpha}, beta={self.beta}, gamma={self.gamma} with "
+        f"shares={self.shares}: nothing is learnt; give a loss that has rows a positive weight."
       )
     if not self.intrinsic and self.shares[1]:
       raise ValueError(
         f"objective.shares={self.shares} gives rows to the guidance loss, which "
         f"guidance={self.guidance!r} does not have: set the second share to 0."
       )
-    if self.w_max < 0 or self.fixed_w < 0:
-      raise ValueError(f"w_max={self.w_max}, fixed_w={self.fixed_w}: guidance is never negative.")
-    if self.w_spacing <= 0 or not math.isclose(
-      self.w_max / self.w_spacing, round(self.w_max / self.w_spacing), abs_tol=1e-6
-    ):
-      raise ValueError(f"w_max={self.w_max} is not a multiple of w_spacing={self.w_spacing}.")
-    for name in ("t_interval", "label_dropout"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(f"objective.{name}={getattr(self, name)} must lie in [0, 1].")
-    if self.clip < 0:
-      raise ValueError(f"objective.clip={self.clip} must be positive, or 0 for none.")
+    steps = self.w_max / self.w_spacing
+    if not math.isclose(steps, round(steps), abs_tol=1e-6):
+      raise ValueError(
+        f"objective.w_max={self.w_max} is not a multiple of w_spacing={self.w_spacing}; the nearest"
+        f" is {round(steps) * self.w_spacing:g}."
+      )
 
   @property
   def intrinsic(self) -> bool:

@@ -89,10 +89,12 @@ def parse_schedule(steps) -> tuple[tuple[float, float], ...]:
   """
   text = str(steps).strip()
   try:
+    if "e" in text.lower():  # 1e999999999 would be computed
+      raise ValueError
     if "," in text or "/" in text:
       lengths = [Fraction(part) for part in text.split(",")]
     else:
-      lengths = [Fraction(1, int(text))] * int(text)
+      lengths = [Fraction(1, int(text))] * min(int(text), FINEST)
   except (ValueError, ZeroDivisionError):
     raise ValueError(
       f"steps={steps!r} is no schedule: give a count (1, 2, 4, ..., {FINEST}) or step lengths "
@@ -114,5 +116,5 @@ def parse_schedule(steps) -> tuple[tuple[float, float], ...]:
     schedule.append((float(t), 0.0 if step == Fraction(1, FINEST) else float(step)))
     t += step
   if t != 1:
-    raise ValueError(f"steps={steps!r} adds up to {t}; a schedule runs from 0 to 1.")
+    raise ValueError(f"steps={steps!r} adds up to {t}: give step lengths that add up to 1.")
   return tuple(schedule)

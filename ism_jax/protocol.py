@@ -5,9 +5,14 @@ Networks are known by their names here; `features` has the networks themselves.
 
 import dataclasses
 import itertools
+from typing import Annotated
+
+from ism_jax import ranges
 
 ROUNDINGS = ("nearest", "truncate")
 LABELS = ("balanced", "uniform")
+# Of which `paths.parse_schedule` takes the powers of two.
+StepCounts = Annotated[tuple[Annotated[int, "[1, 128]"], ...], ranges.DISTINCT]
 
 OF_THE_DATASET = ("classifier", "random")  # made of the dataset's own images
 PUBLISHED = ("inception", "dinov2")  # have files of weights
@@ -57,14 +62,14 @@ class EvaluationConfig:
     at_end: whether training ends with an evaluation.
   """
 
-  num_images: int
-  steps: tuple[int, ...]
-  w: tuple[float, ...]
-  seeds: tuple[int, ...]
-  batch_size: int
-  enlarge: int
-  labels: str
-  rounding: str
+  num_images: Annotated[int, "[1, 1e6]"]
+  steps: StepCounts
+  w: Annotated[tuple[ranges.Guidance, ...], ranges.DISTINCT]
+  seeds: Annotated[tuple[ranges.Seed, ...], ranges.DISTINCT]
+  batch_size: Annotated[int, "[1, 1e6]"]
+  enlarge: Annotated[int, "[1, 64]"]
+  labels: Annotated[str, LABELS]
+  rounding: Annotated[str, ROUNDINGS]
   networks: str
   weights: str = dataclasses.field(metadata={"path": True})
   reference: str = dataclasses.field(metadata={"path": True})
@@ -73,9 +78,7 @@ class EvaluationConfig:
   at_end: bool
 
   def __post_init__(self):
-    for name, known in (("labels", LABELS), ("rounding", ROUNDINGS)):
-      if (value := getattr(self, name)) not in known:
-        raise ValueError(f"evaluation.{name}={value!r} is unknown; known are {', '.join(known)}.")
+    ranges.check_fields(self, "evaluation")
     names = self.network_names()
     networks = f"evaluation.networks={self.networks!r}"
     if wrong := [name for name in names if name not in NAMES]:

@@ -5,15 +5,18 @@ consistency target, which then follows the online network closely. Equal decays 
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from ism_jax import ranges
+
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16")
+Decay = Annotated[float, "[0, 0.999999]"]  # nearer to 1, float32 makes it 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +35,18 @@ class OptimizerConfig:
     mu_dtype: of the first moment, "float32" or "bfloat16", which saves two bytes a parameter.
   """
 
-  learning_rate: float
-  schedule: str
-  warmup_steps: int
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-  clip_norm: float
-  mu_dtype: str = dataclasses.field(default="float32", metadata={"fixed": True})
+  learning_rate: Annotated[float, "[1e-9, 1]"]
+  schedule: Annotated[str, SCHEDULES]
+  warmup_steps: Annotated[int, "[0, 1e9]"]
+  b1: Decay
+  b2: Decay
+  eps: Annotated[float, "[1e-20, 1]"]  # a gradient that is zero is divided by it
+  weight_decay: Annotated[float, "[0, 10]"]
+  clip_norm: Annotated[float, "[0, 1e6]"]
+  mu_dtype: Annotated[str, DTYPES] = dataclasses.field(default="float32", metadata={"fixed": True})
 
   def __post_init__(self):
-    for name, known in (("schedule", SCHEDULES), ("mu_dtype", DTYPES)):
-      if (value := getattr(self, name)) not in known:
-        raise ValueError(f"optimizer.{name}={value!r} is unknown; known are {', '.join(known)}.")
-    for name in ("warmup_steps", "weight_decay", "clip_norm"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative.")
-    if self.learning_rate <= 0:
-      raise ValueError(f"optimizer.learning_rate={self.learning_rate} must be positive.")
+    ranges.check_fields(self, "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +62,12 @@ class EmaConfig:
       both trees, so that equal decays stay one EMA; 0.95 is reached after 171 steps.
   """
 
-  inference_decay: float
-  target_decay: float
+  inference_decay: Decay
+  target_decay: Decay
   warmup: bool
 
   def __post_init__(self):
-    for name in ("inference_decay", "target_decay"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"ema.{name}={getattr(self, name)} must lie in [0, 1).")
+    ranges.check_fields(self, "ema")
 
 
 @flax.struct.dataclass

@@ -10,10 +10,13 @@ Axes: B batch, H/W image size, C channels, N coefficients of a band.
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax.numpy as jnp
 import jaxwt
 import pywt
+
+from ism_jax import ranges
 
 LOSSES = ("velocity", "guidance", "consistency")
 FORMS = ("l2", "norm", "weighted")
@@ -39,26 +42,15 @@ class WaveletConfig:
     epsilon: of "norm", in squared error: below it the norm turns quadratic.
   """
 
-  form: str
-  family: str
-  levels: int
-  weights: tuple[float, ...]
-  losses: tuple[str, ...]
-  epsilon: float
+  form: Annotated[str, FORMS]
+  family: Annotated[str, tuple(pywt.wavelist(kind="discrete"))]
+  levels: Annotated[int, "[-1, 20]"]
+  weights: tuple[Annotated[float, "[0, 1e6]"], ...]
+  losses: tuple[Annotated[str, LOSSES], ...]
+  epsilon: Annotated[float, "[1e-12, 1000]"]
 
   def __post_init__(self):
-    if self.form not in FORMS:
-      raise ValueError(f"wavelet.form={self.form!r} is unknown; known are {', '.join(FORMS)}.")
-    if self.family not in pywt.wavelist(kind="discrete"):
-      raise ValueError(f"wavelet.family={self.family!r} is no discrete wavelet of PyWavelets.")
-    if unknown := sorted(set(self.losses) - set(LOSSES)):
-      raise ValueError(f"wavelet.losses has {unknown}; known are {', '.join(LOSSES)}.")
-    if self.levels < -1:
-      raise ValueError(f"wavelet.levels={self.levels}: give a depth, 0, or -1 for the deepest.")
-    if self.epsilon <= 0:
-      raise ValueError(f"wavelet.epsilon={self.epsilon} must be positive (squared-error units).")
-    if any(weight < 0 for weight in self.weights):
-      raise ValueError(f"wavelet.weights={self.weights} has a negative weight.")
+    ranges.check_fields(self, "wavelet")
 
 
 def depth(cfg: WaveletConfig, size: tuple[int, int]) -> int:

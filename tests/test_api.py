@@ -157,10 +157,10 @@ def test_latents_are_decoded():
     ({"num_images": 2, "labels": 1.5}, "labels are float64"),
     ({"num_images": 2, "labels": [2**32, 0]}, "from 0 to 4294967296; classes are 0 to 9"),
     ({"num_images": 2, "labels": np.zeros((2, 1), int)}, r"labels has shape \(2, 1\)"),
-    ({"num_images": 2, "batch_size": 0}, "batch_size=0 must be at least 1"),
+    ({"num_images": 2, "batch_size": 0}, r"batch_size=0: give a whole number in \[1, 1e6\]"),
     ({"noise": np.zeros((2, 8, 8, 3))}, r"needed is \(2, 8, 8, 1\)"),
     ({"num_images": 2, "steps": 3}, "off the trained grid"),
-    ({"num_images": 2, "w": -1.0}, "negative"),
+    ({"num_images": 2, "w": -1.0}, r"w=-1.0: give a number in \[0, 100\]"),
   ],
 )
 def test_what_cannot_be_sampled_is_refused(model, asked, message):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "ism_jax"
-PAPER = ["paths", "guidance", "wavelets", "couplings", "objectives", "state", "sampling"]
+PAPER = ["ranges", "paths", "guidance", "wavelets", "couplings", "objectives", "state", "sampling"]
 PAPER += ["attention", "model"]
 # From the bottom up: each may import those on the lines before it, and from its own.
 ORDER = [

@@ -223,7 +223,7 @@ def test_no_gradient_flows_through_a_target():
     ({"guidance": "cfg"}, "known are intrinsic"),
     ({"shares": (0, 1, 1)}, "at least 1"),
     ({"guidance": "fixed_finest"}, "set the second share to 0"),
-    ({"w_max": -1.0}, "never negative"),
+    ({"w_max": -1.0}, r"objective.w_max=-1.0: give a number in \[0, 100\]"),
     ({"w_max": 3.6}, "multiple of w_spacing"),
     ({"t_interval": 1.5}, "t_interval=1.5"),
     ({"clip": -4.0}, "clip=-4.0"),

@@ -197,10 +197,10 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string("images", None, "Where the images are, see above.")
   flags.DEFINE_string("out", None, "Folder of the latents.")
-  flags.DEFINE_integer("size", 256, "Height and width of the crops, in pixels.")
+  positive = functools.partial(flags.DEFINE_integer, lower_bound=1, upper_bound=2**20)
+  positive("size", 256, "Height and width of the crops, in pixels.", upper_bound=8192)
   flags.DEFINE_string("vae", vae_lib.PUBLISHED, "A hub name, or a file of weights.")
   flags.DEFINE_string("tfds_dir", "", "With tfds:NAME: its folder; TFDS's default.")
-  positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
   positive("batch_size", 16, "Images at a time, on each device.")
   positive("images_per_shard", 1024, "Images in a shard.")
   positive("num_threads", os.cpu_count(), "Threads that decode images, in each process.")

@@ -21,11 +21,13 @@ import functools
 import os
 import sys
 import textwrap
+from typing import Annotated
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ism_jax import ranges
 from ism_jax.data import latents
 from ism_jax.data.digits import Digits
 from ism_jax.data.photos import Photos
@@ -56,24 +58,21 @@ class DataConfig:
 
   name: str = dataclasses.field(metadata={"fixed": True})
   dir: str = dataclasses.field(metadata={"learnt": False, "path": True})
-  image_size: int = dataclasses.field(metadata={"fixed": True})
-  channels: int = dataclasses.field(metadata={"fixed": True})
-  num_classes: int = dataclasses.field(metadata={"fixed": True})
+  image_size: Annotated[int, "[1, 1024]"] = dataclasses.field(metadata={"fixed": True})
+  channels: Annotated[int, "[1, 64]"] = dataclasses.field(metadata={"fixed": True})
+  num_classes: Annotated[int, "[1, 100000]"] = dataclasses.field(metadata={"fixed": True})
   flip: bool = dataclasses.field(metadata={"fixed": True})
-  seed: int = dataclasses.field(metadata={"fixed": True})
-  num_threads: int = dataclasses.field(metadata={"learnt": False})
+  seed: ranges.Seed = dataclasses.field(metadata={"fixed": True})
+  num_threads: Annotated[int, "[0, 256]"] = dataclasses.field(metadata={"learnt": False})
   vae: str
 
   def __post_init__(self):
+    ranges.check_fields(self, "data")
     if (self.name == latents.NAME) != bool(self.vae):
       raise ValueError(
         f"data.vae={self.vae!r} does not go with data.name={self.name!r}: {latents.NAME!r} needs "
         'the name of their VAE, such as "stabilityai/sd-vae-ft-mse", and images need "".'
       )
-    least = {"image_size": 1, "channels": 1, "num_classes": 1, "seed": 0, "num_threads": 0}
-    for field, value in least.items():
-      if getattr(self, field) < value:
-        raise ValueError(f"data.{field}={getattr(self, field)} must be at least {value}.")
 
 
 class Images:

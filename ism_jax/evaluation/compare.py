@@ -240,6 +240,8 @@ def compare(
   path = functools.partial(os.path.join, out)
   if w not in (evaluated := sorted({r["w"] for run in runs for r in run.results})):
     raise ValueError(f"no run was evaluated at --w={w:g}; there are {evaluated}.")
+  for size in pools:
+    experiment.check_pairs(size, report["config"]["batch_size"])
   # Before what takes minutes: it may have nothing to show.
   points = summary.against(runs, against) if against else {}
   content = {
@@ -286,7 +288,8 @@ def define_flags() -> None:
   flags.DEFINE_string("out", None, "Folder to write to.")
   flags.DEFINE_float("w", 0.5, "The guidance that is compared beside w = 0 and the best.")
   flags.DEFINE_bool("guidance", True, "Whether to measure the jumps' effective guidance.")
-  flags.DEFINE_integer("examples", 256, "Jumps per size whose guidance is measured.", lower_bound=1)
+  text = "Jumps per size whose guidance is measured."
+  flags.DEFINE_integer("examples", 256, text, lower_bound=1, upper_bound=2**20)
   flags.DEFINE_string("against", None, "A key of the config: ema.target_decay, ...")
   flags.DEFINE_list("pools", [], "Pool sizes K whose pairing is measured.")
   flags.register_validator(

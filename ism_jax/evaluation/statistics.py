@@ -187,8 +187,9 @@ def define_flags() -> None:
   flags.DEFINE_string("samples", None, "Images as they are: an npz or npy file, or a folder.")
   text = "Config file that names a dataset of images, taken as they are."
   config_flags.DEFINE_config_file("config", None, text, lock_config=True)
-  positive = functools.partial(flags.DEFINE_integer, lower_bound=1)
-  positive("size", 256, "With --images: height and width of the crops, in pixels.")
+  positive = functools.partial(flags.DEFINE_integer, lower_bound=1, upper_bound=2**20)
+  text = "With --images: height and width of the crops, in pixels."
+  positive("size", 256, text, upper_bound=8192)
   flags.DEFINE_string("tfds_dir", "", "With --images=tfds:NAME: its folder; TFDS's default.")
   flags.DEFINE_string("split", "train", "With --config: the dataset's split.")
   flags.DEFINE_string("out", None, "Folder of the files.")
@@ -197,7 +198,7 @@ def define_flags() -> None:
   text = "NETWORK=FILE,...; the published ones for others; random for checks."
   flags.DEFINE_string("weights", "", text)
   text = "The most images whose features a file holds."
-  flags.DEFINE_integer("keep_features", reference.KEPT, text, lower_bound=0)
+  flags.DEFINE_integer("keep_features", reference.KEPT, text, lower_bound=0, upper_bound=2**20)
   positive("batch_size", 64, "Images at a time, on each device.")
   positive("num_threads", os.cpu_count(), "Threads that decode images.")
   flags.mark_flags_as_required(["out"])

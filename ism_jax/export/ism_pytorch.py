@@ -278,10 +278,12 @@ def parse_schedule(steps) -> list[tuple[float, float]]:
   """
   text = str(steps).strip()
   try:
+    if "e" in text.lower():  # 1e999999999 would be computed
+      raise ValueError
     if "," in text or "/" in text:
       lengths = [Fraction(part) for part in text.split(",")]
     else:
-      lengths = [Fraction(1, int(text))] * int(text)
+      lengths = [Fraction(1, int(text))] * min(int(text), FINEST)
   except (ValueError, ZeroDivisionError):
     lengths = []
   schedule, t, finest = [], Fraction(0), Fraction(1, FINEST)
@@ -301,6 +303,8 @@ def parse_schedule(steps) -> list[tuple[float, float]]:
 
 def draw_noise(model, count: int, seed: int) -> torch.Tensor:
   """Noise [count, C, H, W] of a seed, the same on every device; the model's device."""
+  if not 0 <= seed < 2**32:  # PyTorch's generator takes 32 bits of it
+    raise ValueError(f"seed={seed} would draw the noise of seed {seed % 2**32}: give [0, 2^32).")
   config = model.config
   shape = (count, config.channels, config.image_size, config.image_size)
   noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -354,8 +358,8 @@ def _check(config, c, w, schedule):
       f"classes are 0..{config.num_classes - 1}, and {config.num_classes} for none; got "
       f"{int(c.min())}..{int(c.max())}."
     )
-  if not bool((w >= 0).all()):
-    raise ValueError("w is negative; w = 0 is no guidance (a CFG scale of 1 + w).")
+  if not bool(((w >= 0) & (w <= 100)).all()):
+    raise ValueError("w is negative or beyond 100; w = 0 is no guidance (a CFG scale of 1 + w).")
   if config.guided and bool((w > config.w_max).any()):
     warnings.warn(f"w is beyond the trained maximum, w_max={config.w_max}.", stacklevel=4)
   longer = any(d > 0 for _, d in schedule)

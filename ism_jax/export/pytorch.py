@@ -182,7 +182,7 @@ def define_common_flags() -> None:
   flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
   flags.DEFINE_string("out", None, "Folder to make.")
   flags.DEFINE_enum("tree", "ema", list(TREES), "Which parameters.")
-  flags.DEFINE_integer("step", None, "Of the checkpoint; the newest.")
+  flags.DEFINE_integer("step", None, "Of the checkpoint; the newest.", lower_bound=0)
   flags.mark_flags_as_required(["workdir", "out"])
 
 

@@ -404,8 +404,9 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "What is compiled.", lock_config=True)
   flags.DEFINE_list("topology", None, "TPU topologies: v5e:8x8,v4:4x4x4,2xv5e:16x16")
   flags.DEFINE_string("out", None, "Folder to write aot.json and aot.md to.")
-  flags.DEFINE_integer("sinkhorn_iterations", SINKHORN_ITERATIONS, "Assumed of a solve.")
-  flags.DEFINE_integer("greedy_rounds", GREEDY_ROUNDS, "Assumed of a permutation.")
+  positive = functools.partial(flags.DEFINE_integer, lower_bound=1, upper_bound=10**6)
+  positive("sinkhorn_iterations", SINKHORN_ITERATIONS, "Assumed of a solve.")
+  positive("greedy_rounds", GREEDY_ROUNDS, "Assumed of a permutation.")
   flags.mark_flags_as_required(["config", "topology"])
 
 

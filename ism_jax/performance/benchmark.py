@@ -509,6 +509,8 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
     raise ValueError(f"--rows={rows}: give 1 to batch_size={exp.batch_size}.")
   if bad := [k for k in pools if k < 1]:
     raise ValueError(f"--pools={bad}: a pool has at least one batch.")
+  for size in pools:
+    experiment.check_pairs(size, exp.batch_size)
   if pools and exp.coupling.coupling == "independent":
     raise ValueError(
       f"--pools={pools}: there is no pairing with coupling.coupling='independent', leave "
@@ -530,7 +532,7 @@ def define_flags() -> None:
   flags.DEFINE_string("out", None, "Folder for the report.")
   flags.DEFINE_integer("rows", 0, "Rows of the batch that the timed step trains on; 0 for all.")
   flags.DEFINE_list("pools", [], "Pool sizes K that are paired besides the config's.")
-  flags.DEFINE_integer("repeats", 5, "Rounds.")
+  flags.DEFINE_integer("repeats", 5, "Rounds.", upper_bound=10_000)
   flags.mark_flags_as_required(["config", "out"])
   multihost.define_flags()
 

@@ -102,7 +102,11 @@ def one_line_flag_errors():
     if missing := re.search(r"Flag (--\w+) must have a value other than None", str(error)):
       raise SystemExit(f"Error: {missing[1]} is missing; --help tells what it is.") from None
     # A config file's own error, such as an unknown variant, comes with its trace: its last line.
-    raise SystemExit(f"Error: {str(error).strip().splitlines()[-1].strip()}") from None
+    reason = str(error).strip().splitlines()[-1].strip()
+    if value := re.match(r"flag --(config\.)?.*?=", reason):  # a value that absl refuses
+      where = "configs/base.py has one" if value[1] else "--help tells what it is"
+      reason = f"{reason.rstrip('.')}; {where}."
+    raise SystemExit(f"Error: {reason}") from None
   except (AttributeError, KeyError) as error:
     if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
       raise
@@ -127,6 +131,11 @@ def parse_flags(argv, known_only: bool = False) -> list[str]:
       if file is not None and not os.path.exists(file.partition(":")[0]):
         raise flags.Error(
           f"--{flag.name}={file}: there is no such file; those here are in configs/."
+        )
+      if variant := getattr(flag, "override_values", {}).get("variant"):
+        raise flags.Error(
+          f"--{flag.name}.variant={variant} would only rename the run: a variant sets many values, "
+          f"and is chosen behind a colon, --{flag.name}={file.partition(':')[0]}:{variant}."
         )
     return arguments
 

@@ -10,6 +10,7 @@ dies without a word is missed after `HEARTBEAT_SECONDS`, and jax.distributed abo
 """
 
 import contextlib
+import functools
 import os
 import re
 import socket
@@ -38,8 +39,9 @@ def define_flags() -> None:
   """Defines --coordinator, --processes and --process; see `initialize_from_flags`."""
   together = "All three place a process where nothing in the environment does."
   flags.DEFINE_string("coordinator", None, f"HOST:PORT at which process 0 listens. {together}")
-  flags.DEFINE_integer("processes", None, f"How many processes run together. {together}")
-  flags.DEFINE_integer("process", None, f"Number of this process, from 0. {together}")
+  number = functools.partial(flags.DEFINE_integer, upper_bound=2**20)
+  number("processes", None, f"How many processes run together. {together}")
+  number("process", None, f"Number of this process, from 0. {together}")
 
 
 def initialize_from_flags(*, preemption=False) -> None:
