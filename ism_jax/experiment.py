@@ -315,15 +315,6 @@ def flatten(tree: dict) -> dict:
   return defaults | {k: _as_tuples(v) for k, v in values.items()}
 
 
-def check_warmup(exp: Experiment) -> None:
-  """Raises ValueError where a run ends before its learning rate is reached."""
-  if (warmup := exp.optimizer.warmup_steps) > exp.total_steps:
-    raise ValueError(
-      f"optimizer.warmup_steps={warmup} is beyond the end of the run, steps={exp.steps}: set "
-      f"optimizer.warmup_steps={exp.steps // 20}, or more steps."
-    )
-
-
 def check_pairs(pool_size: int, batch_size: int) -> None:
   """Raises ValueError for a pool that is larger than its costs can be."""
   if (pairs := pool_size * batch_size) > MAX_PAIRS:

@@ -37,7 +37,7 @@ class OptimizerConfig:
 
   learning_rate: Annotated[float, "[1e-9, 1]"]
   schedule: Annotated[str, SCHEDULES]
-  warmup_steps: Annotated[int, "[0, 1e9]"]
+  warmup_steps: Annotated[int, "[0, 1e6]"]
   b1: Decay
   b2: Decay
   eps: Annotated[float, "[1e-20, 1]"]  # a gradient that is zero is divided by it

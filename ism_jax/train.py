@@ -102,6 +102,12 @@ def train(config, workdir: str, devices=None) -> TrainState:
   total, pool_size = exp.total_steps, exp.coupling.pool_size
   if total != exp.steps:
     logging.info("steps=%d rounds up to %d: whole pools of %d.", exp.steps, total, pool_size)
+  if (warmup := exp.optimizer.warmup_steps) > total:  # as in a short trial
+    logging.warning(
+      "The learning rate reaches %.2g %% of optimizer.learning_rate: steps=%d end within "
+      "optimizer.warmup_steps=%d. Set that to %d, say.",
+      *(100 * total / warmup, exp.steps, warmup, total // 20),
+    )
 
   # Leaving the manager waits for the checkpoint that is being written, whatever ends the run.
   cfg = exp.checkpoint
