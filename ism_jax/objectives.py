@@ -25,7 +25,7 @@ GUIDANCES = ("intrinsic", "fixed_finest", "fixed_every_level")
 PARAMETERS = ("online", "target")
 TIMES = ("grid", "uniform")
 Share = Annotated[int, "[0, 1000]"]
-Weight = Annotated[float, "[0, 1e6]"]
+Weight = Annotated[float, "[0, 1e4]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,8 @@ class ObjectiveConfig:
     steps = self.w_max / self.w_spacing
     if not math.isclose(steps, round(steps), abs_tol=1e-6):
       raise ValueError(
-        f"objective.w_max={self.w_max} is not a multiple of w_spacing={self.w_spacing}; the nearest"
-        f" is {round(steps) * self.w_spacing:g}."
+        f"objective.w_max={self.w_max} is not a multiple of w_spacing={self.w_spacing}: set it to "
+        f"{max(1, round(steps)) * self.w_spacing:g}."
       )
 
   @property

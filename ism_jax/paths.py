@@ -105,8 +105,8 @@ def parse_schedule(steps) -> tuple[tuple[float, float], ...]:
   for step in lengths:
     if step not in dyadic:
       raise ValueError(
-        f"steps={steps!r} has a step of {step}, which is off the trained grid: step lengths are "
-        f"1, 1/2, 1/4, ..., 1/{FINEST}, so equal steps number 1, 2, 4, ..., {FINEST}."
+        f"steps={steps!r} has a step of {step}, which is off the trained grid: give 1, 2, 4, "
+        f"..., {FINEST} equal steps, or step lengths of 1, 1/2, 1/4, ..., 1/{FINEST}."
       )
     if t % step:
       raise ValueError(

@@ -45,7 +45,7 @@ class WaveletConfig:
   form: Annotated[str, FORMS]
   family: Annotated[str, tuple(pywt.wavelist(kind="discrete"))]
   levels: Annotated[int, "[-1, 20]"]
-  weights: tuple[Annotated[float, "[0, 1e6]"], ...]
+  weights: tuple[Annotated[float, "[0, 1e4]"], ...]
   losses: tuple[Annotated[str, LOSSES], ...]
   epsilon: Annotated[float, "[1e-12, 1000]"]
 
@@ -64,8 +64,8 @@ def depth(cfg: WaveletConfig, size: tuple[int, int]) -> int:
   levels = deepest if cfg.levels == -1 else cfg.levels
   if cfg.form == "weighted" and cfg.weights and len(cfg.weights) != levels + 1:
     raise ValueError(
-      f"wavelet.weights has {len(cfg.weights)} values; {levels} levels need {levels + 1}, "
-      "finest first, the coarsest approximation last."
+      f"wavelet.weights={cfg.weights} has {len(cfg.weights)} values; {levels} levels need "
+      f"{levels + 1}: give them, finest first, the coarsest approximation last."
     )
   return levels
 

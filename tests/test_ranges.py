@@ -1,0 +1,100 @@
+"""Every value of a config is in the range that is declared beside it, or refused in one line."""
+
+import importlib
+import math
+import pathlib
+from typing import get_args, get_origin
+
+from examples import tiny_config
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+import pytest
+
+from ism_jax import experiment, ranges
+
+CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("[!_]*.py"))
+CONFIGS.remove("base")
+ODD = [math.nan, math.inf, -math.inf, -1, -1e-8, 0, 1.5, 1e300, 10**20, 2**32, True, "1", None, ()]
+
+
+def examples(count: int):
+  """The same examples always, as many as are affordable."""
+  checks = {"suppress_health_check": list(HealthCheck), "deadline": None, "database": None}
+  return settings(derandomize=True, max_examples=count, **checks)
+
+
+def inside(kind):
+  """Values of a declared kind, often at the ends of its range."""
+  kind, declared = ranges.split(kind)
+  if get_origin(kind) is tuple:
+    first, *_ = kinds = get_args(kind)
+    if kinds[-1] is not Ellipsis:
+      return st.tuples(*map(inside, kinds))
+    unique = declared is not None
+    return st.lists(inside(first), min_size=unique, max_size=4, unique=unique).map(tuple)
+  if isinstance(declared, tuple):
+    return st.sampled_from(declared)
+  if kind in (bool, str):
+    return st.booleans() if kind is bool else st.text(max_size=3)
+  least, most = ranges.bounds(declared)
+  if kind is int:
+    least, most = math.ceil(least), math.floor(most) - (declared[-1] == ")")
+    return st.sampled_from([least, most]) | st.integers(least, min(most, least + 100))
+  ends = {"exclude_min": declared[0] == "(", "exclude_max": declared[-1] == ")"}
+  at_ends = [end for end in (least, most) if ranges.contains(declared, end)]
+  return st.floats(least, most, **ends) | st.sampled_from(at_ends or [1.0])
+
+
+def numbers_of(kind) -> bool:
+  kind, _ = ranges.split(kind)
+  return any(map(numbers_of, get_args(kind)[:1])) if get_args(kind) else kind in (int, float)
+
+
+NUMBERS = {key: marks.kind for key, marks in experiment.MARKS.items() if numbers_of(marks.kind)}
+
+
+def changed(changes: dict) -> dict:
+  """The config of the tests, as a checkpoint has it, with these values {"section.key": value}."""
+  config = tiny_config().to_dict()
+  for key, value in changes.items():
+    *section, name = key.split(".")
+    (config[section[0]] if section else config)[name] = value
+  return config
+
+
+def changes(values, most: int, of=("",)):
+  """A strategy of {"section.key": value} of some numbers of the config, whose keys begin so."""
+  names = sorted(key for key in NUMBERS if key.startswith(of))
+  keys = st.lists(st.sampled_from(names), min_size=1, max_size=most, unique=True)
+  return keys.flatmap(lambda names: st.fixed_dictionaries({k: values(NUMBERS[k]) for k in names}))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_number_of_every_config_has_a_declared_range(name):
+  config = importlib.import_module(f"configs.{name}").get_config().to_dict()
+  for key, value in experiment.flatten(config).items():
+    elements = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(v, int | float) and not isinstance(v, bool) for v in elements):
+      kind, _ = ranges.split(NUMBERS[key])
+      for element in get_args(kind)[:1] if get_origin(kind) is tuple else (NUMBERS[key],):
+        least, most = ranges.bounds(ranges.split(element)[1])
+        assert math.isfinite(least) and math.isfinite(most), key
+  experiment.parse(config)
+
+
+@examples(300)
+@given(changes(lambda kind: inside(kind) | st.sampled_from(ODD), most=2))
+@example({"optimizer.eps": -1e-8})
+@example({"evaluation.w": ()})
+@example({"log": 3})
+def test_a_config_is_accepted_or_refused_in_one_line_with_key_value_and_remedy(values):
+  try:
+    experiment.parse(changed(values))
+  except ValueError as error:
+    said = str(error)
+    assert "\n" not in said and said.endswith(".")
+    named = [key for key in values if key.rpartition(".")[2] in said]
+    assert named, said
+    shown = lambda v: v if isinstance(v, tuple) and v else (v,)
+    assert any(str(v) in said for key in named for v in shown(values[key])), said
+    assert any(word in said.lower() for word in ("give ", "set ", "known are", "use ", "choose "))
