@@ -15,7 +15,7 @@ from ism_jax import data, experiment, steps
 from ism_jax.evaluation.monitor import Monitor
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import sit
-from ism_jax.runtime import checkpoints, files, logs, sharding
+from ism_jax.runtime import checkpoints, files, locks, logs, sharding
 from ism_jax.state import TrainState
 
 PREEMPTED = 128 + signal.SIGTERM  # exit code, as of a process that SIGTERM kills: 143
@@ -92,12 +92,23 @@ def train(config, workdir: str, devices=None) -> TrainState:
   Returns:
     The final state.
   Raises:
+    OSError: another run trains in `workdir`, or it cannot be written.
     SystemExit: with PREEMPTED, once SIGTERM has come and a checkpoint of the last step is written.
   """
   exp = experiment.parse(config)
   mesh = sharding.data_mesh(devices)
   experiment.check_devices(exp, mesh.size)
-  checkpoints.check_workdir(workdir)
+  with locks.hold(checkpoints.check_workdir(workdir)):
+    state = _train(exp, config, workdir, mesh)
+  if (step := int(state.step)) < exp.total_steps:
+    stopped = "Stopped by SIGTERM after step %d of %d, which is saved; the same command continues."
+    logging.warning(stopped, step, exp.total_steps)
+    raise SystemExit(PREEMPTED)
+  return state
+
+
+def _train(exp: Experiment, config, workdir: str, mesh) -> TrainState:
+  """Trains in a workdir that is held; to the end, or until SIGTERM has come."""
   source = data.load_source(exp.data)
   total, pool_size = exp.total_steps, exp.coupling.pool_size
   if total != exp.steps:
@@ -128,12 +139,7 @@ def train(config, workdir: str, devices=None) -> TrainState:
       return state
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     logging.info("\n%s", overview)
-    state = _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted)
-  if (step := int(state.step)) < total:
-    stopped = "Stopped by SIGTERM after step %d of %d, which is saved; the same command continues."
-    logging.warning(stopped, step, total)
-    raise SystemExit(PREEMPTED)
-  return state
+    return _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted)
 
 
 def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pools):

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import data, experiment, generate, ranges, steps, train
+from ism_jax import data, experiment, generate, ranges, restore, steps, train
 from ism_jax.evaluation import evaluate, reference
-from ism_jax.runtime import checkpoints, files, sharding
+from ism_jax.runtime import checkpoints, files, locks, sharding
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +252,27 @@ def test_a_path_that_cannot_hold_checkpoints_is_refused_before_the_data_is_read(
   monkeypatch.setattr(data, "load_source", None)
   with pytest.raises(ValueError, match=r"a\[1\]' cannot hold checkpoints"):
     train.train(tiny_config(), str(tmp_path / "a[1]"), one_device)
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_reading_it_is_not(
+  run, tmp_path, one_device, monkeypatch
+):
+  """Here the second starts while the first begins to read its data."""
+  workdir = shutil.copytree(run[0], tmp_path / "work")
+  before = sorted(path for path in workdir.rglob("*") if path.name != "training.lock")
+  starts = []
+
+  def start_another(_):
+    starts.append(str(workdir))
+    train.train(tiny_config(), str(workdir), one_device)
+
+  monkeypatch.setattr(data, "load_source", start_another)
+  with pytest.raises(OSError, match=f"work is being trained in by process {os.getpid()} on "):
+    train.train(tiny_config(), str(workdir), one_device)
+  assert len(starts) == 1
+  with locks.hold(str(workdir)):  # which the error above has given back
+    assert restore.read(str(workdir)).step == 8
+  assert sorted(path for path in workdir.rglob("*") if path.name != "training.lock") == before
 
 
 def test_a_finished_run_is_left_alone(run, one_device):

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ism_jax.runtime import checkpoints, multihost
+from ism_jax.runtime import checkpoints, locks, multihost
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CLUSTERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_COORDINATOR_", "JAX_LOCAL_DEVICE_IDS")
@@ -439,6 +439,17 @@ def test_an_error_of_training_in_one_process_ends_both(environment, tmp_path):
     assert "Error: " in text and "/proc/nowhere cannot be written" in text
     assert "Traceback" not in text
   assert "Error: process 1 failed: " in said[0]
+
+
+@pytest.mark.slow
+def test_two_processes_in_the_workdir_of_another_run_are_both_refused(environment, tmp_path):
+  with locks.hold(str(tmp_path / "work")), train(environment, tmp_path, tmp_path / "work") as run:
+    assert run.finish(60) == [1, 1]
+    said = run.said()
+  for text in said:
+    assert f"work is being trained in by process {os.getpid()} on " in text
+    assert "Traceback" not in text
+  assert not (tmp_path / "work" / "checkpoints").exists()
 
 
 @pytest.mark.slow
