@@ -123,7 +123,7 @@ def _train(exp: Experiment, config, workdir: str, mesh) -> TrainState:
   # Leaving the manager waits for the checkpoint that is being written, whatever ends the run.
   cfg = exp.checkpoint
   manager = checkpoints.open_manager(workdir, keep=cfg.keep, keep_every=cfg.keep_every)
-  with watch_for_preemption(manager) as preempted, manager:
+  with watch_for_preemption(manager) as preempted, checkpoints.finishing(manager):
     pools = data.pools(
       source,
       batch_size=exp.batch_size,
@@ -176,7 +176,7 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
 def _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted) -> TrainState:
   """Trains from `state` to the end, or until preempted(..); see `watch_for_preemption`."""
   pool_size, scan_steps, total = exp.coupling.pool_size, exp.scan_steps, exp.total_steps
-  keys, step, pending = steps.base_keys(exp.seed), int(state.step), None
+  keys, step, pending, writing = steps.base_keys(exp.seed), int(state.step), None, False
   couple, train_steps = steps.couple_function(exp, mesh), steps.steps_function(exp, mesh)
   gradient_norms = steps.gradient_norms_function(exp, mesh)
   monitor = Monitor(exp, mesh, workdir) if exp.monitor.every else None
@@ -203,6 +203,8 @@ def _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted) -> 
         if monitor and (step == total or _is_due(step, exp.monitor.every, scan_steps)):
           samples = monitor.start(state.ema)
         pending = Pending(step, metrics, info, norms, samples)
+        # A write that failed ends the run now, and not when the next one is due.
+        writing = writing and checkpoints.is_writing(manager)
         stop = preempted(step - scan_steps + 1, step)
         if stop or step == total or _is_due(step, exp.checkpoint.every, scan_steps):
           _report(pending, writer, monitor, wait=True)  # raises before a bad state is saved
@@ -210,7 +212,7 @@ def _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted) -> 
           # A pool that is not finished is read and paired again on resumption.
           pools_state = pools_before if step % pool_size else pools.get_state()
           position = {"pools": pools_state, "log": writer.state()}
-          checkpoints.save(manager, step, state, position, files.as_dict(config))
+          writing = checkpoints.save(manager, step, state, position, files.as_dict(config))
         if stop:
           return state
   return state

@@ -7,8 +7,12 @@ without a word. The checksums name the step, so that a folder which was renamed 
 """
 
 import contextlib
+import errno
 import json
 import os
+import pathlib
+import re
+import shutil
 import zlib
 
 from absl import logging
@@ -86,8 +90,9 @@ def save(manager, step, state, data_state, config):
   """Starts writing a checkpoint, and returns once the state may be overwritten.
 
   Blocks for the copy to host memory, and for the previous save if that has not finished. An error
-  of the background write is raised by the next save or by close(). The first checkpoint of a run is
-  waited for and read back, all but the arrays: a run must not go on where none could be read.
+  of the background write is raised by `is_writing`, the next save or `finishing`. The first
+  checkpoint of a run is waited for and read back, all but the arrays: a run must not go on where
+  none could be read.
 
   Args:
     state: a pytree of arrays (a flax.struct dataclass, optax states).
@@ -95,6 +100,8 @@ def save(manager, step, state, data_state, config):
     config: a dict of JSON.
   Returns:
     False where this step is already there, as when the last step of a run is also a regular one.
+  Raises:
+    OSError: it cannot be written, or the one before could not.
   """
   latest = manager.latest_step()
   if latest == step:
@@ -112,15 +119,73 @@ def save(manager, step, state, data_state, config):
   # by then. On CPU, Orbax goes on reading the arrays' own buffers in the background; XLA does not
   # reuse a buffer that NumPy still refers to, and allocates another for the donated step.
   args = ocp.args.Composite(state=ocp.args.StandardSave(state), **items)
-  if not manager.save(step, args=args):
+  with _writing(manager, sum(x.nbytes for x in _leaves(state).values())):
+    saved = manager.save(step, args=args)
+    if latest is None:
+      manager.wait_until_finished()
+  if not saved:
     raise ValueError(f"step {step} was not saved: {manager.directory} was opened read_only.")
   if latest is None:
     _read_back(manager, step)
   return True
 
 
+def is_writing(manager) -> bool:
+  """Whether the last save is still under way; raises OSError if it has failed."""
+  if manager.is_saving_in_progress():
+    return True
+  with _writing(manager):
+    manager.wait_until_finished()  # does not wait any more, but raises
+  return False
+
+
+@contextlib.contextmanager
+def finishing(manager):
+  """Leaving waits for what is being written, and closes; raises OSError where writing failed."""
+  try:
+    yield
+  finally:
+    with _writing(manager):
+      manager.close()
+
+
+@contextlib.contextmanager
+def _writing(manager, needed=None):
+  """Errors of writing as an OSError of one line; `needed` are the bytes of the state, or None."""
+  try:
+    yield
+  except (OSError, ValueError) as e:  # ValueErrors are TensorStore's
+    reason = re.search(r"[^:]+(?= \[os_error_code=)", str(e))
+    reason = reason[0].strip() if reason else getattr(e, "strerror", None) or str(e)
+    manager.reload()
+    step = manager.latest_step()
+    if reason == os.strerror(errno.ENOSPC):
+      reason += _missing_room(manager.directory, step, needed)
+    safe = "None was written before: the same command begins anew"
+    if step is not None:
+      safe = f"That of step {step} is whole: the same command continues from it"
+    raise OSError(
+      f"a checkpoint could not be written to {manager.directory}: {reason}. {safe}."
+    ) from e
+
+
+def _missing_room(directory, step, needed):
+  folder = pathlib.Path(directory)
+  sizes = {path.name: _size(path) for path in folder.iterdir()}
+  needed = sizes.get(str(step), needed)  # as it was written, compressed, the last time
+  if needed is None:
+    return ""
+  # The remains of what was not finished go when the run begins again.
+  remains = sum(size for name, size in sizes.items() if not name.isdigit())
+  missing = max(0, needed - remains - shutil.disk_usage(folder).free)
+  return f" (it takes {needed / 1e6:,.1f} MB, for which {missing / 1e6:,.1f} MB are missing)"
+
+
+def _size(folder):
+  return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _read_back(manager, step):
-  manager.wait_until_finished()
   try:
     _, checksums = _contents(manager, step)
     for item in ("data", "config"):

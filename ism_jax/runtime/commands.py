@@ -74,9 +74,17 @@ def quiet_libraries() -> None:
   logging.set_verbosity(logging.INFO)
   # It also warns that a checkpoint opened for reading is opened for reading.
   expected = lambda record: any(s in str(record.msg) for s in ("read_only=True", "read only"))
+  # What fails while Orbax writes, it logs up to four times, with its trace, and raises as well.
+  raised = lambda record: record.exc_info and "orbax" in record.pathname
   logging.get_absl_handler().addFilter(
-    lambda record: ours(record) or (record.levelno >= 30 and not expected(record))
+    lambda record: (
+      ours(record) or (record.levelno >= 30 and not expected(record) and not raised(record))
+    )
   )
+  # And TensorStore then tells a loop that is gone of every array it has not written.
+  closed = lambda e: isinstance(e, RuntimeError) and str(e) == "Event loop is closed"
+  report = sys.unraisablehook
+  sys.unraisablehook = lambda error: None if closed(error.exc_value) else report(error)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """Checkpoints against NumPy copies of what was saved; killed, foreign and damaged ones."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from typing import Any
 
 import flax
@@ -437,6 +439,75 @@ manager.wait_until_finished()
       manager.wait_until_finished()
       np.testing.assert_array_equal(checkpoints.restore(manager, like)[0]["w"], np.full(4, 2.0))
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", str(step)]
+
+
+def test_a_failed_write_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
+  """For want of room: no file may have more than a fifth of what the arrays take."""
+  code = """
+import resource, signal, sys
+from absl import app
+import numpy as np
+from ism_jax.runtime import checkpoints, commands
+def main(arguments):
+  commands.quiet_libraries()
+  state = {f"w{i}": np.random.default_rng(i).random((100, 100)) for i in range(30)}
+  with commands.one_line_errors():
+    manager = checkpoints.open_manager(arguments[1], keep=3)
+    with checkpoints.finishing(manager):
+      checkpoints.save(manager, 1, state, {}, {})
+      resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+      checkpoints.save(manager, 2, state, {}, {})
+      while checkpoints.is_writing(manager):
+        pass
+      raise AssertionError("nobody noticed")
+app.run(main)
+"""
+  command = [sys.executable, "-c", code, str(tmp_path)]
+  run = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
+  assert run.returncode == 1
+  assert run.stderr == (
+    f"Error: a checkpoint could not be written to {tmp_path}/checkpoints: File too large. "
+    "That of step 1 is whole: the same command continues from it.\n"
+  )
+  like = {f"w{i}": jax.ShapeDtypeStruct((100, 100), np.float64) for i in range(30)}
+  with checkpoints.open_manager(tmp_path, keep=3) as manager:
+    assert manager.all_steps() == [1]
+    state, _ = checkpoints.restore(manager, like)
+    assert checkpoints.save(manager, 2, state, DATA, CONFIG)
+  with reader(tmp_path) as manager:
+    np.testing.assert_array_equal(
+      checkpoints.restore(manager, like)[0]["w3"], np.random.default_rng(3).random((100, 100))
+    )
+
+
+def test_a_full_disk_is_reported_with_the_room_that_is_missing(tmp_path, monkeypatch):
+  """1 MB is free, and the remains of the failed write, 0.3 MB, will be."""
+
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
+  monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+  state, expected = {"w": np.zeros(600_000, np.float32)}, pytest.raises(OSError)
+  with checkpoints.open_manager(tmp_path, keep=3) as manager:
+    remains = tmp_path / "checkpoints" / "9.unfinished" / "state"
+    remains.mkdir(parents=True)
+    (remains / "file").write_bytes(bytes(300_000))
+    with expected as first:
+      checkpoints.save(manager, 9, state, DATA, CONFIG)
+    (tmp_path / "checkpoints" / "8").mkdir()
+    (tmp_path / "checkpoints" / "8" / "file").write_bytes(bytes(5_000_000))
+    with expected as later:
+      checkpoints.save(manager, 9, state, DATA, CONFIG)
+  start = f"a checkpoint could not be written to {tmp_path}/checkpoints: No space left on device "
+  assert str(first.value) == start + (
+    "(it takes 2.4 MB, for which 1.1 MB are missing). "
+    "None was written before: the same command begins anew."
+  )
+  assert str(later.value) == start + (
+    "(it takes 5.0 MB, for which 3.7 MB are missing). "
+    "That of step 8 is whole: the same command continues from it."
+  )
 
 
 def test_an_empty_workdir_names_the_folder_and_the_command_that_fills_it(tmp_path):
