@@ -50,7 +50,7 @@ setuptools.setup(
     # PyTorch's own models and metrics, which the tests compare ours with. Ranges of torch and
     # torchvision would bring CUDA builds.
     "interop": [
-      "diffusers>=0.35,<0.43",
+      "diffusers>=0.38,<0.43",
       "torch==2.13.0",
       "torch-fidelity>=0.4,<0.5",
       "torchvision==0.28.0",
@@ -62,7 +62,7 @@ setuptools.setup(
       "nbclient>=0.10,<0.12",
       "nbformat>=5.10,<6",
     ],
-    "torch": ["torch>=2.13", "diffusers>=0.35,<0.43"],  # runs what ism_jax.export writes
+    "torch": ["torch>=2.13", "diffusers>=0.38,<0.43"],  # runs what ism_jax.export writes
     # Compiles for TPUs that are not there; the libtpu that goes with this JAX, and no other.
     "aot": ["jax[tpu]>=0.10.2,<0.12"],
     "check": ["scikit-image>=0.25,<0.27"],  # the photographs of launch/check.sh

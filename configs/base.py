@@ -38,6 +38,7 @@ def get_base() -> ml_collections.ConfigDict:
         "seed": 0,
         "num_threads": 16,
         "vae": "stabilityai/sd-vae-ft-mse",
+        "title": "",
       },
       "model": {
         "size": "SiT-XL/2",  # paper

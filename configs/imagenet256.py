@@ -54,6 +54,7 @@ def apply(config, words: str):
       )
   if len(variants) > 1:
     raise ValueError(f"{words!r} names {len(variants)} variants: name one.")
+  config.data.title = "ImageNet"
   config.checkpoint.update({"every": 5_000, "keep_every": 100_000})
   config.monitor.update({"every": 25_000, "num_images": 80, "w": 1.5})
   config.sample.w = 1.5

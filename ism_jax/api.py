@@ -25,6 +25,7 @@ from ism_jax import generate, model, paths, ranges, restore, sampling, train
 from ism_jax.experiment import Experiment
 from ism_jax.export import stablehlo
 from ism_jax.pretrained import sit
+from ism_jax.pretrained import vae as vae_lib
 from ism_jax.pretrained.weights import cause_of
 from ism_jax.runtime import commands, sharding
 
@@ -74,15 +75,21 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
       f"({type(error).__name__}: {error})."
     ) from error
   exp = experiment_lib.parse(config)
+  if exp.data.vae and (folder / "vae" / vae_lib.WEIGHTS).is_file():
+    beside = dataclasses.replace(exp.data, vae=str(folder / "vae"))
+    exp = dataclasses.replace(exp, data=beside)
   params = sit.load(folder, exp.network(), exp.image_shape)
   return Model(exp, jax.device_put(params, sharding.replicated(mesh)), mesh, about)
 
 
 def _find_export(source: str) -> pathlib.Path:
   """The folder of an export."""
-  path, files = pathlib.Path(source).expanduser(), [sit.CONFIG, sit.WEIGHTS]
-  if path.name == sit.WEIGHTS:
-    path = path.parent
+  path = pathlib.Path(source).expanduser()
+  weights = (sit.WEIGHTS, sit.OLDER_WEIGHTS)
+  for name in weights:
+    if path.as_posix().endswith(name) and path.is_file():
+      path = path.parents[name.count("/")]
+      break
   if (path / sit.CONFIG).is_file():
     return path
   absent = lambda reason: FileNotFoundError(
@@ -93,14 +100,15 @@ def _find_export(source: str) -> pathlib.Path:
   if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
     raise absent(": there is no such model")
   try:
-    folder = pathlib.Path(snapshot_download(source, allow_patterns=files))
+    folder = pathlib.Path(snapshot_download(source, allow_patterns=[sit.CONFIG, *weights, "vae/*"]))
   # No network, no such repository: the hub's errors have no base in common, and the remedy is the
   # same for all.
   except Exception as error:
     raise absent(
       f": there is no such folder, and the Hugging Face hub did not give it ({cause_of(error)})"
     ) from error
-  if missing := [name for name in files if not (folder / name).is_file()]:
+  needed = (folder / sit.CONFIG, sit.weights_of(folder))
+  if missing := [str(file.relative_to(folder)) for file in needed if not file.is_file()]:
     raise absent(f" on the Hugging Face hub has no {' and no '.join(missing)}")
   return folder
 

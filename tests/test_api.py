@@ -1,5 +1,6 @@
 """The public names, on networks at random weights and on checkpoints."""
 
+import fnmatch
 import json
 import pathlib
 import shutil
@@ -197,7 +198,8 @@ def test_an_export_samples_as_its_workdir_from_a_folder_a_file_or_the_hub(
   assert_equal_trees(loaded.params, model.params)
   assert loaded.experiment.model == model.experiment.model and "step 8" in loaded.about
   assert close(loaded.sample(5, steps=2, w=1.0)[0], model.sample(5, steps=2, w=1.0)[0])
-  assert_equal_trees(ism_jax.load(folder / "model.safetensors").params, model.params)
+  file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+  assert_equal_trees(ism_jax.load(file).params, model.params)
   with pytest.raises(ValueError, match="leave tree and step out"):
     ism_jax.load(folder, step=8)
 
@@ -209,7 +211,15 @@ def test_an_export_samples_as_its_workdir_from_a_folder_a_file_or_the_hub(
 
   monkeypatch.setattr(api, "snapshot_download", download)
   assert_equal_trees(ism_jax.load("someone/digits").params, model.params)
-  assert asked == [("someone/digits", ["config.json", "model.safetensors"])]
+  ((name, patterns),) = asked
+  asked_for = lambda path: any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+  of_model = ("config.json", str(file.relative_to(folder)), "vae/config.json", "vae/x.safetensors")
+  assert name == "someone/digits" and all(map(asked_for, of_model))
+  assert asked_for("model.safetensors") and not asked_for("README.md")
+  # An older export has its weights beside its config.
+  file.rename(folder / "model.safetensors")
+  for older in (folder, folder / "model.safetensors", "someone/digits"):
+    assert_equal_trees(ism_jax.load(older).params, model.params)
   (folder / "config.json").unlink()
   with pytest.raises(FileNotFoundError, match=r"someone/digits on the .* hub has no config\.json"):
     ism_jax.load("someone/digits")

@@ -24,7 +24,9 @@ ORDER = [
   ["export", "performance", "train"],
   ["api", "main"],
 ]
-IN_PYTORCH = PACKAGE / "export" / "ism_pytorch.py"  # nothing here imports it
+# Copied into exports; nothing here imports them.
+IN_PYTORCH = PACKAGE / "export" / "ism_pytorch.py"
+COPIED = {IN_PYTORCH: {"torch"}, PACKAGE / "export" / "pipeline.py": {"torch", "diffusers"}}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
@@ -110,8 +112,8 @@ def test_what_judges_samples_or_exports_does_not_train():
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_module_imports_tensorflow_or_torch(path):
   packages = {name.partition(".")[0] for name in imports(path)}
-  assert not packages & {"tensorflow", "torch"} - ({"torch"} if path == IN_PYTORCH else set())
-  assert "export.ism_pytorch" not in imported_modules(path)
+  assert not packages & {"tensorflow", "torch"} - COPIED.get(path, set())
+  assert not imported_modules(path) & {name_of(copied) for copied in COPIED}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -138,8 +140,14 @@ def test_the_pytorch_module_needs_nothing_but_pytorch():
   assert not any(isinstance(node, ast.ImportFrom) and node.module == "diffusers" for node in top)
 
 
+def test_the_pipeline_imports_nothing_of_ours():
+  (path,) = COPIED.keys() - {IN_PYTORCH}
+  packages = {name.partition(".")[0] for name in imports(path)}
+  assert packages - sys.stdlib_module_names == COPIED[path]
+
+
 def test_everything_is_imported_without_tensorflow_and_torch_and_touches_no_device():
-  modules = [f"ism_jax.{name}" for name in MODULES if MODULES[name] != IN_PYTORCH]
+  modules = [f"ism_jax.{name}" for name in MODULES if MODULES[name] not in COPIED]
   script = (
     # As where they are not installed: tensorboardX takes torch where it is.
     "import importlib, sys\n"

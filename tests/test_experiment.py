@@ -252,7 +252,14 @@ def test_every_key_says_what_it_means_to_a_run():
   watching = {key for key in experiment.MARKS if key.startswith(watching)}
   assert experiment.MARKS.keys() - keys_marked("learnt") - watching == {
     *("seed", "micro_batches", "scan_steps", "placement", "profile_steps"),
-    *("data.dir", "data.num_threads", "model.remat", "model.unroll", "model.attention"),
+    *(
+      "data.dir",
+      "data.title",
+      "data.num_threads",
+      "model.remat",
+      "model.unroll",
+      "model.attention",
+    ),
   }
   assert not keys_marked("learnt") & watching
 

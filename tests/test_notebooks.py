@@ -151,7 +151,7 @@ def test_the_notebook_that_samples_trains_and_exports_what_samples_the_same(kern
   (exports,) = (kernels / "sample" / "out").glob("exports-*")
   assert {p.name for p in (exports / "pytorch").iterdir()} >= {
     "config.json",
-    "model.safetensors",
+    "transformer",
     "README.md",
   }
   check_of_sample(cells, values, rows=8)

@@ -26,6 +26,7 @@ from typing import Annotated
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.datasets.siscore import labels as imagenet_labels
 
 from ism_jax import ranges
 from ism_jax.data import latents
@@ -52,6 +53,7 @@ class DataConfig:
     flip: whether training mirrors every other image, left to right, at random.
     seed: of the shuffle and the flips.
     num_threads: that read and decode in each process; 0 reads when a pool is asked for.
+    title: the dataset's name for people, as the title of a model card; "" is `name`.
     vae: of latents, with which the data was encoded and which decodes samples, by the name that it
       has in their manifest, see `pretrained.vae.load`; "" where the data is pixels.
   """
@@ -65,6 +67,7 @@ class DataConfig:
   seed: ranges.Seed = dataclasses.field(metadata={"fixed": True})
   num_threads: Annotated[int, "[0, 256]"] = dataclasses.field(metadata={"learnt": False})
   vae: str
+  title: str = dataclasses.field(default="", metadata={"learnt": False})
 
   def __post_init__(self):
     ranges.check_fields(self, "data")
@@ -137,6 +140,38 @@ def directory(cfg):
   if cfg.name == latents.NAME:
     return cfg.dir
   return os.path.dirname(os.fspath(tfds_builder(cfg.name, cfg.dir).data_path))
+
+
+def class_names(cfg: DataConfig) -> list[str] | None:
+  """The names of the classes by label; None where they have numbers alone or the data is not here.
+
+  ImageNet's are in words, such as "tabby, tabby cat".
+  """
+  try:
+    if cfg.name == latents.NAME:
+      names = latents.read_manifest(cfg.dir)["classes"]
+    else:
+      names = tfds_builder(cfg.name, cfg.dir).info.features["label"].names
+  except (ValueError, KeyError):
+    return None
+  if all(name.isdecimal() for name in names):
+    return None
+  return list(imagenet_labels.IMAGENET_LABELS_LIST) if names == _imagenet_ids() else list(names)
+
+
+def _imagenet_ids() -> list[str]:
+  """The WordNet ids of ImageNet's classes, "n01440764" to "n15075141"."""
+  return (
+    (tfds.core.tfds_path() / "datasets/imagenet2012/labels.txt").read_text(encoding="utf-8").split()
+  )
+
+
+def title(cfg: DataConfig, names: list[str] | None) -> str:
+  """The dataset's name for people, of which `class_names` are `names`."""
+  if names == imagenet_labels.IMAGENET_LABELS_LIST:
+    return "ImageNet"
+  # A config for ImageNet may be given another dataset of as many classes.
+  return cfg.name if names and cfg.title == "ImageNet" else cfg.title or cfg.name
 
 
 def load_source(cfg: DataConfig, split="train"):

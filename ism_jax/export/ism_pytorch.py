@@ -1,7 +1,7 @@
 """iSM in PyTorch: the network and its few-step sampler, in one file that needs PyTorch alone.
 
-  model = load("FOLDER")                    # with model.safetensors and config.json
-  x0 = draw_noise(model, 8, seed=0)
+  model = load("FOLDER")                    # that python -m ism_jax export wrote
+  x0 = draw_noise(model, 8, seed=0)         # [8, C, H, W]
   x1 = sample(model, x0, c=torch.arange(8), w=1.5, steps=4)
   pixels = to_pixels(model, x1)             # latents need diffusers, or an autoencoder of yours
 
@@ -13,15 +13,20 @@ official SiT code, with two more embedders, of d and of w, in its conditioning s
 "Improved Training Technique for Shortcut Models" (arXiv:2510.21250); SiT (arXiv:2401.08740). Made
 by ism_jax, Apache License 2.0.
 
+Asked for `ISMTransformer2DModel`, this module makes it of diffusers' classes: the same network, as
+pipeline.py has it. Nothing else here needs diffusers but the decoding of latents.
+
 Axes: B batch, C channels, H/W image size, T tokens, D width, K features of a head.
 """
 
 from collections import OrderedDict
 import dataclasses
 from fractions import Fraction
+import functools
 import json
 import math
 import os
+import pathlib
 import struct
 import warnings
 
@@ -29,9 +34,32 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+__all__ = [
+  "Config",
+  "SiT",
+  "as_tensor",
+  "check_samples",
+  "decode",
+  "draw_noise",
+  "load",
+  "parse_schedule",
+  "prepare",
+  "read_config",
+  "read_safetensors",
+  "sample",
+  "to_pixels",
+  "velocity",
+]
+
 FINEST = 128  # steps of the finest schedule
 _FREQUENCIES = 128  # of the sinusoids that embed a scalar
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Where the weights of a folder are, as diffusers names them, and where older exports have them.
+_WEIGHTS = {
+  "transformer/diffusion_pytorch_model.safetensors": "transformer/config.json",
+  "model.safetensors": "config.json",
+}
+_AUTOENCODER = "vae"  # a folder beside
 _DECODED_TOGETHER = 4  # latents at a time: 256x256 images take about 0.3 GB each
 
 
@@ -48,7 +76,8 @@ class Config:
     w_max: of a guided network, the largest w it was trained at.
     fixed_w: of a network with fixed guidance, the w that its steps of 1/64 and longer have learnt.
     t_interval: with fixed guidance, steps of 1/128 are guided from this t on.
-    vae: autoencoder of the latents, a name on the Hugging Face hub; "" where images are pixels.
+    vae: autoencoder of the latents: a folder, or a name on the Hugging Face hub; "" where images
+      are pixels.
     vae_scale: latents are `vae_scale` times the autoencoder's own.
   """
 
@@ -168,7 +197,7 @@ class SiT(nn.Module):
 
   def __init__(self, config: Config):
     super().__init__()
-    self.config, width = config, config.width
+    self._config, width = config, config.width
     tokens = (config.image_size // config.patch) ** 2
     self.x_embedder = PatchEmbedder(config.channels, config.patch, width)
     self.t_embedder = ScalarEmbedder(width)
@@ -182,54 +211,85 @@ class SiT(nn.Module):
     self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
     self.final_layer = FinalLayer(width, config.patch, config.channels)
 
-  def forward(self, x, t, c, d, w=None):
-    """x [B, C, H, W]; t, c (int), d, w [B] -> [B, C, H, W] float32.
+  @property
+  def config(self) -> Config:
+    """The network's config."""
+    return self._config
 
-    d is 0 for a step of 1/128. w is for guided networks only, and ignored by others.
+  def forward(self, x, t, c, d, w=None):
+    """The network itself, unguided where it is not trained to be guided: see `velocity`.
+
+    Args:
+      x: [B, C, H, W], of any floating dtype.
+      t: time, [B].
+      c: classes, int [B].
+      d: step sizes, [B]; 0 for a step of 1/128.
+      w: guidance, [B], of guided networks; others ignore it.
+    Returns:
+      [B, C, H, W] float32.
     """
+    config = self._config
     # d enters as its level: 0 for a step of 1/128, 7 for a step of 1.
     level = torch.log2(torch.where(d == 0, 1.0, d.float() * FINEST))
     condition = self.t_embedder(t) + self.y_embedder(c).float() + self.d_embedder(level)
-    if self.config.guided:
+    if config.guided:
       condition = condition + self.w_embedder(w)
     x = self.x_embedder(x) + self.pos_embed
     for block in self.blocks:
       x = block(x, condition)
     x = self.final_layer(x, condition)
-    patch, side = self.config.patch, self.config.image_size // self.config.patch
-    x = x.reshape(-1, side, side, patch, patch, self.config.channels).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(-1, self.config.channels, side * patch, side * patch).float()
+    patch, side = config.patch, config.image_size // config.patch
+    x = x.reshape(-1, side, side, patch, patch, config.channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(-1, config.channels, side * patch, side * patch).float()
 
 
 def load(folder, device="cpu", dtype=None) -> SiT:
-  """The network of a folder with `model.safetensors` and `config.json`, for sampling.
+  """The network of an export, for sampling.
 
   Args:
-    device, dtype: of the parameters; None for the dtype of the file.
+    folder: that `python -m ism_jax export` wrote, or diffusers from it.
+    device: of the parameters.
+    dtype: of the parameters; None for that of the file.
   Raises:
+    FileNotFoundError: it is no such folder.
     ValueError: a file is damaged, or one is not the other's.
   """
-  config = read_config(os.path.join(folder, "config.json"))
-  path = os.path.join(folder, "model.safetensors")
+  folder = pathlib.Path(folder).expanduser()
+  present = [name for name in _WEIGHTS if (folder / name).is_file()]
+  if not present:
+    raise FileNotFoundError(
+      f"{folder} is no export: it has no {' and no '.join(_WEIGHTS)}. Name the folder that "
+      "python -m ism_jax export wrote."
+    )
+  path, config_path = folder / present[0], folder / _WEIGHTS[present[0]]
+  config = read_config(config_path)
+  if config.vae and (folder / _AUTOENCODER).is_dir():
+    config = dataclasses.replace(config, vae=str(folder / _AUTOENCODER))
   with torch.device("meta"):  # no memory, no initialisation
     model = SiT(config)
   try:
     model.load_state_dict(read_safetensors(path), assign=True)
   except RuntimeError as error:  # it lists all keys
-    raise ValueError(f"{path} is not of the network of config.json: {error}") from error
+    raise ValueError(f"{path} is not of the network of {config_path}: {error}") from error
   return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def read_config(path) -> Config:
-  """The config of a file of JSON, whose other entries say where the network comes from."""
+  """The config of a file of JSON, whose other entries are not read.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, or none of an export.
+  """
   with open(path, encoding="utf-8") as file:
     try:
       values = json.load(file)
     except ValueError as error:
       raise ValueError(f"{path} is damaged ({error}). Copy the folder again.") from error
   names = [field.name for field in dataclasses.fields(Config)]
-  if missing := [name for name in names if name not in values]:
-    raise ValueError(f"{path} lacks {', '.join(missing)}: it is no config of an export.")
+  if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
+    lacks = f"lacks {', '.join(missing)}" if isinstance(values, dict) else "holds no object"
+    raise ValueError(f"{path} {lacks}: it is no config of an export.")
   return Config(**{name: values[name] for name in names})
 
 
@@ -302,12 +362,15 @@ def parse_schedule(steps) -> list[tuple[float, float]]:
 
 
 def draw_noise(model, count: int, seed: int) -> torch.Tensor:
-  """Noise [count, C, H, W] of a seed, the same on every device; the model's device."""
+  """Noise [count, C, H, W] float32 of a seed, the same on every device; on the model's device.
+
+  Image i depends on the seed and on i alone, not on the count.
+  """
+  if count < 1:
+    raise ValueError(f"count={count} must be at least 1.")
   if not 0 <= seed < 2**32:  # PyTorch's generator takes 32 bits of it
     raise ValueError(f"seed={seed} would draw the noise of seed {seed % 2**32}: give [0, 2^32).")
-  config = model.config
-  shape = (count, config.channels, config.image_size, config.image_size)
-  noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+  noise = torch.randn((count, *_shape(model)), generator=torch.Generator().manual_seed(seed))
   return noise.to(model.pos_embed.device)
 
 
@@ -317,47 +380,43 @@ def sample(model, x0, c, w=0.0, steps=4) -> torch.Tensor:
 
   Args:
     model: a `SiT`, also as torch.compile returns it.
-    x0: [B, C, H, W], standard normal.
+    x0: [B, C, H, W], standard normal: a tensor, or an array that goes to the model's device.
     c: classes, one or [B]; `num_classes` is no class.
     w: guidance, one or [B]. Networks with fixed guidance have learnt theirs in the longer steps;
       steps of 1/128 are guided by w, in two calls each.
     steps: a count or a schedule, see `parse_schedule`.
   Returns:
-    [B, C, H, W] float32: pixels in [-1, 1] or latents, see `to_pixels`.
+    [B, C, H, W] float32 on the device of x0: pixels in [-1, 1] or latents, see `to_pixels`.
   Raises:
     ValueError: an argument is not what the network was trained for; says what is.
+    FloatingPointError: samples are not finite.
+  """
+  x, c, w, schedule = prepare(model, x0, c, w, steps)
+  for t, d in schedule:
+    x = x + (d or 1 / FINEST) * velocity(model, x, t, d, c, w)
+  return check_samples(x)
+
+
+def prepare(model, x0, c, w, steps):
+  """The arguments of `sample` as (x0 [B, C, H, W], c int64 [B], w float32 [B], schedule).
+
+  Raises:
+    ValueError: as `sample`.
   """
   config, schedule = model.config, parse_schedule(steps)
-  shape = (config.channels, config.image_size, config.image_size)
-  if tuple(x0.shape[1:]) != shape:
-    raise ValueError(f"x0 has shape {tuple(x0.shape)}; the network needs [B, {shape}].")
-  x = x0.float()
-  c = torch.as_tensor(c, device=x.device).long().expand(len(x))
-  w = torch.as_tensor(w, dtype=torch.float32, device=x.device).expand(len(x))
-  _check(config, c, w, schedule)
-  for time, size in schedule:
-    t, d = (torch.full((len(x),), a, device=x.device) for a in (time, size))
-    finest = size == 0 and not config.guided
-    s = _guided(model, x, t, c, d, w) if finest else model(x, t, c, d, w)
-    x = x + (size or 1 / FINEST) * s
-  return x
-
-
-def _guided(model, x, t, c, d, w):
-  """Two-pass guidance by w, from t_interval on."""
-  null = torch.full_like(c, model.config.num_classes)
-  twice = lambda a: torch.cat([a, a])
-  s_cond, s_uncond = model(twice(x), twice(t), torch.cat([c, null]), twice(d)).chunk(2)
-  w = torch.where(t >= model.config.t_interval, w, 0.0)
-  return s_uncond + (1 + w)[:, None, None, None] * (s_cond - s_uncond)
-
-
-def _check(config, c, w, schedule):
-  if len(c) and not 0 <= int(c.min()) <= int(c.max()) <= config.num_classes:
+  x = as_tensor("x0", x0, model.pos_embed.device).float()
+  if x.ndim != 4 or tuple(x.shape[1:]) != _shape(model) or not len(x):
+    shape = ", ".join(map(str, _shape(model)))
+    raise ValueError(f"x0 has shape {tuple(x.shape)}; the network needs [B, {shape}], B >= 1.")
+  c, w = (_one_each(name, a, x) for name, a in (("c", c), ("w", w)))
+  if c.dtype == torch.bool or c.is_floating_point():
+    raise ValueError(f"classes are {c.dtype}; needed are whole numbers.")
+  if not 0 <= int(c.min()) <= int(c.max()) <= config.num_classes:
     raise ValueError(
       f"classes are 0..{config.num_classes - 1}, and {config.num_classes} for none; got "
       f"{int(c.min())}..{int(c.max())}."
     )
+  w = w.float()
   if not bool(((w >= 0) & (w <= 100)).all()):
     raise ValueError("w is negative or beyond 100; w = 0 is no guidance (a CFG scale of 1 + w).")
   if config.guided and bool((w > config.w_max).any()):
@@ -368,24 +427,157 @@ def _check(config, c, w, schedule):
       f"this network has learnt the fixed guidance w={config.fixed_w} in its long steps. Use "
       f"w={config.fixed_w}, or {FINEST} steps."
     )
+  return x, c.long(), w, schedule
+
+
+def velocity(model, x, t: float, d: float, c, w) -> torch.Tensor:
+  """The guided velocity of one step, of a schedule's t and d.
+
+  Networks with fixed guidance are called twice in steps of 1/128, and guided from t_interval on.
+
+  Args:
+    x: [B, C, H, W].
+    c: int64 [B].
+    w: float32 [B].
+  Returns:
+    [B, C, H, W] float32.
+  """
+  config = model.config
+  on_each = lambda a, n: torch.full((n,), a, device=x.device)
+  if config.guided or d:
+    return model(x, on_each(t, len(x)), c, on_each(d, len(x)), w)
+  c = torch.cat([c, torch.full_like(c, config.num_classes)])
+  both = model(torch.cat([x, x]), on_each(t, len(c)), c, on_each(d, len(c)))
+  s_cond, s_uncond = both.chunk(2)
+  w = w if t >= config.t_interval else torch.zeros_like(w)
+  return s_uncond + (1 + w)[:, None, None, None] * (s_cond - s_uncond)
+
+
+def check_samples(x) -> torch.Tensor:
+  """Samples [B, C, H, W], unless some are not finite: FloatingPointError."""
+  if not bool(x.isfinite().all()):
+    raise FloatingPointError(
+      "samples are not finite: the noise was not, or the network's numbers exceed its dtype's "
+      "(float16 ends at 65,504: use bfloat16 or float32)."
+    )
+  return x
+
+
+def decode(model, x1, vae) -> torch.Tensor:
+  """Latents [B, C, h, w] as images [B, 3, H, W] float32 in about [-1, 1], on their device."""
+  dtype = next(vae.parameters()).dtype
+  parts = (x1 / model.config.vae_scale).to(dtype).split(_DECODED_TOGETHER)
+  return torch.cat([vae.decode(part).sample.float() for part in parts])
 
 
 @torch.no_grad()
 def to_pixels(model, x1, vae=None) -> torch.Tensor:
-  """Samples as images, uint8 [B, H, W, C]; latents are decoded.
+  """Samples [B, C, H, W] as images, uint8 [B, H, W, C]; latents are decoded.
 
   Args:
     x1: as `sample` returns them.
     vae: of latents, the autoencoder: a diffusers AutoencoderKL, or whatever has its `decode`. None
-      downloads the one of the config through diffusers.
+      is that of the export, through diffusers: its folder, or else downloaded; kept until another
+      is needed.
   """
-  config = model.config
-  if config.vae:
-    if vae is None:
-      from diffusers import AutoencoderKL  # of latent models alone
-
-      vae = AutoencoderKL.from_pretrained(config.vae).to(x1.device)
-    weight = next(vae.parameters())
-    latents = (x1 / config.vae_scale).to(weight.device, weight.dtype).split(_DECODED_TOGETHER)
-    x1 = torch.cat([vae.decode(part).sample.float() for part in latents])
+  if model.config.vae:
+    vae = _autoencoder(model.config.vae).to(x1.device) if vae is None else vae
+    x1 = decode(model, x1.to(next(vae.parameters()).device), vae)
   return (127.5 * (x1 + 1)).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _autoencoder(name: str):
+  """diffusers' AutoencoderKL of a folder or of the hub."""
+  remedy = "Pass the autoencoder as vae=, a diffusers AutoencoderKL."
+  try:
+    from diffusers import AutoencoderKL  # of latent models alone
+  except ImportError as error:
+    raise ImportError(
+      f"latents are decoded by diffusers: pip install diffusers. {remedy}"
+    ) from error
+  try:
+    return AutoencoderKL.from_pretrained(name).requires_grad_(False)
+  except (OSError, ValueError) as error:  # no folder, no network, no such repository
+    raise OSError(
+      f"the autoencoder {name!r} of these latents is not to be had: {error} {remedy}"
+    ) from error
+
+
+def _shape(model) -> tuple[int, int, int]:
+  """(C, H, W) of what the network sees."""
+  config = model.config
+  return config.channels, config.image_size, config.image_size
+
+
+def as_tensor(name: str, values, device) -> torch.Tensor:
+  """A tensor of numbers, an array or nested lists; a ValueError names the argument."""
+  if isinstance(values, torch.Tensor):
+    return values
+  try:
+    return torch.tensor(values, device=device)
+  except (TypeError, ValueError, RuntimeError) as error:
+    kind = type(values).__name__
+    raise ValueError(f"{name} is a {kind} that is no numbers, array or tensor: {error}") from error
+
+
+def _one_each(name, values, x) -> torch.Tensor:
+  """One number for each of x, on its device: [B]."""
+  values = as_tensor(name, values, x.device).to(x.device)
+  if values.ndim > 1 or (values.ndim == 1 and len(values) != len(x)):
+    raise ValueError(
+      f"{name} has shape {tuple(values.shape)}; needed is a number, or [{len(x)}], one for each "
+      "image of x0."
+    )
+  return values.expand(len(x))
+
+
+@functools.cache
+def _in_diffusers():
+  from diffusers.configuration_utils import ConfigMixin, register_to_config
+  from diffusers.models.modeling_utils import ModelMixin
+
+  class ISMTransformer2DModel(SiT, ModelMixin, ConfigMixin):
+    """`SiT` as a model of diffusers: its loading and saving, and the keys of SiT's state dict."""
+
+    config = ConfigMixin.config  # of the same values
+    _no_split_modules = ("Block",)
+
+    @register_to_config
+    def __init__(
+      self,
+      depth: int,
+      width: int,
+      heads: int,
+      patch: int,
+      image_size: int,
+      channels: int,
+      num_classes: int,
+      guided: bool,
+      w_max: float,
+      fixed_w: float,
+      t_interval: float,
+      vae: str,
+      vae_scale: float,
+      auto_map: dict | None = None,  # AutoModel's entry of config.json
+    ):
+      values = dict(self.config)
+      super().__init__(
+        Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
+      )
+
+    def save_config(self, save_directory, push_to_hub=False, **kwargs):
+      """Saves config.json, and beside it this file, without which it is not loaded."""
+      super().save_config(save_directory, push_to_hub, **kwargs)
+      source = pathlib.Path(__file__)
+      (pathlib.Path(save_directory) / source.name).write_bytes(source.read_bytes())
+
+  ISMTransformer2DModel.__qualname__ = ISMTransformer2DModel.__name__  # which pickle looks up
+  return ISMTransformer2DModel
+
+
+def __getattr__(name):
+  # A class that diffusers looks up here. Made on demand, since this file needs PyTorch alone.
+  if name == "ISMTransformer2DModel":
+    return _in_diffusers()
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

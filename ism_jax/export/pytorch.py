@@ -3,17 +3,16 @@
   python -m ism_jax export --workdir=W --out=DIR [--tree=ema|target_ema|params]
       [--dtype=float32|bfloat16] [--step=N]
 
-DIR works without this project. It gets `model.safetensors`, a state dict with the keys of SiT's
+DIR works without this project. It gets `transformer/`, with a state dict that has the keys of SiT's
 code; `config.json`; `ism_pytorch.py`, the network and its sampler, which need only PyTorch; and
 `README.md`, a model card, with the evaluation in the workdir where that is of the same parameters.
-It is written whole or not at all, and replaces nothing. Training begins with it by
+For diffusers there are `model_index.json`, `pipeline.py`, `scheduler/`, and of latents `vae/`, the
+autoencoder. It is written whole or not at all, and replaces nothing. Training begins with it by
 --config.init_from=DIR.
 """
 
 import json
-import os
 import pathlib
-import re
 
 from absl import flags, logging
 from etils import epath
@@ -23,7 +22,8 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import restore
+from ism_jax import generate, restore
+from ism_jax.data import pipeline
 from ism_jax.evaluation.report import as_markdown
 from ism_jax.experiment import MARKS
 from ism_jax.pretrained import sit
@@ -33,7 +33,16 @@ from ism_jax.runtime import commands, files
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 CODE = "ism_pytorch.py"
+PIPELINE = "pipeline.py"
 CARD = "README.md"
+_VAE = "vae"  # the folder, and what names an autoencoder that is known on one machine only
+_CLASS = "ISMTransformer2DModel"
+_AUTO_MAP = {"auto_map": {"AutoModel": f"ism_pytorch.{_CLASS}"}}
+_INDEX = _AUTO_MAP | {
+  "_class_name": ["pipeline", "ISMPipeline"],
+  "transformer": ["ism_pytorch", _CLASS],
+  "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+}
 
 
 def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = None) -> None:
@@ -49,30 +58,77 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
   """
   files.check_empty(out)
   trained = restore.read(workdir, tree, step=step)
-  exp, vae = trained.exp, trained.exp.data.vae
-  if vae and (not re.fullmatch(r"[\w.-]+/[\w.-]+", vae) or os.path.exists(vae)):
-    remedy = "whoever samples in PyTorch has to pass the autoencoder to to_pixels."
-    logging.warning("data.vae=%s is no name on the Hugging Face hub: %s", vae, remedy)
-  state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
-  state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
-  with files.whole_folder(out) as folder:
-    settings = json.dumps(describe(trained, dtype), indent=2) + "\n"
-    (folder / sit.CONFIG).write_text(settings, encoding="utf-8")
-    (folder / CODE).write_bytes(pathlib.Path(__file__).with_name(CODE).read_bytes())
-    about = card(trained, dtype, read_evaluation(workdir, trained))
-    (folder / CARD).write_text(about, encoding="utf-8")
-    weights = folder / sit.WEIGHTS
-    # Other readers ask the metadata whose arrays these are.
-    safetensors.numpy.save_file(state, weights, {"format": "pt"})
-    weights.chmod((folder / CARD).stat().st_mode)  # which is for the owner's eyes only
+  write(trained, out, dtype=dtype, evaluation=read_evaluation(workdir, trained))
   logging.info("Wrote the %s to %s.", trained.about, out)
 
 
+def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = None) -> None:
+  """Writes a new folder, as `export`; the evaluation is one that `read_evaluation` returns."""
+  exp, vae = trained.exp, _autoencoder(trained.exp.data.vae)
+  names = pipeline.class_names(exp.data)
+  state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
+  state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
+  with files.whole_folder(out) as folder:
+    settings = describe(trained, dtype) | _labels(names)
+    _write_json(folder / sit.CONFIG, settings)
+    (folder / CARD).write_text(card(trained, dtype, evaluation, names), encoding="utf-8")
+    _write_weights(folder / sit.WEIGHTS, state)
+    _copy_code(folder)
+    _write_for_diffusers(folder, settings, vae)
+
+
+def _autoencoder(name: str):
+  """The autoencoder of latents; None where there are none, or it is not to be had."""
+  try:
+    return generate.load_vae(name) if name else None
+  except FileNotFoundError as error:
+    remedy = "whoever samples in PyTorch has to pass the autoencoder to to_pixels or the pipeline."
+    logging.warning("The export has no %s/: %s Without it, %s", _VAE, error, remedy)
+    return None
+
+
+def _write_for_diffusers(folder, settings: dict, vae) -> None:
+  """What diffusers reads beside the weights; `vae` is None where the export has none."""
+  _write_json((folder / sit.WEIGHTS).with_name(sit.CONFIG), _network_config(settings))
+  scheduler = {"_class_name": _INDEX["scheduler"][1], "num_train_timesteps": 1000, "shift": 1.0}
+  _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+  index = _INDEX | {"vae": ["diffusers", "AutoencoderKL"] if vae else [None, None]}
+  labels = {key: settings[key] for key in settings if key == "id2label"}
+  _write_json(folder / "model_index.json", index | labels)
+  if vae:
+    _write_weights(folder / _VAE / vae_lib.WEIGHTS, vae_lib.state_dict(vae.params))
+    _write_json(folder / _VAE / sit.CONFIG, vae_lib.diffusers_config(vae.cfg))
+
+
+def _copy_code(folder) -> None:
+  # diffusers takes the network from its own folder, and no file that this one would import.
+  for path in (folder / CODE, (folder / sit.WEIGHTS).with_name(CODE), folder / PIPELINE):
+    path.write_bytes(pathlib.Path(__file__).with_name(path.name).read_bytes())
+
+
+def _write_json(path, values: dict) -> None:
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(path, state: dict) -> None:
+  path.parent.mkdir(exist_ok=True)
+  # Other readers ask the metadata whose arrays these are.
+  safetensors.numpy.save_file(state, path, {"format": "pt"})
+  path.chmod(path.parent.stat().st_mode & 0o666)  # which is for the owner's eyes only
+
+
+def _labels(names: list[str] | None) -> dict:
+  """The entry of JSON that names classes, as diffusers' DiT has it."""
+  return {"id2label": {str(i): name for i, name in enumerate(names)}} if names else {}
+
+
 def describe(trained: Trained, dtype: str) -> dict:
-  """config.json: what `pytorch.Config` reads, where the parameters are from, and their config."""
+  """config.json: the network, where the parameters are from, and their config."""
   exp = trained.exp
+  vae = _public_vae(exp.data.vae)
   config = traverse_util.flatten_dict(trained.config, sep=".")
-  config |= {key: "" for key, marks in MARKS.items() if marks.path}
+  config |= {key: "" for key, marks in MARKS.items() if marks.path} | {"data.vae": vae}
   return {
     "architecture": exp.model.size,
     **dict(zip(("depth", "width", "heads"), exp.model.dimensions, strict=True)),
@@ -80,13 +136,28 @@ def describe(trained: Trained, dtype: str) -> dict:
     **{name: getattr(exp.data, name) for name in ("image_size", "channels", "num_classes")},
     "guided": exp.objective.intrinsic,
     **{name: getattr(exp.objective, name) for name in ("w_max", "fixed_w", "t_interval")},
-    "vae": exp.data.vae,
+    "vae": vae,
     "vae_scale": vae_lib.SD_VAE.scale,
     "step": trained.step,
     "tree": trained.tree,
     "dtype": dtype,
     "config": traverse_util.unflatten_dict(config, sep="."),
   }
+
+
+def _public_vae(name: str) -> str:
+  """The autoencoder's name as others may read it: no path of this machine."""
+  return name if not name or vae_lib.is_public(name) else _VAE
+
+
+def _network_config(settings: dict) -> dict:
+  """transformer/config.json: what `ism_pytorch.Config` has, of `describe`'s."""
+  others = ("architecture", "step", "tree", "dtype", "config", "id2label")
+  return (
+    {"_class_name": _CLASS}
+    | _AUTO_MAP
+    | {key: value for key, value in settings.items() if key not in others}
+  )
 
 
 def read_evaluation(workdir: str, trained: Trained) -> dict | None:
@@ -102,12 +173,23 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   return None
 
 
-def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
-  """The model card, in Markdown with the hub's header; `evaluation` as `read_evaluation` has it."""
+def card(
+  trained: Trained, dtype: str, evaluation: dict | None, names: list[str] | None = None
+) -> str:
+  """The model card, in Markdown with the hub's header.
+
+  Args:
+    evaluation: as `read_evaluation` has it.
+    names: of the classes.
+  """
   exp, module = trained.exp, pathlib.Path(CODE).stem
-  guided, vae, null = exp.objective.intrinsic, exp.data.vae, exp.null_class
+  guided, null = exp.objective.intrinsic, exp.null_class
+  vae = _public_vae(exp.data.vae)
+  title = pipeline.title(exp.data, names)
   w = exp.sample.w if guided else exp.objective.fixed_w
-  sees = "x".join(map(str, exp.image_shape)) + (f" latents of `{vae}`" if vae else " images")
+  sees = "x".join(map(str, exp.image_shape)) + (
+    " images" if not vae else f" latents of `{vae}`" + ("/" if vae == _VAE else "")
+  )
   guidance = (
     f"`w` is the guidance, one number or one for each sample: 0 is none, {exp.objective.w_max:g} "
     "the most it was trained at."
@@ -115,32 +197,46 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
     else f"The guidance is fixed at `w` = {w:g}; only 128 steps take any other."
   )
   decoding = (
-    "`to_pixels` decodes with that autoencoder, which it gets through diffusers (`pip install "
-    "diffusers`), or with the AutoencoderKL passed as `vae`."
+    f"`to_pixels` decodes with that autoencoder, from `{_VAE}/` or else from the hub, through "
+    "diffusers (`pip install diffusers`), or with the AutoencoderKL passed as `vae`."
     if vae
     else "Images come from the network as they are: `to_pixels` only rounds them."
   )
   embedders = "`d_embedder.*` and `w_embedder.*`" if guided else "`d_embedder.*`"
   measured = ["Not measured for these parameters."]
   if evaluation is not None:
-    table = as_markdown(evaluation).partition("\n")[2].strip()  # without its title
+    table = (
+      as_markdown(_without_folders(evaluation)).partition("\n")[2].strip()
+    )  # without its title
     measured = ["Measured on the JAX network with these parameters in float32.", "", table]
   lines = [
     "---",
-    "library_name: pytorch",
+    "library_name: diffusers",
     "tags: [shortcut-models, flow-matching, class-conditional]",
     "---",
-    f"# {exp.model.size} on {exp.data.name}, {exp.variant}",
+    f"# {exp.model.size} on {title}, {exp.variant}",
     "",
-    f"A few-step sampler of {exp.data.num_classes} classes. The network, {exp.model.size}, sees "
-    f"{sees}. It was trained for {trained.step:,} steps of {exp.batch_size} images with ism_jax, a "
+    f"A few-step sampler of the {exp.data.num_classes} classes of {title}. The network, "
+    f"{exp.model.size}, sees {sees}. It was trained for {trained.step:,} steps of "
+    f"{exp.batch_size} images with ism_jax, a "
     'JAX implementation of "Improved Training Technique for Shortcut Models" '
     "([arXiv:2510.21250](https://arxiv.org/abs/2510.21250)) that is not its authors', as the "
     f"variant `{exp.variant}`. The parameters are the {TREES[trained.tree]}, in {dtype}.",
     "",
     "## Use",
     "",
-    "With PyTorch, in this folder:",
+    "With diffusers (`pip install diffusers accelerate`), in this folder or by its name on the "
+    "hub:",
+    "",
+    "```python",
+    "from diffusers import DiffusionPipeline",
+    "",
+    'pipe = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)',
+    f"images = pipe([{', '.join(_some_labels(names, null))}], num_inference_steps=4, "
+    f"guidance_scale={1 + w:g}).images",
+    "```",
+    "",
+    "With PyTorch alone, in this folder:",
     "",
     "```python",
     "import torch",
@@ -161,6 +257,7 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
     f"{embedders}, added to its conditioning.",
     f"- `{sit.CONFIG}`: the network, and under `config` all that it was trained with.",
     f"- `{CODE}`: the network and its sampler, in one file that needs only PyTorch.",
+    f"- `{PIPELINE}` and the rest: for diffusers.",
     "",
     "ism_jax trains on from them with `--config.init_from=FOLDER`.",
     "",
@@ -169,6 +266,23 @@ def card(trained: Trained, dtype: str, evaluation: dict | None) -> str:
     *measured,
   ]
   return "\n".join(lines) + "\n"
+
+
+def _some_labels(names, classes: int) -> list[str]:
+  """Two classes as the pipeline takes them, in Python."""
+  some = dict.fromkeys((0, classes - 1))
+  return [json.dumps(names[i].partition(",")[0]) if names else str(i) for i in some]
+
+
+def _without_folders(report: dict) -> dict:
+  """An evaluation without the folders of this machine."""
+  networks = []
+  for network in report["networks"]:
+    reference = dict(network["reference"])
+    if "file" in reference:
+      reference["file"] = pathlib.PurePath(reference["file"]).name
+    networks.append(network | {"reference": reference})
+  return report | {"networks": networks}
 
 
 def define_flags() -> None:

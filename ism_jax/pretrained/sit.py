@@ -21,7 +21,8 @@ import numpy as np
 from ism_jax.model import SiT, init_params, position_embedding
 from ism_jax.pretrained import torch_files, weights
 
-WEIGHTS = "model.safetensors"  # of a folder that `export` writes
+# Of a folder that `export` writes: where diffusers looks for them; where older exports have them.
+WEIGHTS, OLDER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors", "model.safetensors"
 CONFIG = "config.json"
 EMBEDDERS = ("d_embedder", "w_embedder")  # which SiT's own code does not have
 
@@ -106,6 +107,12 @@ def complete(imported, fresh):
   return imported | added
 
 
+def weights_of(folder: pathlib.Path) -> pathlib.Path:
+  """The file of weights of an export's folder, be it there or not."""
+  older = folder / OLDER_WEIGHTS
+  return older if older.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
+
+
 def read(path) -> tuple[dict[str, Any], str]:
   """Reads (arrays by key, what they are) from a file, or from a folder that `export` wrote.
 
@@ -118,7 +125,7 @@ def read(path) -> tuple[dict[str, Any], str]:
   """
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
-    path /= WEIGHTS
+    path = weights_of(path)
   if not path.is_file():
     raise FileNotFoundError(
       f"there is no file {path}; name a state dict of SiT (.pt or .safetensors) or an export."

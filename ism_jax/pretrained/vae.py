@@ -10,9 +10,11 @@ Axes: B batch, H/W image size, h/w latent size (an eighth), C channels, T = h w 
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 
+from flax import traverse_util
 import flax.linen as nn
 from huggingface_hub import constants, errors, hf_hub_download
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from ism_jax.pretrained import weights
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED = "stabilityai/sd-vae-ft-mse"
 _HUB = "https://huggingface.co"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 LOG_VARIANCES = (-30.0, 20.0)
 
 # Of the attention's keys, as older files have them.
@@ -149,11 +152,8 @@ def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
     renamed[key if new in arrays else new] = array
   shapes, tensors = weights.shapes_of(_Autoencoder(cfg), cfg.factor), {}
   for path, leaf in shapes.items():
-    *modules, kind = path
-    # ("encoder", "down_blocks_0_resnets_1", "conv1"): encoder.down_blocks.0.resnets.1.conv1
-    modules = [re.sub(r"_(\d+)_?", r".\1.", name).strip(".") for name in modules]
-    key = ".".join([*modules, "bias" if kind == "bias" else "weight"])
-    shape = weights.torch_shape(leaf.shape) if kind == "kernel" else leaf.shape
+    key = _key(path)
+    shape = weights.torch_shape(leaf.shape) if path[-1] == "kernel" else leaf.shape
     if len(shape) == 2 and np.shape(renamed.get(key)) == (*shape, 1, 1):
       renamed[key] = renamed[key].reshape(shape)
     tensors[path] = [{key: shape}]
@@ -167,6 +167,45 @@ def params_from_state_dict(cfg: VaeConfig, arrays, source="the state dict"):
   )
 
 
+def state_dict(params) -> dict[str, np.ndarray]:
+  """The inverse of `params_from_state_dict`, in the newer spelling."""
+  to_torch = lambda a: np.moveaxis(a, (-1, -2), (0, 1))
+  return {
+    _key(path): np.ascontiguousarray(to_torch(a) if path[-1] == "kernel" else a)
+    for path, a in traverse_util.flatten_dict(params).items()
+  }
+
+
+def diffusers_config(cfg: VaeConfig) -> dict:
+  """config.json of diffusers' AutoencoderKL."""
+  levels = len(cfg.channels)
+  return {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * levels,
+    "up_block_types": ["UpDecoderBlock2D"] * levels,
+    "block_out_channels": cfg.channels,
+    "layers_per_block": cfg.blocks,
+    "act_fn": "silu",
+    "latent_channels": cfg.latent_channels,
+    "norm_num_groups": cfg.groups,
+    "scaling_factor": cfg.scale,
+  }
+
+
+def is_public(name: str) -> bool:
+  """Whether a name of `load` means the same on every machine: no file or folder."""
+  return name in _RANDOM or (bool(_HUB_NAME.fullmatch(name)) and not os.path.exists(name))
+
+
+def _key(path):
+  """("encoder", "down_blocks_0_resnets_1", "conv1", "kernel"): its key as PyTorch has it."""
+  *modules, leaf = path
+  modules = [re.sub(r"_(\d+)_?", r".\1.", name).strip(".") for name in modules]
+  return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
+
+
 def _find(name):
   """The file of weights that a name stands for."""
   path = pathlib.Path(name).expanduser()
@@ -176,7 +215,7 @@ def _find(name):
     return path / WEIGHTS
   if path.is_file():
     return path
-  if path.suffix == ".safetensors" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+  if path.suffix == ".safetensors" or not _HUB_NAME.fullmatch(name):
     raise _absent(name, "there is no such file or folder")
   neither = "there is no such folder, and"
   try:

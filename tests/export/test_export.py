@@ -258,7 +258,7 @@ def test_each_tree_is_exported_and_imported_bit_for_bit(workdir, tmp_path):
 def test_bfloat16_is_the_nearest(workdir, tmp_path):
   folder, exp, state = workdir
   export.export(str(folder), str(tmp_path / "half"), tree="ema", dtype="bfloat16")
-  arrays = torch_files.read_state_dict(tmp_path / "half" / "model.safetensors")
+  arrays = torch_files.read_state_dict(tmp_path / "half" / sit.WEIGHTS)
   assert {a.dtype for a in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
   actual = sit.load(tmp_path / "half", exp.network(), exp.image_shape)
   assert_equal(actual, jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype("f"), state.ema))
@@ -269,13 +269,20 @@ def test_an_export_says_what_it_is_and_keeps_the_machine_to_itself(workdir, tmp_
   folder, exp, _ = workdir
   out = tmp_path / "out"
   export.export(str(folder), str(out), tree="target_ema", dtype="float32")
-  assert {p.name for p in out.iterdir()} == {
-    "model.safetensors",
+  of_folder = [p for p in out.rglob("*") if p.is_file()]
+  assert {str(p.relative_to(out)) for p in of_folder} == {
     "config.json",
     "ism_pytorch.py",
     "README.md",
+    # For diffusers.
+    "model_index.json",
+    "pipeline.py",
+    "scheduler/scheduler_config.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "transformer/ism_pytorch.py",
   }
-  assert len({p.stat().st_mode for p in out.iterdir()}) == 1
+  assert len({p.stat().st_mode for p in of_folder}) == 1
   config = json.loads((out / "config.json").read_text())
   assert (config["step"], config["tree"], config["dtype"]) == (4, "target_ema", "float32")
   assert experiment.parse(config["config"]).network() == exp.network()
@@ -283,7 +290,7 @@ def test_an_export_says_what_it_is_and_keeps_the_machine_to_itself(workdir, tmp_
   assert "The parameters are the target EMA, in float32." in card
   assert "8x8x1 images" in card and "Not measured" in card
   assert ("The guidance is fixed at `w` = 0.5" in card) != exp.objective.intrinsic
-  assert not any("private" in p.read_text() for p in (out / "config.json", out / "README.md"))
+  assert not any(b"private" in p.read_bytes() for p in of_folder)
 
 
 def test_the_autoencoder_of_latents_is_named():
@@ -291,7 +298,33 @@ def test_the_autoencoder_of_latents_is_named():
   trained = restore.Trained(experiment.parse(config), files.as_dict(config), 4, "ema", {})
   described = export.describe(trained, "float32")
   assert (described["vae"], described["vae_scale"]) == ("stabilityai/sd-vae-ft-mse", 0.18215)
-  assert "32x32x4 latents of `stabilityai/sd-vae-ft-mse`" in export.card(trained, "float32", None)
+  card = export.card(trained, "float32", None)
+  assert "# SiT-XL/2 on ImageNet, ism" in card and "the 1000 classes of ImageNet" in card
+  assert "32x32x4 latents of `stabilityai/sd-vae-ft-mse`" in card
+
+
+def test_the_machines_folders_are_nowhere(tmp_path):
+  """Neither the autoencoder's, nor that of the statistics of an evaluation."""
+  config = imagenet256.get_config()
+  config.data.vae = "/home/someone/vae.safetensors"
+  trained = restore.Trained(experiment.parse(config), files.as_dict(config), 4, "ema", {})
+  evaluation = report(step=4)
+  evaluation["networks"][0]["reference"] = {"file": "/home/someone/inception.npz"}
+  card, settings = export.card(trained, "float32", evaluation), export.describe(trained, "float32")
+  assert "latents of `vae`" in card and "Reference: inception.npz." in card
+  assert settings["vae"] == settings["config"]["data"]["vae"] == "vae"
+  assert "someone" not in card + json.dumps(settings)
+
+
+def test_weights_are_found_where_exports_have_them_and_where_older_ones_had_them(tmp_path):
+  net = network()
+  params = random_params(net, SHAPE)
+  safetensors.numpy.save_file(sit.from_params(params, net, SHAPE), tmp_path / "model.safetensors")
+  assert_equal(sit.load(tmp_path, net, SHAPE), params)
+  newer = random_params(net, SHAPE, seed=1)
+  (tmp_path / "transformer").mkdir()
+  safetensors.numpy.save_file(sit.from_params(newer, net, SHAPE), tmp_path / sit.WEIGHTS)
+  assert_equal(sit.load(tmp_path, net, SHAPE), newer)
 
 
 def report(step, parameters="inference EMA"):
@@ -368,7 +401,7 @@ def test_an_export_replaces_nothing_and_leaves_nothing_half_written(workdir, tmp
     export.export(folder, str(out), tree="ema", dtype="float32")
   assert [p.name for p in tmp_path.iterdir()] == ["out"] and not any(out.iterdir())
   export.export(folder, str(out), tree="ema", dtype="float32")  # an empty folder is none
-  assert (out / "model.safetensors").is_file()
+  assert (out / sit.WEIGHTS).is_file()
 
 
 @pytest.mark.slow
@@ -580,7 +613,7 @@ def test_guidance_of_either_kind_samples_alike(pytorch, ours, workdir, tmp_path)
 @pytest.mark.slow
 def test_the_folder_works_alone_as_its_card_says(pytorch, ours, trained, tmp_path):
   exp, _, state, folder = trained
-  code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+  code = (folder / "README.md").read_text().split("```python\n")[2].partition("```")[0]
   script = (
     "import sys\n"
     "class Absent:\n"
@@ -648,7 +681,7 @@ def test_latents_are_decoded_by_the_autoencoder_of_the_config(pytorch, ours, mon
   x1 = np.random.default_rng(0).standard_normal((5, 4, 4, 4), np.float32)
   expected = np.asarray(generate.to_uint8(vae.decode(cfg, params, x1))).astype(int)
   assert expected.std() > 5
-  for decoder in (None, autoencoder):
+  for decoder in (None, autoencoder, None):
     actual = ours.to_pixels(module, to_torch(pytorch, x1), decoder).numpy().astype(int)
     assert actual.shape == expected.shape == (5, 8, 8, 3)
     assert np.abs(actual - expected).max() <= 1 and (actual == expected).mean() > 0.99
@@ -662,29 +695,57 @@ def test_pytorch_refuses_what_the_network_was_not_trained_for(pytorch, ours, tra
   assert not pytorch.equal(x0, ours.draw_noise(module, 2, seed=1))
   pytorch.testing.assert_close(x0, ours.draw_noise(module, 3, seed=0)[:2])
   for args, message in (
-    ((x0[:, :, :4], 0), r"x0 has shape \(2, 1, 4, 8\); the network needs \[B, \(1, 8, 8\)\]"),
+    ((x0[:, :, :4], 0), r"x0 has shape \(2, 1, 4, 8\); the network needs \[B, 1, 8, 8\], B >= 1"),
+    ((x0[:0], 0), r"x0 has shape \(0, 1, 8, 8\)"),
+    ((np.zeros((2, 8, 8, 1)), 0), r"x0 has shape \(2, 8, 8, 1\)"),
+    (("noise", 0), "x0 is a str that is no numbers, array or tensor"),
     ((x0, 11), r"classes are 0\.\.9, and 10 for none; got 11\.\.11"),
+    ((x0, 1.7), r"classes are torch\.float32; needed are whole numbers"),
+    ((x0, True), r"classes are torch\.bool; needed are whole numbers"),
+    ((x0, np.float64([1, 2])), r"classes are torch\.float64"),
+    ((x0, [1, 2, 3]), r"c has shape \(3,\); needed is a number, or \[2\]"),
+    ((x0, [[1], [2]]), r"c has shape \(2, 1\)"),
+    ((x0, "tabby"), "c is a str that is no numbers"),
+    ((x0, 0, [0.5]), r"w has shape \(1,\); needed is a number, or \[2\]"),
+    ((x0, 0, None), "w is a NoneType that is no numbers"),
     ((x0, 0, -0.5), "w is negative"),
-    ((x0, 0, float("nan")), "w is negative"),
+    ((x0, 0, float("nan")), "w is negative or beyond 100"),
+    ((x0, 0, float("inf")), "w is negative or beyond 100"),
+    ((x0, 0, 0.5, 10**12), r"steps=10{12} is no schedule"),
   ):
     with pytest.raises(ValueError, match=message):
       ours.sample(module, *args)
+  with pytest.raises(ValueError, match="count=0 must be at least 1"):
+    ours.draw_noise(module, 0, seed=0)
+  with pytest.raises(FloatingPointError, match="samples are not finite"):
+    ours.sample(module, x0 * float("nan"), 0)
+  # What JAX's sampler takes.
+  as_arrays = ours.sample(module, x0.numpy(), np.array([3, 10]), np.float32([0, 1.5]), 2)
+  expected = ours.sample(module, x0, pytorch.tensor([3, 10]), pytorch.tensor([0, 1.5]), 2)
+  pytorch.testing.assert_close(as_arrays, expected, rtol=0, atol=0)
   with pytest.warns(UserWarning, match=r"trained maximum, w_max=3\.5"):
     ours.sample(module, x0, 0, 4.0, 1)
 
 
 @pytest.mark.slow
 def test_pytorch_refuses_damaged_folders(pytorch, ours, trained, tmp_path):
-  files = {p.name: p.read_bytes() for p in trained[3].iterdir()}
-  weights = files["model.safetensors"]
+  folder = trained[3] / "transformer"
+  files = {p.name: p.read_bytes() for p in folder.iterdir()}
+  weights = files["diffusion_pytorch_model.safetensors"]
   state = safetensors.numpy.load(weights)
   other = {k: a for k, a in state.items() if "fc1.bias" not in k} | {"more": state["pos_embed"]}
   other["x_embedder.proj.bias"] = np.zeros(7, np.float32)
   config = json.loads(files["config.json"])
+  with pytest.raises(
+    FileNotFoundError, match=r"is no export: it has no transformer/.* and no model"
+  ):
+    ours.load(tmp_path)
+  (tmp_path / "transformer").mkdir()
 
   def refused(*messages, **changed):
     for name, data in files.items():
-      (tmp_path / name).write_bytes(changed.get(name.partition(".")[0], data))
+      key = name.partition(".")[0].rpartition("_")[2]
+      (tmp_path / "transformer" / name).write_bytes(changed.get(key, data))
     with pytest.raises(ValueError) as error:
       ours.load(tmp_path)
     assert all(message in str(error.value) for message in messages), error.value
