@@ -126,7 +126,7 @@ def _labels(names: list[str] | None) -> dict:
 def describe(trained: Trained, dtype: str) -> dict:
   """config.json: the network, where the parameters are from, and their config."""
   exp = trained.exp
-  vae = _public_vae(exp.data.vae)
+  vae = public_vae(exp.data.vae)
   config = traverse_util.flatten_dict(trained.config, sep=".")
   config |= {key: "" for key, marks in MARKS.items() if marks.path} | {"data.vae": vae}
   return {
@@ -145,7 +145,7 @@ def describe(trained: Trained, dtype: str) -> dict:
   }
 
 
-def _public_vae(name: str) -> str:
+def public_vae(name: str) -> str:
   """The autoencoder's name as others may read it: no path of this machine."""
   return name if not name or vae_lib.is_public(name) else _VAE
 
@@ -184,7 +184,7 @@ def card(
   """
   exp, module = trained.exp, pathlib.Path(CODE).stem
   guided, null = exp.objective.intrinsic, exp.null_class
-  vae = _public_vae(exp.data.vae)
+  vae = public_vae(exp.data.vae)
   title = pipeline.title(exp.data, names)
   w = exp.sample.w if guided else exp.objective.fixed_w
   sees = "x".join(map(str, exp.image_shape)) + (

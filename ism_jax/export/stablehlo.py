@@ -86,7 +86,7 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
       "classes": exp.data.num_classes,
       "null_class": exp.null_class,
       "w_max": exp.objective.w_max if exp.objective.intrinsic else exp.objective.fixed_w,
-      "vae": exp.data.vae,
+      "vae": export_lib.public_vae(exp.data.vae),
       "jax": jax.__version__,
     }
     (folder / DETAILS).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
