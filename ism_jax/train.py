@@ -48,9 +48,15 @@ def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> 
     not_finite = lambda values: not np.isfinite(values[i]).all()
     if bad := bad_info + [name for name, values in metrics.items() if not_finite(values)]:
       step = last_step - len(metrics["loss"]) + i + 1
+      # Pairing sees no parameters, only images and noise.
+      remedy = (
+        "look at the images that this pool was read from, in data.dir"
+        if bad_info
+        else "lower optimizer.learning_rate or set optimizer.clip_norm"
+      )
       raise FloatingPointError(
-        f"{', '.join(bad)} not finite at step {step}. The checkpoints of earlier steps are intact:"
-        " lower optimizer.learning_rate or set optimizer.clip_norm, and train on from there."
+        f"{', '.join(bad)} not finite at step {step}. The checkpoints of earlier steps are intact: "
+        f"{remedy}, and train on from there."
       )
 
 

@@ -147,6 +147,77 @@ def test_the_greedy_permutation_gives_a_column_to_the_best_that_asks_and_settles
   )
 
 
+@pytest.fixture
+def count_rounds(monkeypatch):
+  """Runs loops in Python and counts: each loop's calls of its body."""
+  counts = []
+
+  def while_loop(is_unfinished, body, carry):
+    counts.append(0)
+    while is_unfinished(carry):
+      carry, counts[-1] = body(carry), counts[-1] + 1
+    return carry
+
+  monkeypatch.setattr(jax.lax, "while_loop", while_loop)
+  return counts
+
+
+def greedy_by_loops(score, rounds):
+  """In so many rounds rows ask for columns; then each column that is left takes a row."""
+  n = len(score)
+  permutation, free_rows, free_columns = np.full(n, -1), set(range(n)), set(range(n))
+
+  def give(row, column):
+    permutation[row] = column
+    free_rows.remove(row)
+    free_columns.remove(column)
+
+  for _ in range(rounds):
+    asked = {}
+    for row in sorted(free_rows):
+      asked.setdefault(max(sorted(free_columns), key=lambda j: score[row, j]), []).append(row)
+    for column, rows in asked.items():
+      give(max(rows, key=lambda i: score[i, column]), column)
+  for column in sorted(free_columns):
+    give(max(sorted(free_rows), key=lambda i: score[i, column]), column)
+  return permutation
+
+
+def test_rows_that_are_alike_are_paired_in_bounded_rounds(count_rounds):
+  """Half of the rows ask for the same columns in the same order, of which one gets one a round."""
+  score = np.random.default_rng(0).normal(size=(100, 100)).astype(np.float32)
+  score[::2] = score[0]
+  permutation = couplings.greedy_permutation(jnp.array(score))
+  assert count_rounds[0] == couplings._ROUNDS < 50 and count_rounds[1] <= 100
+  np.testing.assert_array_equal(permutation, greedy_by_loops(score, couplings._ROUNDS))
+  np.testing.assert_array_equal(np.sort(permutation), np.arange(100))
+
+
+def test_the_bound_on_rounds_does_not_change_ordinary_pairs(pool, count_rounds, monkeypatch):
+  x0, x1, _ = pool
+  dot = couplings.transport_cost(x1, x0)
+  for deviations in (0.05, 1.0):
+    score = -dot / (deviations * couplings.centred_deviation(dot))
+    score -= jax.nn.logsumexp(score, axis=0, keepdims=True)
+    bounded = couplings.greedy_permutation(score)
+    with monkeypatch.context() as patch:
+      patch.setattr(couplings, "_ROUNDS", N)
+      np.testing.assert_array_equal(bounded, couplings.greedy_permutation(score))
+  assert count_rounds[1::2] == [0] * 4 and max(count_rounds) <= couplings._ROUNDS / 2
+
+
+@pytest.mark.parametrize("penalty", [0.0, 5.0])
+@pytest.mark.parametrize("copies", [N, N // 2])
+def test_copies_of_an_image_leave_finite_diagnostics_that_mean_something(pool, penalty, copies):
+  x0, x1, c = pool
+  x1 = np.where(np.arange(N)[:, None] < copies, x1[:1], x1)
+  paired, info = pair((x0, x1, c), dataclasses.replace(OT, class_penalty=penalty))
+  np.testing.assert_array_equal(np.sort(which(paired, pool)), np.arange(N))
+  assert info["converged"] and 0 <= info["entropy"] < 1.001
+  gain = info["attained_gain"]
+  assert gain == 0 if copies == N and penalty == 0 else 0.9 < gain < 1.001
+
+
 @pytest.mark.parametrize("pairing", couplings.PAIRINGS)
 def test_images_that_are_all_alike_or_not_finite_still_end(pairing):
   """No cost to tell pairs apart, or none at all: the pairing ends, and a NaN is reported as one."""
@@ -164,11 +235,16 @@ def test_the_pairs_are_the_same_on_one_device_and_on_eight(pool):
 
   mesh = sharding.data_mesh()
   f = lambda *a: couplings.pair(*a, OT, 10)[0]
-  one = jax.jit(f)(*pool, jax.random.key(0))
   rows = sharding.rows(mesh)
-  on_eight = [jax.device_put(a, rows) for a in pool]
-  eight = jax.jit(f, out_shardings=rows)(*on_eight, jax.random.key(0))
-  np.testing.assert_array_equal(one, eight)
+  on_eight = lambda *arrays: [jax.device_put(a, rows) for a in arrays]
+  one, eight = jax.jit(f), jax.jit(f, out_shardings=rows)
+  pairs = eight(*on_eight(*pool), jax.random.key(0))
+  np.testing.assert_array_equal(one(*pool, jax.random.key(0)), pairs)
+  # Which copy of an image comes first is a matter of rounding.
+  x0, x1, c = pool
+  copies = np.where(np.arange(N)[:, None] % 2, x1[:1], x1)
+  pairs = eight(*on_eight(x0, copies, c), jax.random.key(0))
+  np.testing.assert_array_equal(np.sort(which(np.asarray(pairs), pool)), np.arange(N))
 
 
 @pytest.mark.parametrize(
