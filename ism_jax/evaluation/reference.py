@@ -21,7 +21,7 @@ from ism_jax.evaluation import scores
 from ism_jax.experiment import Experiment
 from ism_jax.metrics import distances, features, spectra
 from ism_jax.metrics.features import Network
-from ism_jax.metrics.moments import FeatureStatistics
+from ism_jax.metrics.moments import FeatureStatistics, finite_rows
 from ism_jax.protocol import OF_THE_DATASET
 from ism_jax.runtime import files
 
@@ -97,15 +97,22 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
   sizes = output_sizes(network, (64, 64, 3))
 
   def moments_of(names, size):
-    mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
+    mean, covariance = (arrays[name] for name in names)
     if mean.shape != (size,) or covariance.shape != (size, size):
       raise ValueError(
         f"{names[0]} of {path} has shape {mean.shape} and {names[1]} {covariance.shape}; "
         f"{network.name} has {size} features: needed are [{size}] and [{size}, {size}]."
       )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-      raise ValueError(f"{names[0]} or {names[1]} of {path} holds NaN or infinity: make it again.")
-    return FeatureStatistics(mean, covariance, int(arrays.get(_COUNT, 0)))
+    try:
+      mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+      if not covariance.any():
+        raise ValueError("the covariance is zero, as of a single image.")
+      return FeatureStatistics(mean, covariance, int(arrays.get(_COUNT, 0)))
+    except ValueError as error:
+      raise ValueError(
+        f"{names[0]} and {names[1]} of {path} are no mean and covariance: {error} Use python -m "
+        "ism_jax statistics, or download the file anew."
+      ) from error
 
   moments, spatial = moments_of(names, sizes["features"]), None
   if "spatial" in sizes and all(name in arrays for name in _SPATIAL_MOMENTS):
@@ -114,6 +121,13 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
   if single is None and arrays.get(_IMAGES, np.empty(0)).ndim == 4:
     logging.info("%s sees the %d images of %s.", network.name, len(arrays[_IMAGES]), path)
     single = features.of_images(network, mesh, arrays[_IMAGES])
+  if single is not None:
+    single = finite_rows(single, f"{_FEATURES} of {path}")
+    if single.shape[1] != sizes["features"]:
+      raise ValueError(
+        f"{_FEATURES} of {path} have shape {single.shape}; {network.name} has {sizes['features']} "
+        "features: make it again with python -m ism_jax statistics."
+      )
   source = {"file": path, "sha256": files.sha256(path)}
   source |= {"protocol": protocol} if protocol else {}
   return scores.Statistics(moments, spatial, single), source

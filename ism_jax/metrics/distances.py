@@ -14,13 +14,15 @@ Axes: N, M samples, F (or D) features.
 import numpy as np
 import scipy.linalg
 
-from ism_jax.metrics.moments import feature_statistics, finite_rows
+from ism_jax.metrics.moments import Moments, feature_statistics, finite_rows
 
 # Rows and columns of one tile of pairwise distances in `precision_recall`.
 _TILE = 4096
 # Rounding moves a squared distance that is computed from products by up to 5 eps of the sum of the
 # squared norms (measured, 2048 features in float32). Distances closer than this are ties.
 _TIE = 16
+# Rows of a resample that are in memory at once.
+_RESAMPLED_ROWS = 65_536
 
 
 def frechet_distance(a, b):
@@ -30,6 +32,9 @@ def frechet_distance(a, b):
   symmetric and positive semi-definite, so the trace of the root is the sum of the roots of its
   eigenvalues. L has as many columns as S_a has rank: singular covariances need no offset on the
   diagonal, and their zeros do not become roots of rounding errors.
+
+  It is biased: by chance alone sets of fewer samples are farther away, about in inverse proportion
+  to their number. Distances compare only between equal numbers of samples.
 
   Args:
     a, b: FeatureStatistics over the same F.
@@ -45,9 +50,20 @@ def frechet_distance(a, b):
   # Rounding leaves the zeros of a singular matrix slightly negative.
   trace_of_root = np.sqrt(np.maximum(eigenvalues, 0)).sum()
   traces = np.trace(a.covariance) + np.trace(b.covariance)
-  distance = np.sum((a.mean - b.mean) ** 2) + traces - 2 * trace_of_root
+  with np.errstate(over="ignore"):
+    distance = np.sum((a.mean - b.mean) ** 2) + traces - 2 * trace_of_root
+  if not np.isfinite(distance):
+    raise ValueError(
+      f"the Fréchet distance is {distance}: means are up to {_largest(a.mean, b.mean)} and "
+      f"covariances up to {_largest(a.covariance, b.covariance)}. Look at the images and at the "
+      "weights of the network."
+    )
   # The difference of equal traces can round to below zero.
   return float(max(distance, 0.0))
+
+
+def _largest(*arrays) -> str:
+  return f"{max(np.abs(array).max() for array in arrays):.3g}"
 
 
 def kernel_distance(
@@ -164,7 +180,10 @@ def bootstrap_floor(features, seed, repeats, count=None, real=None):
   """Mean and standard deviation of the Fréchet distance of a resample to all the features [N, F].
 
   A resample has rows drawn with replacement. A generator whose samples, as many, score no worse
-  than this cannot be told from the data by this distance.
+  than this cannot be told from the data by this distance. A set of another count needs the floor of
+  its count, which is about in inverse proportion to it. Of that floor, `count` of the features
+  themselves, each once, come to 1 - count / N; of the same source but not among them, to
+  1 + count / N, since the features themselves are there by chance too.
 
   Args:
     repeats: number of resamples, at least 2.
@@ -178,8 +197,10 @@ def bootstrap_floor(features, seed, repeats, count=None, real=None):
   real = real or feature_statistics(features)
   distances = []
   for _ in range(repeats):
-    resample = features[rng.integers(len(features), size=count or len(features))]
-    distances.append(frechet_distance(feature_statistics(resample), real))
+    resample, rows = Moments(), rng.integers(len(features), size=count or len(features))
+    for start in range(0, len(rows), _RESAMPLED_ROWS):
+      resample.update(features[rows[start : start + _RESAMPLED_ROWS]])
+    distances.append(frechet_distance(resample.statistics(), real))
   return float(np.mean(distances)), float(np.std(distances, ddof=1))
 
 

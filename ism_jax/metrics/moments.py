@@ -16,11 +16,17 @@ import scipy.special
 # Rows that are centred at once; of 2048 features they are 64 MiB in float64.
 _BLOCK_ROWS = 4096
 _SCORE_SEED = 2020  # torch-fidelity's
+# Of the largest variance (or entry): what rounding may do to a covariance. One of 2048 features in
+# float32 has eigenvalues down to -5e-6 of it, and in float64 far nearer to zero.
+_ROUNDING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-  """Mean [F] and unbiased (ddof=1) covariance [F, F] of `count` feature vectors."""
+  """Mean [F] and unbiased (ddof=1) covariance [F, F] of `count` feature vectors.
+
+  A covariance may be singular, and off by rounding in float32; what is none is a ValueError.
+  """
 
   mean: np.ndarray
   covariance: np.ndarray
@@ -34,6 +40,34 @@ class FeatureStatistics:
       )
     if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
       raise ValueError("mean or covariance holds NaN or infinity; make the statistics again.")
+    if fault := _covariance_fault(self.mean, self.covariance):
+      raise ValueError(f"{fault}: make the statistics again.")
+
+
+def _covariance_fault(mean, covariance) -> str:
+  """What keeps finite moments from being those of feature vectors; "" where nothing does."""
+  variances, largest = np.diagonal(covariance), np.abs(covariance).max()
+  with np.errstate(over="ignore"):
+    if not np.isfinite(np.sum(mean**2) + (largest * len(mean)) ** 2):
+      largest = max(largest, np.abs(mean).max())
+      return f"mean or covariance goes to {largest:.3g}, whose square is not finite"
+  asymmetry = np.abs(covariance - covariance.T)
+  if asymmetry.max() > _ROUNDING * largest:
+    i, j = np.unravel_index(asymmetry.argmax(), asymmetry.shape)
+    return (
+      f"the covariance is not symmetric, with {covariance[i, j]:.6g} at [{i}, {j}] and "
+      f"{covariance[j, i]:.6g} at [{j}, {i}]"
+    )
+  shift = _ROUNDING * variances.max()
+  if variances.min() < -shift:
+    return f"the variance of feature {variances.argmin()} is negative, {variances.min():.6g}"
+  # With a little more variance there is a Cholesky factor, unless an eigenvalue is far below zero.
+  # That takes a tenth of the time of the eigenvalues.
+  shifted = covariance + shift * np.eye(len(mean))
+  if scipy.linalg.lapack.dpotrf(shifted, lower=1)[1] if shift > 0 else largest > 0:
+    smallest, *_, greatest = np.linalg.eigvalsh((covariance + covariance.T) / 2)
+    return f"the covariance has eigenvalues from {smallest:.6g} to {greatest:.6g}, some below 0"
+  return ""
 
 
 class Moments:
@@ -154,6 +188,8 @@ class InceptionScore:
     if self._added < self._total:
       raise ValueError(f"{self._added} samples were added of {self._total}; add the others.")
     counts = np.bincount(self._split_of, minlength=len(self._sums))
+    if not counts.all():
+      raise ValueError(f"{self._total} samples do not fill {len(counts)} splits; add samples.")
     marginal = self._sums / counts[:, None]
     # A class that no sample could be has no logarithm, and counts for nothing.
     entropy = -scipy.special.xlogy(marginal, marginal).sum(axis=1)

@@ -334,6 +334,22 @@ def test_files_that_are_no_reference_are_refused(tmp_path):
   refused(ValueError, r"mu of .* has shape \(3,\).*inception has 24", **good | {"mu": np.zeros(3)})
   refused(ValueError, r"sigma \(24, 3\)", **good | {"sigma": np.zeros((24, 3))})
   refused(ValueError, "NaN or infinity", **good | {"mu": np.full(24, np.nan)})
+  upper = np.triu(np.full((24, 24), 0.1)) + np.eye(24)
+  for message, sigma in (
+    ("covariance is not symmetric", upper),
+    ("covariance has eigenvalues from -3 to 21", np.ones((24, 24)) - 3 * np.eye(24)[::-1]),
+    ("variance of feature 3 is negative", np.diag(np.where(np.arange(24) == 3, -1.0, 1))),
+    ("covariance goes to 1e.300", 1e300 * np.eye(24)),
+    ("covariance is zero", np.zeros((24, 24))),
+  ):
+    named = (
+      rf"mu and sigma of .*reference\.npz are no mean and covariance: .*{message}.*ism_jax stat"
+    )
+    refused(ValueError, named, **good | {"sigma": sigma})
+  kept = np.zeros((9, 24), np.float32)
+  refused(ValueError, r"features of .* shape \(9, 3\)", **good, features=kept[:, :3])
+  kept[2] = np.nan
+  refused(ValueError, r"1 of 9 rows of features of .*reference\.npz", **good, features=kept)
   pathlib.Path(path).write_bytes(pathlib.Path(path).read_bytes()[:-50])
   refused(ValueError, "no npz file of statistics, or damaged")
 

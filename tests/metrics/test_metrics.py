@@ -155,6 +155,41 @@ def test_statistics_that_are_not_finite_are_an_error():
     gaussian(np.zeros(2), [[1.0, np.nan], [np.nan, 1.0]])
 
 
+NO_COVARIANCE = {
+  "goes to 1e.300, whose square is not finite": np.diag([1.0, 1e300, 1.0]),
+  r"not symmetric, with 0\.5 at \[0, 2\] and 0 at \[2, 0\]": [[1, 0, 0.5], [0, 1, 0], [0, 0, 1.0]],
+  "variance of feature 1 is negative, -0.01": np.diag([1.0, -0.01, 1.0]),
+  "variance of feature 2 is negative, -4": np.diag([-3.0, -3.0, -4.0]),
+  "has eigenvalues from -1 to 3, some below 0": [[1.0, 2, 0], [2, 1, 0], [0, 0, 1]],
+  "has eigenvalues from -1 to 1, some below 0": [[0.0, 1, 0], [1, 0, 0], [0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("message", NO_COVARIANCE)
+def test_what_is_no_covariance_is_an_error_that_says_why(message):
+  with pytest.raises(ValueError, match=message):
+    gaussian(np.zeros(3), NO_COVARIANCE[message])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_what_rounding_to_float32_does_to_a_singular_covariance_is_no_error(rng, scale):
+  a, b = (np.maximum(rng.normal(size=(30, 200)), 0) * np.logspace(0, -3, 200) for _ in "ab")
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    exact = [moments.feature_statistics(x) for x in (a, b)]
+  rounded = [np.float64(np.float32(s.covariance)) for s in exact]
+  assert min(np.linalg.eigvalsh(rounded[0])) < 0
+  rounded = [gaussian(s.mean * scale, c * scale**2) for s, c in zip(exact, rounded, strict=True)]
+  expected = scale**2 * distances.frechet_distance(*exact)
+  np.testing.assert_allclose(distances.frechet_distance(*rounded), expected, rtol=1e-3)
+
+
+def test_a_distance_that_is_not_finite_is_an_error_that_says_why():
+  a, b = (gaussian([x], [[1.0]]) for x in (1.2e154, -1.2e154))
+  with pytest.raises(ValueError, match=r"distance is inf: means are up to 1\.2e\+154 and covari"):
+    distances.frechet_distance(a, b)
+
+
 def moments_of(*batches):
   added = moments.Moments()
   for batch in batches:
@@ -427,6 +462,17 @@ def test_the_floor_of_a_gaussian_is_three_halves_of_its_variance_over_n(rng):
   mean, deviation = distances.bootstrap_floor(features, seed=0, repeats=1000)
   np.testing.assert_allclose(mean * n / sigma**2, 1.5, rtol=0.15)
   np.testing.assert_allclose(deviation * n / sigma**2, np.sqrt(2.5), rtol=0.2)
+
+
+def test_real_rows_are_at_about_one_floor_of_their_own_number(rng):
+  """Each once, at 1 - n/N, to the spread of the mean of 100 draws; in floors of all, at N/n - 1."""
+  real = rng.normal(size=(1000, 3))
+  statistics = moments.feature_statistics(real)
+  for n in (100, 300, 1000):
+    floor, _ = distances.bootstrap_floor(real, seed=0, repeats=200, count=n)
+    drawn = [moments.feature_statistics(rng.permutation(real)[:n]) for _ in range(100)]
+    mean = np.mean([distances.frechet_distance(s, statistics) for s in drawn])
+    assert mean / floor == pytest.approx(1 - n / 1000, abs=0.15)
 
 
 def test_the_floor_repeats_with_its_seed_and_only_with_it(rng):
