@@ -46,7 +46,9 @@ def effective_scale(velocity, x0, x1, c, key, *, d, w, null_class, t_interval):
     null_class: label of "no class".
     t_interval: of the network's training: the rollout is guided where training was.
   Returns:
-    (1 + g, relative residual of the match).
+    (1 + g, relative residual of the match). A scale at an end of `SCALES` is not matched at all.
+  Raises:
+    FloatingPointError: the jump, or its rollout at every scale, is zero or not finite.
   """
   n = len(c)
   jump, guided_by = jnp.full(n, d), jnp.full(n, w)
@@ -69,6 +71,12 @@ def effective_scale(velocity, x0, x1, c, key, *, d, w, null_class, t_interval):
   best = scipy.optimize.minimize_scalar(
     lambda s: float(mismatch(s)), bounds=bounds, method="bounded", options={"xatol": 1e-3}
   )
+  if not np.isfinite(best.fun):
+    raise FloatingPointError(
+      f"a jump of {d:g} at w={w:g} has no effective guidance: it, or its rollout in steps of "
+      "1/128, is zero or not finite. The network has diverged, or was not trained: use another "
+      "checkpoint."
+    )
   return float(np.exp(best.x)), float(best.fun)
 
 

@@ -46,6 +46,15 @@ def test_the_scale_that_a_jump_was_built_with_is_found(key, d, t_interval):
   assert residual < 1e-4
 
 
+@pytest.mark.parametrize("speed", [0.0, np.nan])
+def test_a_network_without_a_jump_has_no_effective_guidance(key, speed):
+  x0, x1 = jax.random.normal(key, (2, 4, 2, 2, 1))
+  still = lambda x, t, c, d, w: jnp.full_like(x, speed)
+  setting = {"d": 1 / 64, "w": 0.5, "null_class": NULL, "t_interval": 0.0}
+  with pytest.raises(FloatingPointError, match=r"jump of 0\.015625 at w=0\.5 has no effective"):
+    diagnosis.effective_scale(still, x0, x1, jnp.zeros(4, int), key, **setting)
+
+
 def test_a_rollout_is_the_sum_of_its_fine_steps(key):
   """x' = a x in 4 steps of 1/128, by hand."""
   x = jax.random.normal(key, (2, 2, 2, 1))
