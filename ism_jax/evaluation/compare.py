@@ -55,6 +55,10 @@ def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
     scale, residual = diagnosis.effective_scale(*jumps, key_start, d=d, w=w, **training)
     message = "%s: a jump of %g has effective CFG scale %.2f (residual %.4f)."
     logging.info(message, run.workdir, d, scale, residual)
+    if not 1.01 * diagnosis.SCALES[0] < scale < diagnosis.SCALES[1] / 1.01:
+      logging.warning(
+        "That is an end of the scales that are searched: no guidance matches the jump."
+      )
     scales.append(scale)
   return scales
 
@@ -179,7 +183,8 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
     f"# {content['dataset']}",
     "",
     f"{content['distance_is']}, on {network['features']}. Mean ± standard deviation over training "
-    "seeds.",
+    f"seeds. All are of {content['num_images']} samples; distances of other numbers do not compare "
+    "with them.",
     "",
   ]
   for s in dict.fromkeys((0.0, w)):
@@ -190,7 +195,12 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
     value = f"{floor['mean']:.3f} ± {floor['sd']:.3f}"
     lines += [f"The floor is the distance of {floor['is']}, {value}.", ""]
   if yardsticks:
-    distances = (f"{name} {score['distance']:.2f}" for name, score in yardsticks.items())
+    others = lambda score: (
+      f" ({count} images)"
+      if (count := score.get("num_images", content["num_images"])) != content["num_images"]
+      else ""
+    )
+    distances = (f"{name} {s['distance']:.2f}{others(s)}" for name, s in yardsticks.items())
     lines += [
       f"Yardsticks: {', '.join(distances)}.",
       "",
@@ -247,6 +257,7 @@ def compare(
   content = {
     "dataset": report["config"]["data"]["name"],
     "w": w,
+    "num_images": report["config"]["evaluation"]["num_images"],
     "network": report["networks"][0],
     "distance_is": summary.distance_is(report),
     "yardsticks": {

@@ -45,11 +45,15 @@ def straightness(exp: Experiment, params, w: float, seed: int) -> float:
   return float(jax.jit(deviation)(x0, c, strength))
 
 
-def load_reference(exp: Experiment, mesh) -> reference_lib.Reference:
-  """The reference, on this process's devices of the mesh: what it scores needs no other process."""
+def load_reference(exp: Experiment, mesh, num_images: int | None = None) -> reference_lib.Reference:
+  """The reference, on this process's devices of the mesh: what it scores needs no other process.
+
+  Args:
+    exp, mesh, num_images: as of `reference.Reference`.
+  """
   local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
   mesh = mesh if len(local) == mesh.size else sharding.data_mesh(local)
-  return reference_lib.Reference(exp, mesh)
+  return reference_lib.Reference(exp, mesh, num_images)
 
 
 def check(config) -> None:
@@ -113,15 +117,18 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
       files.write_whole(path(PARTIAL), json.dumps(partial))
       logging.info("%d steps, w=%g, seed %d: %s.", steps, w, seed, format_scores(result["scores"]))
   # 128 steps of all paths on every device: affordable for small networks.
-  straight = [
-    {"w": w, "deviation_from_chord": straightness(exp, params, w, ev.seeds[0])}
-    for w in (ev.w if reference.images else ())
-  ]
+  straight = []
+  for w in ev.w if reference.images else ():
+    deviation = straightness(exp, params, w, ev.seeds[0])
+    if np.isfinite(deviation):
+      straight.append({"w": w, "deviation_from_chord": deviation})
+    else:
+      logging.warning("Paths of 128 steps at w=%g diverge: their straightness is left out.", w)
   if jax.process_index() != 0:
     return None
   report = header | {
     "results": [results[setting] for setting in settings],
-    "yardsticks": reference.yardsticks(),
+    "yardsticks": reference.yardsticks(ev.num_images),
     "straightness": straight,
     "config": files.as_dict(config),
   }
@@ -142,8 +149,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   exp, mesh = experiment.parse(config), sharding.data_mesh(jax.local_devices())
   samples = samples_lib.open(path)
   files.check_writable(workdir)
-  reference = load_reference(exp, mesh)
-  reference.check_count(samples.count)
+  reference = load_reference(exp, mesh, samples.count)
   reference.check_enough(f"{path} with {samples.count} images", samples.count)
   reference.check_images(path, samples.image_shape, samples.labels)
   batches = samples.batches(exp.evaluation.batch_size)
@@ -156,8 +162,9 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
     )
   logging.info("%s: %s.", path, format_scores(result["scores"]))
   report = {"samples": path, "sha256": samples.protocol()["sha256"], "labels": "as given"}
-  report |= {"unreadable": unreadable} | protocol(mesh, reference, samples.count - len(unreadable))
-  report |= {"results": [result], "yardsticks": reference.yardsticks()}
+  count = samples.count - len(unreadable)
+  report |= {"unreadable": unreadable} | protocol(mesh, reference, count)
+  report |= {"results": [result], "yardsticks": reference.yardsticks(count)}
   report["config"] = files.as_dict(config)
   write_report(workdir, report)
   return report
@@ -176,7 +183,7 @@ def protocol(mesh, reference: reference_lib.Reference, num_images: int) -> dict:
         "held_out_accuracy": n.held_out_accuracy,
         "reference": reference.sources[n.name],
         "reference_images": reference.statistics[n.name].features.count,
-        "floor": reference.floors.get(n.name),
+        "floor": reference.floor(n.name, num_images),
       }
       for n in reference.networks
     ],

@@ -23,7 +23,8 @@ class Monitor:
   """Samples of `config.monitor`, looked at and perhaps scored against the reference; seed 0.
 
   Few samples are farther from the reference by chance: these distances compare with each other, not
-  with those of an evaluation.
+  with those of an evaluation of more samples. In floors of their own number neither: where chance
+  is larger, a difference is fewer floors.
   """
 
   def __init__(self, exp: Experiment, mesh, workdir: str):
@@ -34,9 +35,9 @@ class Monitor:
       latents.check_vae(exp.data.dir, generate.load_vae(exp.data.vae))
     # On one device: scores are made by the first process, without the others.
     one_device = sharding.data_mesh(jax.local_devices()[:1])
-    self._reference = Reference(exp, one_device) if exp.monitor.score else None
+    count = exp.monitor.num_images
+    self._reference = Reference(exp, one_device, count) if exp.monitor.score else None
     if self._reference:
-      count = exp.monitor.num_images
       self._reference.check_enough(f"monitor.num_images={count}", count, brief=True)
     # One call draws them all; samples beyond num_images fill the mesh and are dropped.
     self._count = -(-exp.monitor.num_images // mesh.size) * mesh.size

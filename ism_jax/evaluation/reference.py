@@ -7,7 +7,6 @@ yardsticks beside the distances, frequencies, and how near samples are to what w
 Axes: N images, H/W size, C channels, F features, S spatial features, K kept features.
 """
 
-import functools
 import io
 import json
 import os
@@ -147,13 +146,18 @@ class Reference:
     networks: those of `evaluation.networks`, in that order.
     statistics: {network: of the real images}.
     sources: {network: where they are from}.
-    floors: {network: {"mean", "sd", "is"}}, Fréchet distances of real images to real images, for
-      the networks that are made of the dataset.
     images: `DatasetImages`, or None where the reference is files.
   """
 
-  def __init__(self, exp: Experiment, mesh):
-    self._mesh, ev = mesh, exp.evaluation
+  def __init__(self, exp: Experiment, mesh, num_images: int | None = None):
+    """Reads or makes it.
+
+    Args:
+      exp: the experiment.
+      mesh: of devices that see the images.
+      num_images: of the samples that are to be judged, default `evaluation.num_images`.
+    """
+    self._mesh, self._floors, self._drawn_from, ev = mesh, {}, {}, exp.evaluation
     reference_files, weights = ev.reference_files(), ev.weight_files()
     if not reference_files and exp.data.vae:
       raise ValueError(
@@ -175,11 +179,17 @@ class Reference:
     for network in self.networks:
       if network.held_out_accuracy is not None:
         logging.info("The features are %s.", network.what)
+        guess = np.bincount(real.training[1]).max() / len(real.training[1])
+        if network.held_out_accuracy <= guess:
+          logging.warning(
+            f"The classifier is right on {network.held_out_accuracy:.3f} of the images it was not "
+            f"trained on, and the most frequent class is {guess:.3f} of all: it tells no classes "
+            "apart, and its numbers mean little. evaluation.networks=random needs no classes."
+          )
     if reference_files:
       contents = {n.name: read(reference_files[n.name], n, mesh) for n in self.networks}
       self.statistics = {name: statistics for name, (statistics, _) in contents.items()}
       self.sources = {name: source for name, (_, source) in contents.items()}
-      self.floors = {}
     else:
       tallies = {n.name: scores.Tally(n, len(real.reference), keep=KEPT) for n in self.networks}
       seen = features.of_batches(self.networks, mesh, features.in_batches(real.reference))
@@ -189,23 +199,55 @@ class Reference:
       self.statistics = {name: tally.statistics() for name, tally in tallies.items()}
       source = {"split": ev.reference_split, "images": len(real.reference)}
       self.sources = dict.fromkeys(tallies, source)
-      made_of_it = (n for n in self.networks if n.name in OF_THE_DATASET)
-      self.floors = {n.name: self._floor(n, ev.num_images) for n in made_of_it}
-    self.check_count(ev.num_images)
+    self._warn_of_count(num_images or ev.num_images)
 
-  def _floor(self, network, count):
-    real = self.statistics[network.name]
-    floor = functools.partial(distances.bootstrap_floor, seed=0, repeats=FLOOR_REPEATS)
-    if self.images.held_out:
-      seen = features.of_images(network, self._mesh, self.images.training[0])
-      (mean, sd), what = floor(seen, count=count, real=real.features), f"{count} training images"
-    else:
-      (mean, sd), what = floor(real.kept), "a bootstrap resample of the real images"
-    return {"mean": mean, "sd": sd, "is": what}
+  def floor(self, name: str, count: int) -> dict | None:
+    """The Fréchet distance to the reference that `count` real images have by chance.
 
-  def check_count(self, num_images: int) -> None:
+    They are drawn with replacement from those trained on: of the reference itself, a bootstrap
+    resample, or where the reference is another split, images that are not in it. Distances of
+    `count` samples are measured in this unit and in no other: by chance alone those of fewer are
+    larger.
+
+    Args:
+      name: of the network.
+      count: of images.
+    Returns:
+      {"mean", "sd", "count", "is"} of `FLOOR_REPEATS` draws; None for a network that is not made of
+      the dataset, or that sees no difference between its images.
+    """
+    if not self.images or name not in OF_THE_DATASET:
+      return None
+    if (name, count) not in self._floors:
+      self._floors[name, count] = self._draw_floor(name, count)
+    return self._floors[name, count]
+
+  def _draw_floor(self, name, count):
+    real = self.statistics[name]
+    if name not in self._drawn_from:
+      (network,) = (n for n in self.networks if n.name == name)
+      self._drawn_from[name] = (
+        features.of_images(network, self._mesh, self.images.training[0])
+        if self.images.held_out
+        else real.kept
+      )
+    mean, sd = distances.bootstrap_floor(
+      self._drawn_from[name], seed=0, repeats=FLOOR_REPEATS, count=count, real=real.features
+    )
+    if mean <= 1e-12 * np.trace(real.features.covariance):
+      logging.warning("To %s all real images are alike: its distances have no floor.", name)
+      return None
+    what = "training images" if self.images.held_out else "images drawn from the reference"
+    return {"mean": mean, "sd": sd, "count": count, "is": f"{count} {what}"}
+
+  def _warn_of_count(self, num_images: int) -> None:
     """Warns of distances that would mean little, after hours of sampling."""
     for name, real in self.statistics.items():
+      if 0 < real.features.count <= len(real.features.mean):
+        logging.warning(
+          f"The reference of {name} is of {real.features.count} images, which do not determine the "
+          f"covariance of its {len(real.features.mean)} features: make it of more."
+        )
       if num_images <= (size := len(real.features.mean)):
         logging.warning(
           f"{num_images} samples do not determine the covariance of {size} features of {name}: the "
@@ -252,13 +294,18 @@ class Reference:
     judging.leave_out(len(unreadable))
     return judging.result()
 
-  def yardsticks(self) -> dict[str, dict]:
-    """`Judging.result` of real images and of bad ones; none where there are no images."""
+  def yardsticks(self, num_images: int) -> dict[str, dict]:
+    """`Judging.result` of real images and of bad ones, with their number as "num_images".
+
+    None where there are no images; as many as the samples that they stand beside, see
+    `DatasetImages.yardsticks`.
+    """
     if not self.images:
       return {}
     results = {
       name: self.judge(features.in_batches(images), len(images), labels)
-      for name, (images, labels) in self.images.yardsticks().items()
+      | {"num_images": len(images)}
+      for name, (images, labels) in self.images.yardsticks(num_images).items()
     }
     # Among those trained on, a real image would be its nearest neighbour itself.
     real = next(iter(results.values()))
@@ -319,7 +366,7 @@ class Judging:
     result = {"scores": {}}
     for name, tally in self._tallies.items():
       values = tally.scores(self._reference.statistics[name], labelled=self._labelled)
-      if floor := self._reference.floors.get(name):
+      if floor := self._reference.floor(name, self._added):
         values["times_floor"] = values["frechet_distance"] / floor["mean"]
       result["scores"][name] = values
     if self._images:
@@ -337,8 +384,7 @@ class DatasetImages:
   Attributes:
     training: (uint8 [N, H, W, C], labels [N]).
     reference: uint8 [N, H, W, C], of `evaluation.reference_split`.
-    held_out: whether that is another split than the one trained on. Then a floor is the distance of
-      training images to the reference; else that of a bootstrap resample of it.
+    held_out: whether that is another split than the one trained on.
     spectrum, bands: of the reference, see `spectra`.
     flat: float64 [N, H W C], the training images.
     cache_dir: of judges.
@@ -354,15 +400,18 @@ class DatasetImages:
     self.cache_dir = os.path.join(data.directory(exp.data), "judges")
     self.spectrum = spectra.radial_power(self.reference)
     self.bands = spectra.band_energies(self.reference)
-    self._num_images, self.num_classes = exp.evaluation.num_images, exp.data.num_classes
+    self.num_classes = exp.data.num_classes
     self.flat = _flat(self.training[0])
 
-  def yardsticks(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{name: (images, labels)}: real images first, then bad ones."""
+  def yardsticks(self, num_images: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{name: (images, labels)}: real images first, then bad ones.
+
+    They are the reference itself, or of another split `num_images`, as far as there are.
+    """
     rng = np.random.default_rng(0)
     images, labels = self.training
-    if self.held_out:  # as many as there are samples; otherwise the reference itself
-      chosen = rng.permutation(len(images))[: self._num_images]
+    if self.held_out:
+      chosen = rng.permutation(len(images))[:num_images]
       images, labels = images[chosen], labels[chosen]
     class_means = np.stack([images[labels == c].mean(0) for c in range(self.num_classes)])
     n, h, w, _ = images.shape

@@ -60,6 +60,11 @@ def as_markdown(report: dict) -> str:
   if of_checkpoint:
     protocol += [f"labels: {report['labels']}", f"rounding: {report['rounding']}"]
   lines += ["", "; ".join(protocol) + "."]
+  lines += [
+    "",
+    "Fréchet distances, as they are or in floors, compare only with those of as many samples: "
+    "by chance alone fewer are farther away.",
+  ]
   if report["reference_spectrum"]:
     lines += [
       "",
@@ -98,6 +103,8 @@ def _describe_network(network: dict) -> str:
 
 def _row(report: dict, result: dict, name: str = "") -> dict[str, str]:
   """{column: cell} of a result."""
+  if (count := result.get("num_images", report["num_images"])) != report["num_images"]:
+    name += f" ({count} images)"
   row = {"samples": name} if name or "steps" not in result else {}
   row |= {k: f"{result[k]:g}" for k in SETTING if k in result}
   for (network, metric), (column, form) in _COLUMNS.items():
@@ -108,9 +115,9 @@ def _row(report: dict, result: dict, name: str = "") -> dict[str, str]:
         row[column] += f" ± {form.format(values[f'{metric}_sd'])}"
   if "spectrum" in result:
     octave = spectra.finest_octave(result["spectrum"])
-    octave /= spectra.finest_octave(report["reference_spectrum"])
     row["nearest neighbour"] = f"{result['nearest_neighbour']:.3f}"
-    row["high frequencies"] = f"{octave:.2f}"
+    if real := spectra.finest_octave(report["reference_spectrum"]):  # 0 of images of one grey each
+      row["high frequencies"] = f"{octave / real:.2f}"
   if speed := result.get("images_per_second"):
     row["images/s"] = f"{speed['drawn']:.4g}"
     if report["vae"]:

@@ -93,7 +93,8 @@ def over_real(result: dict, report: dict) -> dict:
   metrics["distance"] = headline.get("times_floor", headline["frechet_distance"])
   if "accuracy" in scores.get("classifier", {}):
     metrics["accuracy"] = scores["classifier"]["accuracy"]
-  if "spectrum" in result:
+  # Images of one grey each have no power to compare with.
+  if "spectrum" in result and min(report["reference_spectrum"] + report["reference_bands"]) > 0:
     for name in ("spectrum", "bands"):
       metrics[name] = (np.array(result[name]) / np.array(report[f"reference_{name}"])).tolist()
     octave, real = map(finest_octave, (result["spectrum"], report["reference_spectrum"]))
@@ -125,7 +126,20 @@ def jump_losses(entries: Sequence[dict]) -> dict[str, float]:
 
 
 def check_comparable(reports: dict[str, dict]) -> None:
-  """Raises ValueError if the runs {workdir: report} are not judged against the same images."""
+  """Raises ValueError if the runs {workdir: report} are not judged against the same images.
+
+  Or if one's distances are in floors of another number of images, as they once were.
+  """
+  for workdir, report in reports.items():
+    network = report["networks"][0]
+    floor = network["floor"] or {}
+    is_of_all = "count" not in floor and "bootstrap" in floor.get("is", "")
+    if is_of_all and network["reference_images"] != report["num_images"]:
+      raise ValueError(
+        f"{workdir} has distances of {report['num_images']} samples in floors of "
+        f"{network['reference_images']} images, by an earlier version: evaluate it again with "
+        f"python -m ism_jax evaluate --workdir={workdir}."
+      )
   for key in COMPARABLE:
     by_value = collections.defaultdict(list)
     for workdir, report in reports.items():

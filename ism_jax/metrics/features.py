@@ -75,7 +75,10 @@ def random(images, mesh) -> Network:
   unscaled = Network("random", "", "", params, apply)
   features = of_images(unscaled, mesh, images)
   what = f"{features.shape[1]} features of a fixed network at random weights"
-  return dataclasses.replace(unscaled, what=what, params=params | {"scale": features.std(0)})
+  deviation = features.std(0)
+  # A feature that all images share has only rounding, which is not to be blown up.
+  scale = np.where(deviation > 1e-6 * np.abs(features).max(0), deviation, np.float32(1))
+  return dataclasses.replace(unscaled, what=what, params=params | {"scale": scale})
 
 
 def published(name: str, weights: str = "") -> Network:

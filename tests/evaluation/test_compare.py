@@ -159,6 +159,34 @@ def test_runs_on_different_images_are_refused_by_name(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_floors_of_another_number_of_images_are_refused(tmp_path):
+  """As evaluations had them before a floor was of the number of the samples."""
+  workdir = write_run(tmp_path / "old", [result(1, 0.5, 2.0)])
+  report = summary.read_report(workdir) | {"num_images": 500}
+  (network,) = report["networks"]
+  network |= {"reference_images": 1797}
+  network["floor"]["is"] = "a bootstrap resample of the real images"
+  with pytest.raises(
+    ValueError, match=r"old has .* 500 samples in floors of 1797 .* evaluate --wo"
+  ):
+    summary.check_comparable({workdir: report})
+  summary.check_comparable({workdir: report | {"num_images": 1797}})
+  network["floor"]["count"] = 500
+  summary.check_comparable({workdir: report})
+
+
+def test_a_yardstick_of_another_number_of_images_says_so(tmp_path):
+  workdir = write_run(tmp_path / "a", [result(1, 0.5, 2.0)])
+  report = summary.read_report(workdir)
+  report["yardsticks"] = {
+    name: result(0, 0, 9.0) | {"num_images": count} for name, count in (("x", 1797), ("y", 60))
+  }
+  (tmp_path / "a" / "evaluation.json").write_text(json.dumps(report))
+  run_compare([workdir], tmp_path / "out")
+  text = (tmp_path / "out" / "comparison.md").read_text()
+  assert "All are of 1797 samples" in text and "Yardsticks: x 9.00, y 9.00 (60 images)." in text
+
+
 def test_a_guidance_that_no_run_was_evaluated_at_is_refused(tmp_path):
   workdir = write_run(tmp_path / "a", [result(1, 0.0, 1.0), result(1, 1.0, 1.0)])
   with pytest.raises(ValueError, match=r"evaluated at --w=0\.5; there are \[0\.0, 1\.0\]"):

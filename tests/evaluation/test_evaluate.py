@@ -187,6 +187,38 @@ def test_too_few_samples_for_a_covariance_are_a_warning_before_sampling(mesh, ca
   assert "50 samples do not determine the covariance of 64 features" in caplog.text
 
 
+@pytest.mark.parametrize(
+  ("name", "split"), [("classifier", "train"), ("random", "train"), ("classifier", "train[1000:]")]
+)
+def test_real_images_are_at_about_one_floor_whatever_their_number(mesh, name, split):
+  """Of the reference, and where it is another split, of the images trained on."""
+  exp = experiment.parse(config_of(networks=name, reference_split=split))
+  reference = references.Reference(exp, mesh)
+  images, labels = reference.images.training
+  rng = np.random.default_rng(1)
+  times_floor = lambda rows: reference.score(images[rows], labels[rows])[name]["times_floor"]
+  for count in (100, 200, 500, len(images)):
+    assert reference.floor(name, count)["count"] == count
+    drawn = rng.integers(len(images), size=count)
+    assert times_floor(drawn) == pytest.approx(1, abs=0.3), count
+  if split == "train":
+    # 200 different digits are a ninth of this reference, and a little nearer than drawn ones.
+    chosen = rng.permutation(len(images))[:200]
+    assert times_floor(chosen) == pytest.approx(1 - 200 / len(images), abs=0.3)
+  assert reference.floor(name, 200) is reference.floor(name, 200)
+
+
+def test_a_row_of_another_number_of_images_says_so(mesh, tmp_path):
+  images = np.random.default_rng(0).integers(256, size=(70, 8, 8, 1), dtype=np.uint8)
+  np.savez(tmp_path / "a.npz", arr_0=images)
+  report = evaluate.evaluate_samples(config_of(), str(tmp_path), str(tmp_path / "a.npz"))
+  (network,) = report["networks"]
+  assert network["floor"]["count"] == 70 and report["yardsticks"]["noise"]["num_images"] == 1797
+  text = (tmp_path / "evaluation.md").read_text()
+  assert "| noise (1797 images) |" in text and "Floor: the Fréchet distance of 70 images" in text
+  assert "compare only with those of as many samples" in text
+
+
 def test_too_few_images_for_a_metric_are_an_error_before_anything_is_drawn(
   workdir, mesh, tmp_path, monkeypatch
 ):
