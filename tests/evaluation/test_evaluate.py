@@ -197,7 +197,8 @@ def test_real_images_are_at_about_one_floor_whatever_their_number(mesh, name, sp
   images, labels = reference.images.training
   rng = np.random.default_rng(1)
   times_floor = lambda rows: reference.score(images[rows], labels[rows])[name]["times_floor"]
-  for count in (100, 200, 500, len(images)):
+  # More features than the classifier's take longer.
+  for count in (100, 200, 500, len(images)) if name == "classifier" else (500,):
     assert reference.floor(name, count)["count"] == count
     drawn = rng.integers(len(images), size=count)
     assert times_floor(drawn) == pytest.approx(1, abs=0.3), count
