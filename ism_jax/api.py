@@ -72,7 +72,7 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{folder / sit.CONFIG} is none that python -m ism_jax export writes "
-      f"({type(error).__name__}: {error})."
+      f"({type(error).__name__}: {error}). Export it again."
     ) from error
   exp = experiment_lib.parse(config)
   if exp.data.vae and (folder / "vae" / vae_lib.WEIGHTS).is_file():
@@ -235,7 +235,7 @@ class Model:
     classes = self.experiment.data.num_classes
     labels = _one_each("labels", np.arange(n) % classes if labels is None else labels, n)
     if labels.dtype.kind not in "iu":
-      raise ValueError(f"labels are {labels.dtype}; needed are whole numbers.")
+      raise ValueError(f"labels are {labels.dtype}; give whole numbers.")
     if labels.min() < 0 or labels.max() > classes:
       raise ValueError(
         f"labels run from {labels.min()} to {labels.max()}; classes are 0 to {classes - 1}, and "

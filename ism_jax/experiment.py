@@ -234,7 +234,7 @@ def _build(config_class, values, prefix: str = ""):
   if unknown := sorted(set(values.keys()) - names):
     raise ValueError(
       f"config has unknown key {', '.join(prefix + k for k in unknown)}; "
-      f"{prefix.rstrip('.') or 'it'} has {', '.join(sorted(names))}."
+      f"{prefix.rstrip('.') or 'it'} has {', '.join(sorted(names))}. Use one of them."
     )
   required = {field.name for field in fields if field.default is dataclasses.MISSING}
   if missing := sorted(required - set(values.keys())):

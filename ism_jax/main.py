@@ -56,9 +56,9 @@ def main(arguments):
   if mode == "sample" and out is None:
     raise app.UsageError("sample needs --out=FILE.npz, the file to write.")
   if mode != "sample" and out is not None:
-    raise app.UsageError("--out goes with sample.")
+    raise app.UsageError("--out goes with sample: leave it out.")
   if mode != "evaluate" and samples is not None:
-    raise app.UsageError("--samples goes with evaluate.")
+    raise app.UsageError("--samples goes with evaluate: leave it out.")
   if mode == "train" and config is None:
     raise app.UsageError("train needs --config, such as --config=configs/digits.py.")
   if workdir is None:

@@ -32,7 +32,7 @@ def parse_files(option: str, value: str, names) -> dict[str, str]:
     if name not in names or not path or name in files:
       raise ValueError(
         f"{option}={value!r}: {entry!r} is no NETWORK=FILE of one of the networks "
-        f"{', '.join(names)}, once each."
+        f"{', '.join(names)}, once each. Write {names[0]}=FILE."
       )
     files[name] = path
   return files
@@ -84,13 +84,13 @@ class EvaluationConfig:
     if wrong := [name for name in names if name not in NAMES]:
       raise ValueError(f"{networks}: {wrong[0]!r} is unknown; known are {', '.join(NAMES)}.")
     if len(set(names)) < len(names):
-      raise ValueError(f"{networks} names a network twice.")
+      raise ValueError(f"{networks} names a network twice: name each once.")
     files = self.reference_files()
     of_dataset = [name for name in names if name in OF_THE_DATASET]
     if of_dataset and (wrong := of_dataset if files else self.weight_files().keys() & of_dataset):
       raise ValueError(
         f"{networks}: {', '.join(wrong)} is made of the dataset and takes no file of weights or "
-        "reference statistics."
+        "reference statistics: leave evaluation.weights and evaluation.reference empty."
       )
     if files and (missing := [name for name in names if name not in files]):
       raise ValueError(

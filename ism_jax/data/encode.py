@@ -108,7 +108,7 @@ def encode(
           else:
             raise FloatingPointError(
               f"the moments of {name} are not finite in float16: the VAE's weights are damaged, or "
-              "not those of a VAE for images in [-1, 1]."
+              "not those of a VAE for images in [-1, 1]. Name others by --vae."
             )
           progress.add(1, unreadable=crop.reason is not None)
   return settings

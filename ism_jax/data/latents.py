@@ -225,7 +225,8 @@ def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
   if not totals["images"]:
     name, reason = next(iter(unreadable.items()))
     raise ValueError(
-      f"none of the {len(unreadable)} images could be read; the first is {name}: {reason}."
+      f"none of the {len(unreadable)} images could be read; the first is {name}: {reason}. "
+      "Replace them."
     )
   content = dataclasses.asdict(settings) | totals
   content |= {

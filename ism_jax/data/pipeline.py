@@ -190,7 +190,7 @@ def load_source(cfg: DataConfig, split="train"):
   """
   if cfg.name == latents.NAME:
     if split != "train":
-      raise ValueError(f"latents have no split {split!r}: what is in data.dir is 'train'.")
+      raise ValueError(f"latents have no split {split!r}: set evaluation.reference_split=train.")
     return latents.Latents(cfg)
   builder = tfds_builder(cfg.name, cfg.dir)
   image, label = image_and_label(cfg.name, builder.info.features, one_size=True)
@@ -279,6 +279,6 @@ def image_and_label(name, features, one_size=False):
     raise ValueError(
       f"dataset {name!r} {'does not fit' if one_size else 'is not one of classified images'}: "
       f"needed are 'image', uint8 [H, W, C]{' of one size' if one_size else ''}, and 'label', a "
-      f"ClassLabel. It has {textwrap.shorten(str(features), 500)}."
+      f"ClassLabel. It has {textwrap.shorten(str(features), 500)}. Name another dataset."
     )
   return image, label

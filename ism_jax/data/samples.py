@@ -89,7 +89,7 @@ def open(path: str, num_threads: int | None = None) -> ImageSet:
       "folder of image files."
     )
   if images.count < 2:
-    raise ValueError(f"{path} holds {images.count} image: statistics need at least 2.")
+    raise ValueError(f"{path} holds {images.count} image: statistics need at least 2. Name more.")
   return images
 
 
@@ -187,7 +187,7 @@ def _images_of(path, arrays) -> _Array:
       remedy = "the last axis must be the channels"
     raise ValueError(f"{what}, and [N, H, W, 1 or 3] is needed; {remedy}.")
   if 0 in images.shape:
-    raise ValueError(f"{what}: there are no images.")
+    raise ValueError(f"{what}: there are no images. Name a file or folder of some.")
   if images.fortran_order:
     raise ValueError(
       f"{what} in Fortran order, which cannot be read image by image: save np.ascontiguousarray(x)."

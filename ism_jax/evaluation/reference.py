@@ -62,7 +62,9 @@ def _load(path, names=None) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in names or file.files if name in file}
   except Exception as error:  # zipfile and NumPy have many errors for damage
-    raise ValueError(f"{path} is no npz file of statistics, or damaged ({error}).") from error
+    raise ValueError(
+      f"{path} is no npz file of statistics, or damaged ({error}). Make it again."
+    ) from error
 
 
 def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
@@ -84,7 +86,8 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
   if names is None:
     raise ValueError(
       f"{path} holds {', '.join(sorted(arrays))}; needed are "
-      f"{' or '.join(' and '.join(names) for names in _MOMENTS)}, a mean and a covariance."
+      f"{' or '.join(' and '.join(names) for names in _MOMENTS)}, a mean and a covariance. "
+      "python -m ism_jax statistics makes such a file."
     )
   protocol = read_protocol(path)
   made_with = (protocol.get("network", network.name), protocol.get("weights", network.sha256))
@@ -100,7 +103,8 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
     if mean.shape != (size,) or covariance.shape != (size, size):
       raise ValueError(
         f"{names[0]} of {path} has shape {mean.shape} and {names[1]} {covariance.shape}; "
-        f"{network.name} has {size} features: needed are [{size}] and [{size}, {size}]."
+        f"{network.name} has {size} features: needed are [{size}] and [{size}, {size}]. Make it "
+        f"with {network.name}."
       )
     try:
       mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
@@ -270,7 +274,7 @@ class Reference:
     if classes and labels is not None and not 0 <= labels.min() <= labels.max() < classes:
       raise ValueError(
         f"the labels of {path} run from {labels.min()} to {labels.max()}; the dataset's are 0 to "
-        f"{classes - 1}."
+        f"{classes - 1}: write them as those."
       )
 
   def score(self, images, labels) -> dict[str, dict]:

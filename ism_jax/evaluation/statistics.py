@@ -105,7 +105,8 @@ def compute(
     name, reason = next(iter(unreadable.items()))
     raise ValueError(
       f"{images.source}: {len(unreadable)} of {images.count} images could not be read, "
-      f"and statistics need at least 2; the first is {name}: {reason}."
+      f"and statistics need at least 2; the first is {name}: {reason}. Replace "
+      "them."
     )
   for tally in tallies.values():
     tally.leave_out(len(unreadable))
@@ -216,7 +217,8 @@ def _image_set(args) -> ImageSet:
   for name, goes_with in (("size", "images"), ("tfds_dir", "images"), ("split", "config")):
     if args[name].present and goes_with != sources[0]:
       raise ValueError(
-        f"--{name} only goes with --{goes_with}; images of --{sources[0]} are taken as they are."
+        f"--{name} only goes with --{goes_with}: leave it out. Images of --{sources[0]} are taken "
+        "as they are."
       )
   if sources[0] == "images":
     return of_images(args.images, args.tfds_dir, args.size, args.num_threads)
@@ -233,7 +235,7 @@ def _network_files(named: str, weights: str) -> dict[str, str]:
       f"--networks={named}: {wrong[0]!r} is unknown; known are {', '.join(features.PUBLISHED)}."
     )
   if len(set(names)) < len(names):
-    raise ValueError(f"--networks={named} names a network twice.")
+    raise ValueError(f"--networks={named} names a network twice: name each once.")
   return dict.fromkeys(names, "") | parse_files("--weights", weights, names)
 
 

@@ -64,7 +64,7 @@ def read_run(workdir: str, report: dict) -> Run:
   """A run from its evaluation.json and metrics.jsonl."""
   path = os.path.join(workdir, "metrics.jsonl")
   if not os.path.exists(path):
-    raise FileNotFoundError(f"{path} is missing: {workdir} is not where the run was trained.")
+    raise FileNotFoundError(f"{path} is missing: name the folder where the run was trained.")
   with open(path, encoding="utf-8") as f:
     return as_run(report, workdir, [json.loads(line) for line in f])
 

@@ -270,7 +270,9 @@ def load(folder, device="cpu", dtype=None) -> SiT:
   try:
     model.load_state_dict(read_safetensors(path), assign=True)
   except RuntimeError as error:  # it lists all keys
-    raise ValueError(f"{path} is not of the network of {config_path}: {error}") from error
+    raise ValueError(
+      f"{path} is not of the network of {config_path}: {error} Copy both again."
+    ) from error
   return model.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -289,7 +291,7 @@ def read_config(path) -> Config:
   names = [field.name for field in dataclasses.fields(Config)]
   if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
     lacks = f"lacks {', '.join(missing)}" if isinstance(values, dict) else "holds no object"
-    raise ValueError(f"{path} {lacks}: it is no config of an export.")
+    raise ValueError(f"{path} {lacks}: it is no config of an export. Export it again.")
   return Config(**{name: values[name] for name in names})
 
 

@@ -265,7 +265,9 @@ def setting(exp: Experiment, iterations: int, rounds: int) -> dict:
       f"{exp.coupling.max_iterations}."
     )
   if rounds < 1:
-    raise ValueError(f"--greedy_rounds={rounds}: a permutation takes at least one round.")
+    raise ValueError(
+      f"--greedy_rounds={rounds}: a permutation takes at least one round: give 1 or more."
+    )
   initialise = lambda key: model.init_params(key, exp.network(), exp.image_shape)
   parameters = jax.eval_shape(initialise, jax.random.key(0))
   return {
@@ -404,9 +406,9 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "What is compiled.", lock_config=True)
   flags.DEFINE_list("topology", None, "TPU topologies: v5e:8x8,v4:4x4x4,2xv5e:16x16")
   flags.DEFINE_string("out", None, "Folder to write aot.json and aot.md to.")
-  positive = functools.partial(flags.DEFINE_integer, lower_bound=1, upper_bound=10**6)
-  positive("sinkhorn_iterations", SINKHORN_ITERATIONS, "Assumed of a solve.")
-  positive("greedy_rounds", GREEDY_ROUNDS, "Assumed of a permutation.")
+  number = functools.partial(flags.DEFINE_integer, upper_bound=10**6)
+  number("sinkhorn_iterations", SINKHORN_ITERATIONS, "Assumed of a solve.")
+  number("greedy_rounds", GREEDY_ROUNDS, "Assumed of a permutation.")
   flags.mark_flags_as_required(["config", "topology"])
 
 

@@ -504,11 +504,11 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
   exp, mesh = experiment.parse(config), sharding.data_mesh(devices)
   rows = rows or exp.batch_size
   if repeats < 1:
-    raise ValueError(f"--repeats={repeats} must be at least 1.")
+    raise ValueError(f"--repeats={repeats} must be at least 1: give more.")
   if not 0 < rows <= exp.batch_size:
     raise ValueError(f"--rows={rows}: give 1 to batch_size={exp.batch_size}.")
   if bad := [k for k in pools if k < 1]:
-    raise ValueError(f"--pools={bad}: a pool has at least one batch.")
+    raise ValueError(f"--pools={bad}: a pool has at least one batch: give 1 or more.")
   for size in pools:
     experiment.check_pairs(size, exp.batch_size)
   if pools and exp.coupling.coupling == "independent":

@@ -89,5 +89,7 @@ def describe(name: str) -> Topology:
     devices = topologies.get_topology_desc(f"{form[2]}:{form[3]}", "tpu", **options).devices
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-    raise ValueError(f"topology {name!r} does not exist; libtpu says: {reason}") from None
+    raise ValueError(
+      f"topology {name!r} does not exist; name another. libtpu says: {reason}"
+    ) from None
   return Topology(name, shape, slices, chip, tuple(devices))

@@ -260,7 +260,7 @@ def restore_tree(manager, name, like, step=None):
   if name not in saved:
     raise ValueError(
       f"the state in {manager.directory}/{step} has no {name!r}; "
-      f"it has: {', '.join(sorted(saved))}."
+      f"it has: {', '.join(sorted(saved))}. Name one of them."
     )
   return _read_arrays(manager, step, {name: saved[name]}, {name: like}, checksums)[name]
 
@@ -281,7 +281,7 @@ def _existing_step(manager, step):
     return steps[-1]
   if step not in steps:
     raise FileNotFoundError(
-      f"no checkpoint of step {step} in {manager.directory}; there are: {steps}."
+      f"no checkpoint of step {step} in {manager.directory}; there are: {steps}. Name one of them."
     )
   return step
 
