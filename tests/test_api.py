@@ -161,6 +161,8 @@ def test_latents_are_decoded():
     ({"num_images": 2, "batch_size": 0}, r"batch_size=0: give a whole number in \[1, 1e6\]"),
     ({"noise": np.zeros((2, 8, 8, 3))}, r"needed is \(2, 8, 8, 1\)"),
     ({"num_images": 2, "steps": 3}, "off the trained grid"),
+    ({"num_images": 2, "seed": 2**32}, r"seed=4294967296: give a whole number in \[0, 2\^32\)"),
+    ({"num_images": 2, "w": np.nan}, "w=nan: give a number"),
     ({"num_images": 2, "w": -1.0}, r"w=-1.0: give a number in \[0, 100\]"),
   ],
 )

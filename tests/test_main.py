@@ -60,7 +60,7 @@ def test_a_run_is_trained_continued_evaluated_sampled_and_compared(environment, 
   work = tmp_path / "work"
   at = f"--workdir={work}"
   code, said = ism(environment, at, *SMALL)
-  assert code == 0 and "step 8/8: " in said, said
+  assert code == 0 and "step 8/8: " in said and "learning rate reaches 4 %" in said, said
   code, said = ism(environment, at, *SMALL, "--config.steps=12")
   assert code == 0 and "Continuing from step 8" in said and "step 12/12" in said, said
   # Without --config, the checkpoint's is used, with what is overridden.

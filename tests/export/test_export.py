@@ -712,11 +712,14 @@ def test_pytorch_refuses_what_the_network_was_not_trained_for(pytorch, ours, tra
     ((x0, 0, float("nan")), "w is negative or beyond 100"),
     ((x0, 0, float("inf")), "w is negative or beyond 100"),
     ((x0, 0, 0.5, 10**12), r"steps=10{12} is no schedule"),
+    ((x0, 0, 0.5, "1e999999999,1/2"), "is no schedule"),
   ):
     with pytest.raises(ValueError, match=message):
       ours.sample(module, *args)
   with pytest.raises(ValueError, match="count=0 must be at least 1"):
     ours.draw_noise(module, 0, seed=0)
+  with pytest.raises(ValueError, match="seed=4294967297 would draw the noise of seed 1"):
+    ours.draw_noise(module, 2, seed=2**32 + 1)
   with pytest.raises(FloatingPointError, match="samples are not finite"):
     ours.sample(module, x0 * float("nan"), 0)
   # What JAX's sampler takes.

@@ -75,6 +75,16 @@ def test_a_locale_without_a_letter_loses_no_text(monkeypatch):
       'objectiv. Did you mean "objective"',
     ),
     (("sample", "--config=configs/digits.py"), "Error: sample needs --out"),
+    (
+      ("train", "--config=configs/digits.py", "--config.variant=sm"),
+      "only rename the run: a variant sets many values, and is chosen behind a colon, "
+      "--config=configs/digits.py:sm.",
+    ),
+    (
+      ("encode", "--images=I", "--out=O", "--size=99999999999"),
+      "an integer in the range [1, 8192]",
+    ),
+    (("train", "--config=configs/digits.py", "--config.steps=1.5"), "configs/base.py has one."),
   ],
 )
 def test_what_is_wrong_with_a_command_line_is_one_line(arguments, error):
