@@ -44,15 +44,12 @@ def check(name: str, value, kind) -> None:
     _check_tuple(name, value, typing.get_args(kind), declared)
     return
   allowed, needed = _KINDS[kind]
-  if fits := isinstance(value, allowed) and isinstance(value, bool) == (kind is bool):
-    if isinstance(declared, tuple):
-      if value not in declared:
-        raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(declared)}.")
-    elif declared:
-      fits = contains(declared, value)
-  if not fits:
-    within = f" in {declared}" if declared and not isinstance(declared, tuple) else ""
-    raise ValueError(f"{name}={value!r}: give {needed}{within}.")
+  known, interval = (declared, "") if isinstance(declared, tuple) else ((), declared or "")
+  fits = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
+  if fits and known and value not in known:
+    raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(known)}.")
+  if not fits or (interval and not contains(interval, value)):
+    raise ValueError(f"{name}={value!r}: give {needed}{interval and f' in {interval}'}.")
 
 
 def split(kind) -> tuple:

@@ -249,7 +249,7 @@ def compare(
   rows, report = summary.group(runs), reports[workdirs[0]]
   path = functools.partial(os.path.join, out)
   if w not in (evaluated := sorted({r["w"] for run in runs for r in run.results})):
-    raise ValueError(f"no run was evaluated at --w={w:g}; give one of {evaluated}.")
+    raise ValueError(f"no run was evaluated at --w={w:g}; there are {evaluated}: give one of them.")
   for size in pools:
     experiment.check_pairs(size, report["config"]["batch_size"])
   # Before what takes minutes: it may have nothing to show.
