@@ -8,7 +8,7 @@ setuptools.setup(
   description='JAX reference implementation of "Improved Training Technique for Shortcut Models"',
   license="Apache-2.0",
   url="https://github.com/_OWNER_/_REPOSITORY_",
-  python_requires=">=3.11,<3.13",
+  python_requires=">=3.11,<3.14",
   packages=setuptools.find_packages(include=["ism_jax*", "configs*"]),
   package_data={"ism_jax": ["py.typed"]},
   entry_points={"console_scripts": ["ism-jax = ism_jax.__main__:main"]},
@@ -22,7 +22,7 @@ setuptools.setup(
     "flax>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
     "huggingface-hub>=1.0,<3",  # downloads weights
-    "jax>=0.10.2,<0.12",
+    "jax>=0.10.2,<0.13",
     "jaxwt==0.1.1",
     "matplotlib>=3.9",
     "ml-collections>=1.1",
@@ -64,10 +64,10 @@ setuptools.setup(
     ],
     "torch": ["torch>=2.13", "diffusers>=0.38,<0.43"],  # runs what ism_jax.export writes
     # Compiles for TPUs that are not there; the libtpu that goes with this JAX, and no other.
-    "aot": ["jax[tpu]>=0.10.2,<0.12"],
+    "aot": ["jax[tpu]>=0.10.2,<0.13"],
     "check": ["scikit-image>=0.25,<0.27"],  # the photographs of launch/check.sh
-    "tpu": ["jax[tpu]>=0.10.2,<0.12", "etils[epath-gcs]>=1.9"],  # workdirs on gs:// besides
-    "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13", "etils[epath-gcs]>=1.9"],  # workdirs on gs:// besides
+    "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     "tensorboard": ["tensorboard>=2.18"],
   },
 )

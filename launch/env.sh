@@ -5,7 +5,7 @@
 #   absolute PATH         PATH, seen from the folder the script was called in
 #   ensure_env EXTRAS     makes .venv (or uses $ISM_JAX_VENV), with the package and EXTRAS installed
 #
-# PYTHON names the interpreter of a new environment (default python3; 3.11 or 3.12).
+# PYTHON names the interpreter of a new environment (default python3; 3.11 to 3.13).
 called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 VENV="${ISM_JAX_VENV:-$PWD/.venv}"
@@ -39,8 +39,8 @@ _installed() {
 _install() {
   local python="${PYTHON:-python3}"
   if ! "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then
-    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
-      echo "Error: $("$python" --version) is not 3.11 or 3.12; set PYTHON to one that is." >&2
+    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+      echo "Error: $("$python" --version) is not 3.11, 3.12 or 3.13; set PYTHON to one that is." >&2
       exit 1
     }
     "$python" -m venv "$VENV"

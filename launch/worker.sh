@@ -19,21 +19,21 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 run_dir="${ISM_JAX_RUN:-$HOME/ism_jax_run}"
 
 # Cloud TPU images come with Python 3.10, which JAX does not support any more. A Python is fit if it
-# is 3.11 or 3.12 and can make environments, which Debian's needs a package for.
+# is 3.11 to 3.13 and can make environments, which Debian's needs a package for.
 fit() {
   "$1" -c 'import ensurepip, sys, venv
-sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2> /dev/null
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null
 }
 
 find_python() {
   local python
-  for python in ${PYTHON:+"$PYTHON"} python3.12 python3.11 python3; do
+  for python in ${PYTHON:+"$PYTHON"} python3.12 python3.11 python3.13 python3; do
     if command -v "$python" > /dev/null && fit "$python"; then
       PYTHON="$python"
       return
     fi
   done
-  echo "No fit Python 3.11 or 3.12 here: installing one with uv ..." >&2
+  echo "No fit Python 3.11 to 3.13 here: installing one with uv ..." >&2
   # The variable is for system Pythons that refuse packages; older pips do not know it as a flag.
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   python3 -m uv python install --quiet 3.12
