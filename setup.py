@@ -63,6 +63,8 @@ setuptools.setup(
       "nbformat>=5.10,<6",
     ],
     "torch": ["torch>=2.13", "diffusers>=0.38,<0.43"],  # runs what ism_jax.export writes
+    "demo": ["gradio>=6.31,<7"],  # the page
+    "browser": ["playwright>=1.60,<2"],  # looks at the page in the tests; brings no browser
     # Compiles for TPUs that are not there; the libtpu that goes with this JAX, and no other.
     "aot": ["jax[tpu]>=0.10.2,<0.13"],
     "check": ["scikit-image>=0.25,<0.27"],  # the photographs of launch/check.sh

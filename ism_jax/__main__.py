@@ -15,6 +15,7 @@ COMMANDS = {
   "encode": Command("data.encode", "turns images into latents to train on"),
   "statistics": Command("evaluation.statistics", "makes the statistics of real images, for FID"),
   "compare": Command("evaluation.compare", "puts evaluated runs side by side"),
+  "demo": Command("demo.serve", "serves a page to try a trained network"),
   "export": Command("export.pytorch", "writes a checkpoint for PyTorch"),
   "stablehlo": Command("export.stablehlo", "writes a sampler that needs JAX alone"),
   "aot": Command("performance.aot", "compiles training for TPUs that are not there"),

@@ -4,6 +4,7 @@
 #
 #   absolute PATH         PATH, seen from the folder the script was called in
 #   ensure_env EXTRAS     makes .venv (or uses $ISM_JAX_VENV), with the package and EXTRAS installed
+#   ensure_all            the same, with all that the whole test suite needs
 #
 # PYTHON names the interpreter of a new environment (default python3; 3.11 to 3.13).
 called_from="$PWD"
@@ -27,6 +28,18 @@ ensure_env() {
     ) 8> "$VENV.lock"
   fi
   PATH="$VENV/bin:$PATH"
+}
+
+ensure_all() {
+  ensure_env test,interop,aot,check,notebooks,demo,browser
+  [ -z "$(type -P chromium chromium-browser google-chrome)" ] || return 0
+  if [ "$(id -u)" = 0 ] && type -P apt-get > /dev/null; then
+    echo "Installing chromium ..."
+    { apt-get update -qq && apt-get install -y -qq chromium; } > /dev/null
+  else
+    echo "Error: the tests of the page need chromium or google-chrome on the PATH." >&2
+    return 1
+  fi
 }
 
 # Whether the environment works, and was installed by this setup.py, with these extras.

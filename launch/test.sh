@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 # new one in its place, xdist waits for ever for the tests of the file that the old one was at.
 together=(-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
 if [ "${1:-}" = --all ]; then
-  ensure_env test,interop,aot,check,notebooks
+  ensure_all
   shift
   exec python -m pytest "${together[@]}" "$@"
 fi

@@ -23,6 +23,7 @@ ORDER = [
   ["evaluation"],
   ["export", "performance", "train"],
   ["api", "main"],
+  ["demo"],
 ]
 # Copied into exports; nothing here imports them.
 IN_PYTORCH = PACKAGE / "export" / "ism_pytorch.py"

@@ -1,0 +1,58 @@
+"""The page of a trained network: what it draws, and how the command ends."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+from examples import random_params, tiny_config
+import numpy as np
+import pytest
+
+import ism_jax
+from ism_jax import experiment
+from ism_jax import state as state_lib
+from ism_jax.demo import serve
+from ism_jax.runtime import checkpoints, files
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder, config = tmp_path_factory.mktemp("run"), tiny_config()
+  exp = experiment.parse(config)
+  params = random_params(exp.network(), exp.image_shape)
+  state = state_lib.create(params, state_lib.optimizer(exp.optimizer, exp.total_steps))
+  with checkpoints.open_manager(folder, keep=1) as manager:
+    checkpoints.save(manager, 4, state, {}, files.as_dict(config))
+  return folder
+
+
+def test_the_page_draws_what_the_network_samples(workdir):
+  model = ism_jax.load(str(workdir))
+  sampler = serve.sampler(model)
+  noise, labels, w = sampler.noise(3, 7), np.array([2, 0, 1]), np.float32([0.0, 1.5, 0.3])
+  expected, _ = model.sample(3, seed=7, labels=labels, steps=2, w=w, batch_size=3)
+  np.testing.assert_array_equal(sampler.draw(noise, labels, "2", w), expected)
+  assert len(sampler.classes) == model.experiment.data.num_classes
+  with pytest.raises(ValueError, match="off the trained grid"):
+    sampler.draw(noise, labels, "5", w)
+
+
+def test_the_command_serves_until_it_is_interrupted_and_refuses_a_port_in_use(workdir):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, "-m", "ism_jax", "demo", f"--source={workdir}", f"--port={port}"]
+  with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    said = next(line for line in server.stderr if "open http" in line)
+    address = re.search(r"http://127\.0\.0\.1:\d+/", said)[0]
+    with urllib.request.urlopen(address) as answer:
+      assert b"gradio" in answer.read()
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 1 and "give another --port" in second.stderr.splitlines()[-1]
+    server.send_signal(signal.SIGINT)
+    assert "Traceback" not in server.stderr.read()
