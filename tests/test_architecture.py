@@ -28,6 +28,7 @@ ORDER = [
 # Copied into exports; nothing here imports them.
 IN_PYTORCH = PACKAGE / "export" / "ism_pytorch.py"
 COPIED = {IN_PYTORCH: {"torch"}, PACKAGE / "export" / "pipeline.py": {"torch", "diffusers"}}
+PAGE = PACKAGE / "demo" / "page.py"  # copied too, and the demo's; runs beside Gradio
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
@@ -113,7 +114,7 @@ def test_what_judges_samples_or_exports_does_not_train():
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_module_imports_tensorflow_or_torch(path):
   packages = {name.partition(".")[0] for name in imports(path)}
-  assert not packages & {"tensorflow", "torch"} - COPIED.get(path, set())
+  assert not packages & {"tensorflow", "torch"} - (COPIED | {PAGE: {"torch"}}).get(path, set())
   assert not imported_modules(path) & {name_of(copied) for copied in COPIED}
 
 
@@ -147,8 +148,13 @@ def test_the_pipeline_imports_nothing_of_ours():
   assert packages - sys.stdlib_module_names == COPIED[path]
 
 
+def test_the_page_needs_only_gradio_and_what_it_brings():
+  top = {name.partition(".")[0] for name in imports(PAGE)} - sys.stdlib_module_names
+  assert top == {"gradio", "numpy", "PIL", "torch", "ism_pytorch"}  # the last two within a Space
+
+
 def test_everything_is_imported_without_tensorflow_and_torch_and_touches_no_device():
-  modules = [f"ism_jax.{name}" for name in MODULES if MODULES[name] not in COPIED]
+  modules = [f"ism_jax.{name}" for name in MODULES if MODULES[name] not in {*COPIED, PAGE}]
   script = (
     # As where they are not installed: tensorboardX takes torch where it is.
     "import importlib, sys\n"

@@ -10,6 +10,7 @@ Axes: N images, H/W size, C channels.
 from collections.abc import Callable
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import tempfile
@@ -20,6 +21,7 @@ import gradio
 import numpy as np
 from PIL import Image
 
+PAPER = "[arXiv:2510.21250](https://arxiv.org/abs/2510.21250)"
 STEPS = tuple(2**k for k in range(8))
 MOST = 64  # images at a time
 FRAMES = 9  # of an interpolation
@@ -231,6 +233,13 @@ def _grid(images: np.ndarray, columns: int, scale: int = 1) -> Image.Image:
   return grid
 
 
+def class_labels(count: int, names=None) -> tuple[str, ...]:
+  """A text for each class, by its number and the names, if it has them: "tench (0)"."""
+  if not names:
+    return tuple(map(str, range(count)))
+  return tuple(f"{name.partition(',')[0]} ({i})" for i, name in enumerate(names))
+
+
 def of_export(folder) -> Sampler:
   """The network of an export, in PyTorch: what a Space runs."""
   import ism_pytorch
@@ -239,6 +248,8 @@ def of_export(folder) -> Sampler:
   device = "cuda" if torch.cuda.is_available() else "cpu"
   model = ism_pytorch.load(folder, device)
   config = model.config
+  settings = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
+  names = settings.get("id2label")
 
   def draw(noise, labels, steps, w):
     x0 = torch.as_tensor(noise, device=device)
@@ -247,11 +258,10 @@ def of_export(folder) -> Sampler:
 
   return Sampler(
     title="Few-step samples",
-    about="A network in PyTorch, trained with ism_jax ([arXiv:2510.21250]"
-    "(https://arxiv.org/abs/2510.21250)).",
+    about=f"A network trained with ism_jax ({PAPER}), in PyTorch.",
     noise=lambda count, seed: ism_pytorch.draw_noise(model, count, seed).cpu().numpy(),
     draw=draw,
-    classes=tuple(map(str, range(config.num_classes))),
+    classes=class_labels(config.num_classes, names and [names[str(i)] for i in range(len(names))]),
     w=0.5 if config.guided else config.fixed_w,
     w_max=config.w_max if config.guided else config.fixed_w,
   )

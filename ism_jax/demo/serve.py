@@ -12,6 +12,7 @@ import importlib.util
 from absl import flags, logging
 
 from ism_jax import api
+from ism_jax.data import pipeline
 from ism_jax.runtime import commands
 
 
@@ -34,10 +35,10 @@ def sampler(model: api.Model):
 
   return page.Sampler(
     title=f"{exp.model.size} on {exp.data.name}",
-    about=f"`{exp.variant}`, the {model.about} ([arXiv:2510.21250](https://arxiv.org/abs/2510.21250)).",
+    about=f"`{exp.variant}`, the {model.about} ({page.PAPER}).",
     noise=model.noise,
     draw=draw,
-    classes=tuple(map(str, range(exp.data.num_classes))),
+    classes=page.class_labels(exp.data.num_classes, pipeline.class_names(exp.data)),
     w=exp.sample.w if guided else exp.objective.fixed_w,
     w_max=exp.objective.w_max if guided else exp.objective.fixed_w,
   )

@@ -1,14 +1,15 @@
 """Exports the parameters of a checkpoint to PyTorch.
 
   python -m ism_jax export --workdir=W --out=DIR [--tree=ema|target_ema|params]
-      [--dtype=float32|bfloat16] [--step=N]
+      [--dtype=float32|bfloat16] [--step=N] [--space]
 
 DIR works without this project. It gets `transformer/`, with a state dict that has the keys of SiT's
 code; `config.json`; `ism_pytorch.py`, the network and its sampler, which need only PyTorch; and
 `README.md`, a model card, with the evaluation in the workdir where that is of the same parameters.
 For diffusers there are `model_index.json`, `pipeline.py`, `scheduler/`, and of latents `vae/`, the
 autoencoder. It is written whole or not at all, and replaces nothing. Training begins with it by
---config.init_from=DIR.
+--config.init_from=DIR. With --space it is a Space of the Hugging Face hub too: `python app.py`
+serves the page of `python -m ism_jax demo` on PyTorch alone.
 """
 
 import json
@@ -35,6 +36,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 CODE = "ism_pytorch.py"
 PIPELINE = "pipeline.py"
 CARD = "README.md"
+_GRADIO = "6.31.0"  # that a Space gets; the tests run the page on it
 _VAE = "vae"  # the folder, and what names an autoencoder that is known on one machine only
 _CLASS = "ISMTransformer2DModel"
 _AUTO_MAP = {"auto_map": {"AutoModel": f"ism_pytorch.{_CLASS}"}}
@@ -45,7 +47,9 @@ _INDEX = _AUTO_MAP | {
 }
 
 
-def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = None) -> None:
+def export(
+  workdir: str, out: str, *, tree: str, dtype: str, step: int | None = None, space: bool = False
+) -> None:
   """Writes a checkpoint's parameters to a new folder; see the module's docstring.
 
   Args:
@@ -53,16 +57,25 @@ def export(workdir: str, out: str, *, tree: str, dtype: str, step: int | None = 
     tree: one of `restore.TREES`.
     dtype: one of `DTYPES`, of the file.
     step: of the checkpoint; None for the newest that is whole.
+    space: whether it is a Space of the hub, too.
   Raises:
     OSError: `out` is not empty or cannot be written. Otherwise as `restore.read`.
   """
   files.check_empty(out)
   trained = restore.read(workdir, tree, step=step)
-  write(trained, out, dtype=dtype, evaluation=read_evaluation(workdir, trained))
+  evaluation = read_evaluation(workdir, trained)
+  write(trained, out, dtype=dtype, evaluation=evaluation, space=space)
   logging.info("Wrote the %s to %s.", trained.about, out)
 
 
-def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = None) -> None:
+def write(
+  trained: Trained,
+  out: str,
+  *,
+  dtype: str,
+  evaluation: dict | None = None,
+  space: bool = False,
+) -> None:
   """Writes a new folder, as `export`; the evaluation is one that `read_evaluation` returns."""
   exp, vae = trained.exp, _autoencoder(trained.exp.data.vae)
   names = pipeline.class_names(exp.data)
@@ -75,6 +88,8 @@ def write(trained: Trained, out: str, *, dtype: str, evaluation: dict | None = N
     _write_weights(folder / sit.WEIGHTS, state)
     _copy_code(folder)
     _write_for_diffusers(folder, settings, vae)
+    if space:
+      _make_space(folder)
 
 
 def _autoencoder(name: str):
@@ -98,6 +113,16 @@ def _write_for_diffusers(folder, settings: dict, vae) -> None:
   if vae:
     _write_weights(folder / _VAE / vae_lib.WEIGHTS, vae_lib.state_dict(vae.params))
     _write_json(folder / _VAE / sit.CONFIG, vae_lib.diffusers_config(vae.cfg))
+
+
+def _make_space(folder) -> None:
+  """Adds the page, what it needs, and the header by which the hub knows a Space."""
+  page = pathlib.Path(__file__).parent.parent / "demo" / "page.py"
+  (folder / "app.py").write_bytes(page.read_bytes())
+  (folder / "requirements.txt").write_text("torch\ndiffusers\n", encoding="utf-8")
+  header, body = "---\n", (folder / CARD).read_text(encoding="utf-8")
+  space = f"title: Few-step samples\nsdk: gradio\nsdk_version: {_GRADIO}\napp_file: app.py\n"
+  (folder / CARD).write_text(header + space + body.removeprefix(header), encoding="utf-8")
 
 
 def _copy_code(folder) -> None:
@@ -289,6 +314,7 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   define_common_flags()
   flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the file.")
+  flags.DEFINE_bool("space", False, "Adds the page, so that it is a Space of the hub too.")
 
 
 def define_common_flags() -> None:
@@ -304,4 +330,5 @@ def main(argv):
   """Exports; see the module's docstring."""
   args = flags.FLAGS
   with commands.one_line_errors():
-    export(args.workdir, args.out, tree=args.tree, dtype=args.dtype, step=args.step)
+    options = {name: args[name].value for name in ("tree", "dtype", "step", "space")}
+    export(args.workdir, args.out, **options)

@@ -113,8 +113,9 @@ def test_what_is_wrong_is_said_and_the_page_goes_on(browser, url):
   wait_for(page, [[40, 20, 1]])
   page.get_by_label("w of each image").fill("1, much")
   page.get_by_text("give numbers: 0, 0.5, 1").wait_for()
+  page.get_by_label("w of each image").fill("1, 2")
+  wait_for(page, [[40, 40, 1], [40, 80, 61]])
   choose(page, "steps", "1/3,2/3")
-  page.get_by_label("w of each image").fill("")
   page.get_by_text("steps='1/3,2/3' is no schedule").wait_for()
 
 

@@ -1,5 +1,6 @@
 """The page of a trained network: what it draws, and how the command ends."""
 
+import pathlib
 import re
 import signal
 import socket
@@ -15,6 +16,7 @@ import ism_jax
 from ism_jax import experiment
 from ism_jax import state as state_lib
 from ism_jax.demo import serve
+from ism_jax.export import pytorch as torch_export
 from ism_jax.runtime import checkpoints, files
 
 pytestmark = pytest.mark.slow
@@ -40,6 +42,36 @@ def test_the_page_draws_what_the_network_samples(workdir):
   assert len(sampler.classes) == model.experiment.data.num_classes
   with pytest.raises(ValueError, match="off the trained grid"):
     sampler.draw(noise, labels, "5", w)
+
+
+def test_a_space_draws_in_pytorch_what_the_network_samples(workdir, tmp_path, monkeypatch, pytorch):
+  space = tmp_path / "space"
+  torch_export.export(str(workdir), str(space), tree="ema", dtype="float32", space=True)
+  header = (space / "README.md").read_text(encoding="utf-8").split("---")[1]
+  assert "\nsdk: gradio\n" in header and "\napp_file: app.py\n" in header
+  assert "\nlibrary_name: diffusers\n" in header and (space / "requirements.txt").is_file()
+  monkeypatch.syspath_prepend(space)
+  import app
+
+  assert pathlib.Path(app.__file__).parent == space
+  sampler = app.of_export(space)
+  labels, w = np.array([2, 0, 1]), np.float32([0.0, 1.5, 0.3])
+  noise = sampler.noise(3, 7)
+  model = ism_jax.load(str(workdir))
+  in_jax = np.transpose(noise, (0, 2, 3, 1))
+  expected, _ = model.sample(3, noise=in_jax, labels=labels, steps=2, w=w, batch_size=3)
+  images = sampler.draw(noise, labels, "2", w)
+  assert images.shape == expected.shape and np.ptp(images) > 100
+  np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
+  assert (sampler.w_max, len(sampler.classes)) == (3.5, 10)
+
+
+def test_classes_of_one_name_are_told_apart():
+  from ism_jax.demo import page
+
+  names = ["crane, a bird", "maillot", "crane"]
+  assert page.class_labels(3, names) == ("crane (0)", "maillot (1)", "crane (2)")
+  assert page.class_labels(2) == ("0", "1")
 
 
 def test_the_command_serves_until_it_is_interrupted_and_refuses_a_port_in_use(workdir):
