@@ -157,10 +157,11 @@ def _writing(manager, needed=None):
   except (OSError, ValueError) as e:  # ValueErrors are TensorStore's
     reason = re.search(r"[^:]+(?= \[os_error_code=)", str(e))
     reason = reason[0].strip() if reason else getattr(e, "strerror", None) or str(e)
-    manager.reload()
+    with contextlib.suppress(Exception):  # the storage may be away altogether
+      manager.reload()
+      if reason == os.strerror(errno.ENOSPC):
+        reason += _missing_room(manager, needed)
     step = manager.latest_step()
-    if reason == os.strerror(errno.ENOSPC):
-      reason += _missing_room(manager.directory, step, needed)
     safe = "None was written before: the same command begins anew"
     if step is not None:
       safe = f"That of step {step} is whole: the same command continues from it"
@@ -169,10 +170,11 @@ def _writing(manager, needed=None):
     ) from e
 
 
-def _missing_room(directory, step, needed):
-  folder = pathlib.Path(directory)
+def _missing_room(manager, needed):
+  folder = pathlib.Path(manager.directory)
   sizes = {path.name: _size(path) for path in folder.iterdir()}
-  needed = sizes.get(str(step), needed)  # as it was written, compressed, the last time
+  # As it was written, compressed, the last time.
+  needed = sizes.get(str(manager.latest_step()), needed)
   if needed is None:
     return ""
   # The remains of what was not finished go when the run begins again.
