@@ -74,8 +74,8 @@ def quiet_libraries() -> None:
   logging.set_verbosity(logging.INFO)
   # It also warns that a checkpoint opened for reading is opened for reading.
   expected = lambda record: any(s in str(record.msg) for s in ("read_only=True", "read only"))
-  # What fails while Orbax writes, it logs up to four times, with its trace, and raises as well.
-  raised = lambda record: record.exc_info and "orbax" in record.pathname
+  # What fails while Orbax writes, it and asyncio log often, with its trace; it is raised as well.
+  raised = lambda record: record.exc_info and "orbax" in f"{record.pathname} {record.msg}"
   logging.get_absl_handler().addFilter(
     lambda record: (
       ours(record) or (record.levelno >= 30 and not expected(record) and not raised(record))

@@ -444,12 +444,16 @@ manager.wait_until_finished()
 def test_a_failed_write_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
   """For want of room: no file may have more than a fifth of what the arrays take."""
   code = """
-import resource, signal, sys
+import logging, resource, sys, types
 from absl import app
 import numpy as np
 from ism_jax.runtime import checkpoints, commands
 def main(arguments):
   commands.quiet_libraries()
+  # As TensorStore and asyncio do for arrays that have not been written yet.
+  error = RuntimeError("Event loop is closed")
+  sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+  logging.getLogger("asyncio").error("of .../orbax/... never retrieved", exc_info=error)
   state = {f"w{i}": np.random.default_rng(i).random((100, 100)) for i in range(30)}
   with commands.one_line_errors():
     manager = checkpoints.open_manager(arguments[1], keep=3)
