@@ -424,7 +424,8 @@ def prepare(model, x0, c, w, steps):
   if config.guided and bool((w > config.w_max).any()):
     warnings.warn(f"w is beyond the trained maximum, w_max={config.w_max}.", stacklevel=4)
   longer = any(d > 0 for _, d in schedule)
-  if not config.guided and longer and bool((w != config.fixed_w).any()):
+  other = (w - config.fixed_w).abs() > 1e-6  # which a scale of 1 + w may round away
+  if not config.guided and longer and bool(other.any()):
     raise ValueError(
       f"this network has learnt the fixed guidance w={config.fixed_w} in its long steps. Use "
       f"w={config.fixed_w}, or {FINEST} steps."

@@ -288,6 +288,15 @@ def test_of_a_repository_the_files_that_diffusers_asks_for_suffice(
   assert not (snapshot / "ism_pytorch.py").exists()  # nor was it needed
 
 
+def test_a_fixed_guidance_that_float32_rounds_is_met(load, tmp_path):
+  config = tiny_config("sm")
+  config.objective.fixed_w = config.sample.w = config.monitor.w = 0.3
+  config.evaluation.w = (0.3,)
+  write(tmp_path / "out", config)
+  for scale in (None, 1.3):
+    assert load(tmp_path / "out")(3, guidance_scale=scale).images[0].size == (8, 8)
+
+
 @pytest.mark.parametrize("name", ["ism", "sm", "latents"])
 def test_the_cards_program_runs(pytorch, diffusers, exports, monkeypatch, name):
   monkeypatch.chdir(exports / name)
