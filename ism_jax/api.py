@@ -9,13 +9,8 @@ pixels themselves.
 
 import dataclasses
 import functools
-import json
-import pathlib
-import re
 
 from absl import flags, logging
-from etils import epath
-from huggingface_hub import snapshot_download
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +19,6 @@ from ism_jax import experiment as experiment_lib
 from ism_jax import generate, model, paths, ranges, restore, sampling, train
 from ism_jax.experiment import Experiment
 from ism_jax.export import stablehlo
-from ism_jax.pretrained import sit
-from ism_jax.pretrained import vae as vae_lib
-from ism_jax.pretrained.weights import cause_of
 from ism_jax.runtime import commands, sharding
 
 picture = generate.picture
@@ -47,7 +39,8 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
 
   Args:
     source: the workdir of a run; a folder that `python -m ism_jax export` wrote, or its safetensors
-      file; or the name of such an export on the Hugging Face hub, OWNER/NAME.
+      file; or the repository of such an export on the Hugging Face hub: OWNER/NAME, perhaps with
+      @REVISION behind it, or the address of its page.
     tree: of a workdir, the parameters that sample: "ema", "target_ema" or "params".
     step: of a workdir, the checkpoint; default the newest whole one.
     devices: that sample; default all.
@@ -56,61 +49,9 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
     ValueError: it is damaged, or does not fit its config.
   """
   _log_as_commands_do()
-  mesh, path = sharding.data_mesh(devices), epath.Path(source).expanduser()
-  if (path / "checkpoints").is_dir():
-    trained = restore.read(str(path), tree, step=step, mesh=mesh)
-    return Model(trained.exp, trained.params, mesh, trained.about)
-  if tree != "ema" or step is not None:
-    raise ValueError(
-      f"{source} is no workdir (it has no folder checkpoints), and an export holds one tree of one "
-      "step: leave tree and step out."
-    )
-  folder = _find_export(str(source))
-  try:
-    details = json.loads((folder / sit.CONFIG).read_text(encoding="utf-8"))
-    config, about = details["config"], restore.describe(details["tree"], details["step"])
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"{folder / sit.CONFIG} is none that python -m ism_jax export writes "
-      f"({type(error).__name__}: {error}). Export it again."
-    ) from error
-  exp = experiment_lib.parse(config)
-  if exp.data.vae and (folder / "vae" / vae_lib.WEIGHTS).is_file():
-    beside = dataclasses.replace(exp.data, vae=str(folder / "vae"))
-    exp = dataclasses.replace(exp, data=beside)
-  params = sit.load(folder, exp.network(), exp.image_shape)
-  return Model(exp, jax.device_put(params, sharding.replicated(mesh)), mesh, about)
-
-
-def _find_export(source: str) -> pathlib.Path:
-  """The folder of an export."""
-  path = pathlib.Path(source).expanduser()
-  weights = (sit.WEIGHTS, sit.OLDER_WEIGHTS)
-  for name in weights:
-    if path.as_posix().endswith(name) and path.is_file():
-      path = path.parents[name.count("/")]
-      break
-  if (path / sit.CONFIG).is_file():
-    return path
-  absent = lambda reason: FileNotFoundError(
-    f"{source}{reason}; needed is the workdir of a run with checkpoints, a folder that "
-    f"python -m ism_jax export wrote ({sit.CONFIG}, {sit.WEIGHTS}), or the name of one on the "
-    "Hugging Face hub."
-  )
-  if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-    raise absent(": there is no such model")
-  try:
-    folder = pathlib.Path(snapshot_download(source, allow_patterns=[sit.CONFIG, *weights, "vae/*"]))
-  # No network, no such repository: the hub's errors have no base in common, and the remedy is the
-  # same for all.
-  except Exception as error:
-    raise absent(
-      f": there is no such folder, and the Hugging Face hub did not give it ({cause_of(error)})"
-    ) from error
-  needed = (folder / sit.CONFIG, sit.weights_of(folder))
-  if missing := [str(file.relative_to(folder)) for file in needed if not file.is_file()]:
-    raise absent(f" on the Hugging Face hub has no {' and no '.join(missing)}")
-  return folder
+  mesh = sharding.data_mesh(devices)
+  trained = restore.read(str(source), tree, step=step, mesh=mesh)
+  return Model(trained.exp, trained.params, mesh, trained.about)
 
 
 def fit(config, workdir: str, devices=None) -> "Model":

@@ -193,18 +193,19 @@ def batches(
     yield Batch(images, labels[start : start + batch_size], sampled - began, decoding)
 
 
-def write_samples(config, workdir: str, out: str, devices=None) -> None:
+def write_samples(config, source: str, out: str, devices=None) -> None:
   """Draws `config.sample` into an npz for other evaluators: images arr_0, labels arr_1.
 
   Args:
     config: a ConfigDict of the run.
-    workdir: its folder; the samples are of the inference EMA in the newest checkpoint.
+    source: its workdir, of which the inference EMA in the newest checkpoint samples, or an export:
+      see `restore.read`.
     out: the npz.
     devices: that sample; default all.
   """
   files.check_writable(os.path.dirname(out))
   mesh = sharding.data_mesh(devices)
-  trained = restore.read(workdir, config=config, mesh=mesh)
+  trained = restore.read(source, config=config, mesh=mesh)
   exp, cfg = trained.exp, trained.exp.sample
   labels = class_labels(exp, cfg.num_images, cfg.seed)
   if cfg.label != -1:

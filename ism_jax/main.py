@@ -1,7 +1,7 @@
 """Trains, evaluates or samples.
 
   python -m ism_jax train --config=configs/digits.py [--workdir=W]
-  python -m ism_jax evaluate --workdir=W [--samples=FILE_OR_FOLDER]
+  python -m ism_jax evaluate --workdir=W [--out=DIR] [--samples=FILE_OR_FOLDER]
   python -m ism_jax sample --workdir=W --out=FILE.npz --config.sample.steps=4
 
 `python -m ism_jax.main --mode=train`, which may be left out, `--mode=evaluate` and `--mode=sample`
@@ -12,6 +12,10 @@ the config in the newest checkpoint. Without --workdir it is runs/ and the confi
 runs/digits-sm for configs/digits.py:sm. The same training command continues a run. Several
 processes are one run, on the same --workdir: see launch/README.md. Exit codes: 0 done, 1 an error,
 143 training that SIGTERM stopped after saving a checkpoint.
+
+Of weights alone, evaluate and sample take as --workdir a folder that python -m ism_jax export
+wrote, or what the Hugging Face hub has: OWNER/NAME, OWNER/NAME@REVISION, the address of its page.
+An evaluation then writes to --out, by default evaluations/OWNER-NAME.
 """
 
 import os
@@ -33,10 +37,16 @@ def define_flags(mode: str | None = None) -> None:
   config_flags.DEFINE_config_file(
     "config", None, "Config file, with a variant behind a colon: configs/digits.py:sm."
   )
-  flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
+  exports = "" if mode == "train" else " Or, not to train: an export, or its name on the hub."
+  flags.DEFINE_string("workdir", None, f"Folder of checkpoints, logs and results.{exports}")
   flags.DEFINE_enum("mode", mode or "train", [mode] if mode else MODES, "What to do.")
-  if mode in (None, "sample"):
-    flags.DEFINE_string("out", None, "When sampling: the npz file to write.")
+  if mode != "train":
+    purposes = {
+      "sample": "When sampling: the npz file to write.",
+      "evaluate": "When evaluating: folder of the results, by default the workdir.",
+    }
+    about = purposes[mode] if mode else " ".join(purposes.values())
+    flags.DEFINE_string("out", None, about)
   if mode in (None, "evaluate"):
     flags.DEFINE_string(
       "samples",
@@ -55,8 +65,8 @@ def main(arguments):
     raise app.UsageError(f"unknown arguments: {' '.join(arguments[1:])}.")
   if mode == "sample" and out is None:
     raise app.UsageError("sample needs --out=FILE.npz, the file to write.")
-  if mode != "sample" and out is not None:
-    raise app.UsageError("--out goes with sample: leave it out.")
+  if mode == "train" and out is not None:
+    raise app.UsageError("--out goes with sample and evaluate: leave it out.")
   if mode != "evaluate" and samples is not None:
     raise app.UsageError("--samples goes with evaluate: leave it out.")
   if mode == "train" and config is None:
@@ -65,6 +75,7 @@ def main(arguments):
     if config is None:
       raise app.UsageError("--workdir is missing: name the folder of a run, or its --config.")
     workdir = default_workdir(args["config"].config_filename)
+  source = workdir if args["workdir"].present else os.path.abspath(workdir)  # no name of the hub
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
   from ism_jax import generate, restore, train
@@ -73,18 +84,24 @@ def main(arguments):
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize_from_flags(preemption=mode == "train")
     logging.info("Workdir: %s", workdir)
+    if mode == "evaluate" and out is None:
+      # Whoever brings a config and samples needs no checkpoints.
+      own = restore.is_run(source) or (config is not None and samples is not None)
+      out = workdir if own else default_results(source)
+      if not own:
+        logging.info("Results: %s", out)
     if config is None:
-      config = override(restore.read_config(workdir), arguments)
+      config = override(restore.read_config(source), arguments)
     if mode == "train":
       if config.evaluation.at_end:
         evaluate.check(config)  # what is missing is missed now
       train.train(config, workdir)
     if samples is not None:
-      evaluate.evaluate_samples(config, workdir, samples)
+      evaluate.evaluate_samples(config, out, samples)
     elif mode == "evaluate" or (mode == "train" and config.evaluation.at_end):
-      evaluate.evaluate(config, workdir)
+      evaluate.evaluate(config, source, out=out or workdir)
     elif mode == "sample":
-      generate.write_samples(config, workdir, out)
+      generate.write_samples(config, source, out)
 
 
 def default_workdir(config: str) -> str:
@@ -92,6 +109,17 @@ def default_workdir(config: str) -> str:
   path, _, words = config.partition(":")
   name, _ = os.path.splitext(os.path.basename(path))
   return os.path.join("runs", "-".join([name, *filter(None, words.split(","))]))
+
+
+def default_results(export: str) -> str:
+  """Where an evaluation of an export goes: evaluations/OWNER-NAME, or evaluations/FOLDER."""
+  from ism_jax.pretrained import hub
+
+  path = os.path.abspath(os.path.expanduser(export))
+  name = os.path.basename(path)
+  if not os.path.exists(path) and (repository := hub.parse(export)):
+    name = "-".join(filter(None, (*repository.name.split("/"), repository.revision)))
+  return os.path.join("evaluations", name.replace("/", "-"))
 
 
 def override(saved: dict, arguments) -> ml_collections.ConfigDict:

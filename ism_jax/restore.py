@@ -1,4 +1,4 @@
-"""A trained network, read from the workdir of a run.
+"""A trained network, read from the workdir of a run or from an export.
 
 Only the parameters are read: no optimizer is built, and nothing depends on where training had its
 state.
@@ -6,11 +6,15 @@ state.
 
 import dataclasses
 import functools
+import json
+import pathlib
 
+from etils import epath
 import jax
 
 from ism_jax import experiment, model
 from ism_jax.experiment import Experiment
+from ism_jax.pretrained import hub, sit, vae
 from ism_jax.runtime import checkpoints, files, sharding
 
 TREES = {  # of the train state
@@ -18,14 +22,19 @@ TREES = {  # of the train state
   "target_ema": "target EMA",
   "params": "online parameters",
 }
+_VAE = f"vae/{vae.WEIGHTS}"  # of an export that has its autoencoder beside it
+_NEEDED = (
+  "Needed is the workdir of a run (python -m ism_jax train makes one), a folder that python -m "
+  f"ism_jax export wrote ({sit.CONFIG}, {sit.WEIGHTS}), or its repository on the Hugging Face hub."
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-  """One parameter tree of a checkpoint.
+  """One parameter tree of a checkpoint, or that of an export.
 
   Attributes:
-    config: the config in the checkpoint, a nested dict.
+    config: the config in the checkpoint or export, a nested dict.
     tree: one of `TREES`.
     params: the tree, a nested dict of arrays.
   """
@@ -47,33 +56,59 @@ def describe(tree: str, step: int) -> str:
   return f"{TREES[tree]}, step {step}"
 
 
+def is_run(source: str) -> bool:
+  """Whether a source is the workdir of a run, with checkpoints."""
+  if source.partition("://")[0] in hub.SCHEMES:  # which epath would ask for files
+    return False
+  return (epath.Path(source).expanduser() / "checkpoints").is_dir()
+
+
 def read(
-  workdir: str, tree: str = "ema", *, step: int | None = None, config=None, mesh=None
+  source: str, tree: str = "ema", *, step: int | None = None, config=None, mesh=None
 ) -> Trained:
   """Reads a parameter tree, and nothing else of the state.
 
   Args:
-    workdir: folder of the run.
-    tree: one of `TREES`.
-    step: of the checkpoint; None for the newest that is whole.
+    source: the workdir of a run; an export, its folder or file of weights; or what `hub.parse`
+      takes for the repository of an export.
+    tree: of a workdir, one of `TREES`.
+    step: of a workdir, the checkpoint; None for the newest that is whole.
     config: a ConfigDict that the run is continued with, such as the checkpoint's own with other
       settings of an evaluation; None for the checkpoint's own.
     mesh: the parameters are on each of its devices; None for the first device of this process.
   Raises:
-    FileNotFoundError: no such checkpoint.
+    FileNotFoundError: nothing of the kind is at `source`, or no such checkpoint.
     ValueError: it is damaged, or is one of another run than that of `config`.
   """
   if tree not in TREES:
     raise ValueError(f"tree={tree!r} is unknown; known are {', '.join(TREES)}.")
   mesh = sharding.data_mesh(jax.local_devices()[:1]) if mesh is None else mesh
   continued = None if config is None else experiment.parse(config)
-  with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
+
+  def experiment_of(saved):
+    if continued is not None:
+      experiment.check_continues(saved, files.as_dict(config))
+    return continued or experiment.parse(saved)
+
+  if not is_run(source):
+    if tree != "ema" or step is not None:
+      raise ValueError(
+        f"{source} is no workdir (it has no folder checkpoints), and an export holds one tree of "
+        "one step: leave tree and step out."
+      )
+    folder, details = _read_export(source)
+    exp = experiment_of(details["config"])
+    if exp.data.vae == details["config"]["data"]["vae"] and (folder / _VAE).is_file():
+      beside = dataclasses.replace(exp.data, vae=str((folder / _VAE).parent))
+      exp = dataclasses.replace(exp, data=beside)
+    params = sit.load(folder, exp.network(), exp.image_shape)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    return Trained(exp, details["config"], details["step"], details["tree"], params)
+  with _open(source) as manager:
 
     def read_step(step):
       saved = checkpoints.read_config(manager, step)
-      if continued is not None:
-        experiment.check_continues(saved, files.as_dict(config))
-      exp = continued or experiment.parse(saved)
+      exp = experiment_of(saved)
       create = lambda: model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
       on_mesh = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh))
       abstract = jax.tree.map(on_mesh, jax.eval_shape(create))
@@ -83,8 +118,36 @@ def read(
     return checkpoints.restore_newest(manager, read_step)[1] if step is None else read_step(step)
 
 
-def read_config(workdir: str) -> dict:
-  """The config of the newest checkpoint whose config is whole; raises as `read` does."""
-  with checkpoints.open_manager(workdir, keep=1, read_only=True) as manager:
+def read_config(source: str) -> dict:
+  """The config of the newest checkpoint whose config is whole, or of an export; as `read`."""
+  if not is_run(source):
+    return _read_export(source)[1]["config"]
+  with _open(source) as manager:
     read_step = functools.partial(checkpoints.read_config, manager)
     return checkpoints.restore_newest(manager, read_step)[1]
+
+
+def _open(workdir: str):
+  return checkpoints.open_manager(epath.Path(workdir).expanduser(), keep=1, read_only=True)
+
+
+def _read_export(source: str) -> tuple[pathlib.Path, dict]:
+  """(the folder of an export, its config.json)."""
+  needed = {"what": "trained network", "remedy": _NEEDED}
+  weights = (sit.WEIGHTS, sit.OLDER_WEIGHTS)
+  path = hub.find(source, [sit.CONFIG, *weights, _VAE], **needed)
+  above = [name.count("/") for name in weights if path.as_posix().endswith(f"/{name}")]
+  folder = path.parents[above[0]] if above and path.is_file() else path
+  files_needed = (folder / sit.CONFIG, sit.weights_of(folder))
+  if missing := [str(f.relative_to(folder)) for f in files_needed if not f.is_file()]:
+    reason = f"there are no checkpoints, and no {' and no '.join(missing)}"
+    raise hub.absent(source, reason, **needed)
+  try:
+    details = json.loads((folder / sit.CONFIG).read_text(encoding="utf-8"))
+    details["config"], describe(details["tree"], details["step"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{folder / sit.CONFIG} is none that python -m ism_jax export writes "
+      f"({type(error).__name__}: {error}). Export it again."
+    ) from error
+  return folder, details

@@ -1,6 +1,5 @@
 """The public names, on networks at random weights and on checkpoints."""
 
-import fnmatch
 import json
 import pathlib
 import shutil
@@ -8,6 +7,7 @@ import subprocess
 import sys
 
 from examples import draw_samples, random_params, tiny_config
+import hub_stand_in
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -191,9 +191,7 @@ def test_a_workdir_gives_the_newest_average_or_the_tree_and_step_asked_for(model
 
 
 @pytest.mark.slow
-def test_an_export_samples_as_its_workdir_from_a_folder_a_file_or_the_hub(
-  model, workdir, tmp_path, monkeypatch
-):
+def test_an_export_samples_as_its_workdir_from_a_folder_a_file_or_the_hub(model, workdir, tmp_path):
   folder = tmp_path / "export"
   pytorch.export(str(workdir), str(folder), tree="ema", dtype="float32")
   loaded = ism_jax.load(str(folder))
@@ -205,42 +203,47 @@ def test_an_export_samples_as_its_workdir_from_a_folder_a_file_or_the_hub(
   with pytest.raises(ValueError, match="leave tree and step out"):
     ism_jax.load(folder, step=8)
 
-  asked = []
+  with hub_stand_in.serve(tmp_path / "cache") as hub:
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+    hub.repositories["someone/digits"] = {"main": files, "v1": files}
+    page = f"{huggingface_hub.constants.ENDPOINT}/someone/digits"
+    for name in (
+      "someone/digits",
+      "someone/digits@v1",
+      page,
+      f"{page}/tree/v1",
+      "hf://someone/digits",
+    ):
+      assert_equal_trees(ism_jax.load(name).params, model.params)
+    assert not [path for _, path in hub.requests if path.endswith("README.md")]
+    # An older export has its weights beside its config.
+    file.rename(folder / "model.safetensors")
+    hub.repositories["someone/older"]["main"] = older = dict(files)
+    older["model.safetensors"] = older.pop(file.relative_to(folder).as_posix())
+    for source in (folder, folder / "model.safetensors", "someone/older"):
+      assert_equal_trees(ism_jax.load(source).params, model.params)
+    del files["config.json"]
+    hub.repositories["someone/other"]["main"] = files
+    with pytest.raises(FileNotFoundError, match=r"someone/other'.* no config\.json"):
+      ism_jax.load("someone/other")
 
-  def download(name, allow_patterns):
-    asked.append((name, allow_patterns))
-    return folder
 
-  monkeypatch.setattr(api, "snapshot_download", download)
-  assert_equal_trees(ism_jax.load("someone/digits").params, model.params)
-  ((name, patterns),) = asked
-  asked_for = lambda path: any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
-  of_model = ("config.json", str(file.relative_to(folder)), "vae/config.json", "vae/x.safetensors")
-  assert name == "someone/digits" and all(map(asked_for, of_model))
-  assert asked_for("model.safetensors") and not asked_for("README.md")
-  # An older export has its weights beside its config.
-  file.rename(folder / "model.safetensors")
-  for older in (folder, folder / "model.safetensors", "someone/digits"):
-    assert_equal_trees(ism_jax.load(older).params, model.params)
-  (folder / "config.json").unlink()
-  with pytest.raises(FileNotFoundError, match=r"someone/digits on the .* hub has no config\.json"):
-    ism_jax.load("someone/digits")
-
-
-def test_what_is_no_model_says_what_is_needed(tmp_path, monkeypatch):
-  with pytest.raises(FileNotFoundError, match=r"no such model; needed is the workdir"):
+def test_what_is_no_model_says_what_is_needed(tmp_path):
+  with pytest.raises(
+    FileNotFoundError, match=r"no checkpoints, and no config\.json.* Needed is the"
+  ):
     ism_jax.load(tmp_path)
-  with pytest.raises(FileNotFoundError, match="no such model"):
+  with pytest.raises(FileNotFoundError, match="no such file or folder"):
     ism_jax.load("/not/there/at/all")
   (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+  (tmp_path / "model.safetensors").write_bytes(b"")
   with pytest.raises(ValueError, match=r"config\.json is none that python -m ism_jax export"):
     ism_jax.load(tmp_path)
 
-  def unreachable(*_, **__):
-    raise huggingface_hub.errors.LocalEntryNotFoundError("x") from ConnectionError("no route")
-
-  monkeypatch.setattr(api, "snapshot_download", unreachable)
-  with pytest.raises(FileNotFoundError, match=r"hub did not give it \(ConnectionError: no route\)"):
+  with (
+    hub_stand_in.in_place_of_the_hub("http://127.0.0.1:9", tmp_path / "cache"),
+    pytest.raises(FileNotFoundError, match=r"hub did not give .*/someone/digits \(ConnectError: "),
+  ):
     ism_jax.load("someone/digits")
 
 

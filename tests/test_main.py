@@ -107,7 +107,9 @@ def test_the_default_workdir_is_said_first(environment, tmp_path):
   )
   first, *_, last = done.stderr.splitlines()
   assert first.endswith("Workdir: runs/digits-sm")
-  assert "no checkpoint in" in last and "runs/digits-sm" in last and not list(tmp_path.iterdir())
+  assert (
+    "no trained network under" in last and "runs/digits-sm" in last and not list(tmp_path.iterdir())
+  )
 
 
 def saved_state(work, step):
@@ -201,7 +203,7 @@ def test_what_the_user_got_wrong_is_one_line_and_nothing_is_written(
   ("arguments", "message"),
   [
     ((), "train needs --config"),
-    (("--mode=evaluate", "--config.sample.w=1"), "no checkpoint in"),
+    (("--mode=evaluate", "--config.sample.w=1"), "no trained network under"),
   ],
 )
 def test_what_needs_a_config_or_a_checkpoint_says_so(environment, tmp_path, arguments, message):

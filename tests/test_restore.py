@@ -1,17 +1,20 @@
 """Reading a trained network from a workdir."""
 
+import json
 import pathlib
 import subprocess
 import sys
 
-from examples import random_params, tiny_config
+from examples import flags_of, random_params, tiny_config
+import hub_stand_in
 import jax
 import numpy as np
 import pytest
 
-from ism_jax import experiment, generate, restore, steps
+from ism_jax import experiment, generate, main, restore, steps
 from ism_jax import state as state_lib
 from ism_jax.evaluation import evaluate
+from ism_jax.export import pytorch
 from ism_jax.runtime import checkpoints, files, sharding
 
 TREES = {"params": 1.0, "ema": 2.0, "target_ema": 3.0}  # times the random parameters
@@ -100,3 +103,100 @@ def test_what_judges_samples_or_exports_does_not_import_training():
     "assert not training, training\n"
   )
   subprocess.run([sys.executable, "-c", script], check=True, cwd=pathlib.Path(__file__).parents[1])
+
+
+@pytest.fixture(scope="module")
+def export(workdir, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("exports") / "weights"
+  pytorch.export(workdir, str(folder), tree="target_ema", dtype="float32", step=4)
+  return str(folder)
+
+
+def test_an_export_is_read_as_its_workdir_is(export):
+  mesh = sharding.data_mesh(jax.devices()[:2])
+  trained = restore.read(export, mesh=mesh)
+  jax.tree.map(np.testing.assert_array_equal, trained.params, expected(4, "target_ema"))
+  assert all(len(array.devices()) == 2 for array in jax.tree.leaves(trained.params))
+  assert trained.about == "target EMA, step 4" and not trained.exp.data.vae
+  assert trained.config == restore.read_config(export)
+  config = tiny_config()
+  config.sample.seed = 3
+  assert restore.read(export, config=config).exp == experiment.parse(config)
+  config.seed = 3
+  with pytest.raises(ValueError, match="was made with seed=0, now 3"):
+    restore.read(export, config=config)
+  for asked in ({"tree": "params"}, {"step": 4}):
+    with pytest.raises(ValueError, match="leave tree and step out"):
+      restore.read(export, **asked)
+
+
+def run(command, *arguments):
+  """Runs a command of `main` in this process."""
+  with flags_of(command):
+    main.main(main.parse_flags([command, *arguments]))
+
+
+def test_weights_alone_are_sampled_and_judged_and_nothing_is_written_to_them(
+  export, tmp_path, monkeypatch
+):
+  before = sorted(pathlib.Path(export).rglob("*"))
+  monkeypatch.chdir(tmp_path)
+  at, small = (
+    f"--workdir={export}",
+    ["--config.sample.num_images=5", "--config.evaluation.w=(0.5,)"],
+  )
+  small += ["--config.evaluation.num_images=100", "--config.evaluation.steps=(1,)"]
+  run("sample", at, "--out=samples.npz", *small)
+  with np.load("samples.npz") as archive:
+    assert archive["arr_0"].shape == (5, 8, 8, 1)
+  run("evaluate", at, "--config.evaluation.networks=random", *small)
+  report = json.loads((tmp_path / "evaluations/weights/evaluation.json").read_text())
+  assert (report["step"], report["parameters"]) == (4, "target EMA")
+  assert sorted(pathlib.Path(export).rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+  ("arguments", "written"),
+  [
+    (["--workdir={export}", "--out=mine"], "mine"),
+    (["--workdir={export}", "--samples=x.npz"], "evaluations/weights"),
+    (["--workdir=some/folder", "--samples=x.npz", "--config={config}"], "some/folder"),
+    (["--workdir={run}"], "{run}"),
+    (["--workdir={run}", "--out=mine"], "mine"),
+  ],
+)
+def test_an_evaluation_is_written_where_it_is_asked_for(
+  workdir, export, monkeypatch, arguments, written
+):
+  config = pathlib.Path(main.__file__).parents[1] / "configs" / "digits.py"
+  place = lambda text: text.format(export=export, run=workdir, config=config)
+  outs = []
+  monkeypatch.setattr(evaluate, "evaluate", lambda config, source, out: outs.append(out))
+  monkeypatch.setattr(evaluate, "evaluate_samples", lambda config, out, samples: outs.append(out))
+  run("evaluate", *map(place, arguments))
+  assert outs == [place(written)]
+
+
+@pytest.mark.parametrize(
+  ("source", "folder"),
+  [
+    ("someone/digits", "evaluations/someone-digits"),
+    ("someone/digits@refs/pr/7", "evaluations/someone-digits-refs-pr-7"),
+    ("https://huggingface.co/someone/digits/tree/v1", "evaluations/someone-digits-v1"),
+    ("/somewhere/exports/digits/", "evaluations/digits"),
+    ("../exports/digits", "evaluations/digits"),
+  ],
+)
+def test_the_results_of_an_export_have_a_folder_of_its_name_here(source, folder):
+  assert main.default_results(source) == folder
+
+
+def test_a_default_workdir_is_no_name_on_the_hub(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with (
+    hub_stand_in.serve(tmp_path / "cache") as hub,
+    pytest.raises(SystemExit, match=r"no trained network under .*there is no such file or folder"),
+  ):
+    path = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
+    run("evaluate", f"--config={path}")
+  assert not hub.requests

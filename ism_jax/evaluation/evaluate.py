@@ -70,20 +70,24 @@ def _check_enough(exp: Experiment, reference: reference_lib.Reference) -> None:
   reference.check_enough(f"evaluation.num_images={count}", count)
 
 
-def evaluate(config, workdir: str, devices=None) -> dict | None:
-  """Judges the newest checkpoint by `config.evaluation`.
+def evaluate(config, source: str, devices=None, out: str | None = None) -> dict | None:
+  """Judges the newest checkpoint, or an export, by `config.evaluation`.
 
   Writes evaluation.json, evaluation.md, evaluation.png, and a grid of samples for each number of
   steps and w, which samples.png has side by side. Interrupted, it continues after the last of
   these settings that it finished.
 
+  Args:
+    source: a workdir, or an export: see `restore.read`.
+    devices: that sample; default all.
+    out: the folder of what is written; default the workdir.
   Returns:
     The contents of evaluation.json; None in processes but the first.
   """
   mesh = sharding.data_mesh(devices)
-  trained = restore.read(workdir, config=config, mesh=mesh)
+  trained, out = restore.read(source, config=config, mesh=mesh), out or source
   exp, params, ev = trained.exp, trained.params, trained.exp.evaluation
-  files.check_writable(workdir)
+  files.check_writable(out)
   generate.pixels_function(exp.data.vae, mesh, ev.rounding)  # a VAE may be missing
   reference = load_reference(exp, mesh)
   _check_enough(exp, reference)
@@ -96,7 +100,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     "rounding": ev.rounding,
     "computed_in": exp.model.dtype,
   } | protocol(mesh, reference, ev.num_images)
-  path = functools.partial(os.path.join, workdir)
+  path = functools.partial(os.path.join, out)
   samples_at = lambda steps, w: path(f"samples_steps{steps}_w{w:g}")  # files of samples
   settings = [(steps, w, seed) for seed in ev.seeds for steps, w in ev.settings()]
   fingerprint = header | {"evaluation": files.as_dict(config)["evaluation"]}
@@ -132,7 +136,7 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
     "straightness": straight,
     "config": files.as_dict(config),
   }
-  write_report(workdir, report)
+  write_report(out, report)
   figures.sweep(summary.as_run(report), path("evaluation.png"))
   by_w = {f"w = {w:g}": {n: f"{samples_at(n, w)}.png" for n in ev.steps} for w in ev.w}
   figures.grids(by_w, path("samples.png"))
@@ -140,15 +144,16 @@ def evaluate(config, workdir: str, devices=None) -> dict | None:
   return report
 
 
-def evaluate_samples(config, workdir: str, path: str) -> dict:
+def evaluate_samples(config, out: str, path: str) -> dict:
   """Judges images that anything made, by `config.evaluation`: evaluation.json and evaluation.md.
 
   Args:
+    out: the folder of these.
     path: a file or folder of images, see `samples.open`.
   """
   exp, mesh = experiment.parse(config), sharding.data_mesh(jax.local_devices())
   samples = samples_lib.open(path)
-  files.check_writable(workdir)
+  files.check_writable(out)
   reference = load_reference(exp, mesh, samples.count)
   reference.check_enough(f"{path} with {samples.count} images", samples.count)
   reference.check_images(path, samples.image_shape, samples.labels)
@@ -166,7 +171,7 @@ def evaluate_samples(config, workdir: str, path: str) -> dict:
   report |= {"unreadable": unreadable} | protocol(mesh, reference, count)
   report |= {"results": [result], "yardsticks": reference.yardsticks(count)}
   report["config"] = files.as_dict(config)
-  write_report(workdir, report)
+  write_report(out, report)
   return report
 
 

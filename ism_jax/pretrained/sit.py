@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.model import SiT, init_params, position_embedding
-from ism_jax.pretrained import torch_files, weights
+from ism_jax.pretrained import hub, torch_files, weights
 
 # Of a folder that `export` writes: where diffusers looks for them; where older exports have them.
 WEIGHTS, OLDER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -118,18 +118,21 @@ def read(path) -> tuple[dict[str, Any], str]:
 
   Args:
     path: what torch.save or safetensors wrote: a state dict, or a dict of several, as SiT's
-      training saves: "ema", "model". The average is preferred.
+      training saves: "ema", "model". The average is preferred. Also a repository, see `hub`.
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: it is damaged, or no file of tensors; see `torch_files.read_state_dict`.
   """
-  path = pathlib.Path(path).expanduser()
+  remedy = (
+    "Name a state dict of SiT (.pt or .safetensors), the folder of an export, or the repository of "
+    "either on the Hugging Face hub."
+  )
+  needed = {"what": "weights", "remedy": remedy}
+  source, path = str(path), hub.find(str(path), [WEIGHTS, OLDER_WEIGHTS], **needed)
   if path.is_dir():
     path = weights_of(path)
   if not path.is_file():
-    raise FileNotFoundError(
-      f"there is no file {path}; name a state dict of SiT (.pt or .safetensors) or an export."
-    )
+    raise hub.absent(source, f"that folder has no {WEIGHTS}", **needed)
   saved = torch_files.read_state_dict(path)
   for name, what in (("ema", "the EMA"), ("model", "the raw parameters (there is no EMA)")):
     if isinstance(saved.get(name), dict):

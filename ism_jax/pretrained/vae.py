@@ -11,16 +11,14 @@ Axes: B batch, H/W image size, h/w latent size (an eighth), C channels, T = h w 
 import dataclasses
 import functools
 import os
-import pathlib
 import re
 
 from flax import traverse_util
 import flax.linen as nn
-from huggingface_hub import constants, errors, hf_hub_download
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.pretrained import weights
+from ism_jax.pretrained import hub, weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PUBLISHED = "stabilityai/sd-vae-ft-mse"
@@ -73,11 +71,11 @@ def load(name: str) -> weights.Pretrained:
 
   Args:
     name: a file that safetensors or `torch.save` wrote; a folder with
-      `diffusion_pytorch_model.safetensors`; a name on the Hugging Face hub such as
-      "stabilityai/sd-vae-ft-mse" (downloaded once, then read from the hub's cache, also offline);
-      or, for checks of a set-up without any weights, "random" (the published architecture) and
-      "random-small" (a tiny one of the same down-sampling). Random weights are the same for
-      everyone, and their latents mean nothing.
+      `diffusion_pytorch_model.safetensors`; a repository on the Hugging Face hub such as
+      "stabilityai/sd-vae-ft-mse" (see `hub`; downloaded once, then read from the hub's cache, also
+      offline); or, for checks of a set-up without any weights, "random" (the published
+      architecture) and "random-small" (a tiny one of the same down-sampling). Random weights are
+      the same for everyone, and their latents mean nothing.
   Raises:
     FileNotFoundError: no weights are there or to be had; says what to download and what to pass.
     ValueError: the file is damaged, or holds other weights than the published architecture's.
@@ -208,35 +206,17 @@ def _key(path):
 
 def _find(name):
   """The file of weights that a name stands for."""
-  path = pathlib.Path(name).expanduser()
-  if path.is_dir():
-    if not (path / WEIGHTS).is_file():
-      raise _absent(name, f"that folder has no {WEIGHTS}")
-    return path / WEIGHTS
-  if path.is_file():
-    return path
-  if path.suffix == ".safetensors" or not _HUB_NAME.fullmatch(name):
-    raise _absent(name, "there is no such file or folder")
-  neither = "there is no such folder, and"
-  try:
-    return hf_hub_download(name, WEIGHTS)
-  except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
-    reason = f"{neither} no such repository with {WEIGHTS} on the Hugging Face hub"
-    raise _absent(name, reason) from error
-  # No network, a full disk, a download that breaks off: the hub's errors have no base in common,
-  # and the remedy is the same for all.
-  except Exception as error:
-    reason = f"{neither} the Hugging Face hub did not give it ({weights.cause_of(error)})"
-    raise _absent(name, reason, name) from error
-
-
-def _absent(name, reason, repository=PUBLISHED):
-  return FileNotFoundError(
-    f"no VAE weights under {name!r}: {reason}. Download {WEIGHTS} from {_HUB}/{repository} and "
-    "name that file, or the folder you put it in; or name the repository, "
-    f"{repository!r}, on a machine with network: it is then kept in {constants.HF_HUB_CACHE}, "
-    "which can also be copied from another machine."
+  remedy = (
+    f"Download {WEIGHTS} from {_HUB}/{PUBLISHED} and name that file, or the folder you put it in; "
+    f"or name {PUBLISHED!r}, on a machine with network."
   )
+  needed = {"what": "VAE weights", "remedy": remedy}
+  path = hub.find(name, [WEIGHTS], **needed)
+  if path.is_dir():
+    path /= WEIGHTS
+  if not path.is_file():
+    raise hub.absent(name, f"that folder has no {WEIGHTS}", **needed)
+  return path
 
 
 def _check(what, array, channels, scale=""):
