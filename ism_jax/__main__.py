@@ -17,6 +17,7 @@ COMMANDS = {
   "compare": Command("evaluation.compare", "puts evaluated runs side by side"),
   "demo": Command("demo.serve", "serves a page to try a trained network"),
   "export": Command("export.pytorch", "writes a checkpoint for PyTorch"),
+  "publish": Command("export.publish", "uploads an export to the Hugging Face hub"),
   "stablehlo": Command("export.stablehlo", "writes a sampler that needs JAX alone"),
   "aot": Command("performance.aot", "compiles training for TPUs that are not there"),
   "benchmark": Command("performance.benchmark", "measures how fast this machine is"),

@@ -96,7 +96,7 @@ def read(
         f"{source} is no workdir (it has no folder checkpoints), and an export holds one tree of "
         "one step: leave tree and step out."
       )
-    folder, details = _read_export(source)
+    folder, details = find_export(source)
     exp = experiment_of(details["config"])
     if exp.data.vae == details["config"]["data"]["vae"] and (folder / _VAE).is_file():
       beside = dataclasses.replace(exp.data, vae=str((folder / _VAE).parent))
@@ -121,7 +121,7 @@ def read(
 def read_config(source: str) -> dict:
   """The config of the newest checkpoint whose config is whole, or of an export; as `read`."""
   if not is_run(source):
-    return _read_export(source)[1]["config"]
+    return find_export(source)[1]["config"]
   with _open(source) as manager:
     read_step = functools.partial(checkpoints.read_config, manager)
     return checkpoints.restore_newest(manager, read_step)[1]
@@ -131,8 +131,8 @@ def _open(workdir: str):
   return checkpoints.open_manager(epath.Path(workdir).expanduser(), keep=1, read_only=True)
 
 
-def _read_export(source: str) -> tuple[pathlib.Path, dict]:
-  """(the folder of an export, its config.json)."""
+def find_export(source: str) -> tuple[pathlib.Path, dict]:
+  """(the folder of an export, its config.json); source and errors as of `read`."""
   needed = {"what": "trained network", "remedy": _NEEDED}
   weights = (sit.WEIGHTS, sit.OLDER_WEIGHTS)
   path = hub.find(source, [sit.CONFIG, *weights, _VAE], **needed)

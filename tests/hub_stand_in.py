@@ -1,5 +1,6 @@
 """A stand-in of the Hugging Face hub's HTTP interface, on the loopback."""
 
+import base64
 import collections
 import contextlib
 import hashlib
@@ -19,6 +20,7 @@ class Hub:
   Attributes:
     repositories: {OWNER/NAME: {revision: {file: bytes}}}.
     private, gated: names of repositories for those with `token` alone.
+    lfs: {sha256: bytes} of large files.
     requests: [(method, path)].
   """
 
@@ -26,7 +28,7 @@ class Hub:
 
   def __init__(self):
     self.repositories = collections.defaultdict(dict)
-    self.private, self.gated, self.requests = set(), set(), []
+    self.private, self.gated, self.requests, self.lfs = set(), set(), [], {}
 
   def commit(self, name, revision) -> str:
     """The hash of what a revision holds."""
@@ -60,6 +62,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def do_GET(self):
     hub, path = self.server.hub, urllib.parse.urlsplit(self.path).path
     hub.requests.append((self.command, path))
+    if path == "/api/whoami-v2":
+      if self.headers.get("Authorization") != f"Bearer {hub.token}":
+        return self.refuse(401, "InvalidToken")
+      return self.answer(200, {"name": "someone", "type": "user", "orgs": [{"name": "lab"}]})
     listing = path.startswith("/api/models/")
     parts = map(urllib.parse.unquote, path.removeprefix("/api/models/").strip("/").split("/"))
     owner, name, *rest = parts
@@ -75,7 +81,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     files, commit = hub.repositories[name][revision], hub.commit(name, revision)
     if listing:
       siblings = [{"rfilename": file} for file in files]
-      return self.answer(200, {"id": name, "modelId": name, "sha": commit, "siblings": siblings})
+      about = {"id": name, "modelId": name, "sha": commit, "private": name in hub.private}
+      return self.answer(200, about | {"siblings": siblings})
     file = "/".join(rest[2:])
     if file not in files:
       return self.refuse(404, "EntryNotFound")
@@ -83,6 +90,66 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return self.answer(200, files[file], X_Repo_Commit=commit, ETag=f'"{digest}"')
 
   do_HEAD = do_GET
+
+  def do_POST(self):
+    hub, path = self.server.hub, urllib.parse.urlsplit(self.path).path
+    hub.requests.append((self.command, path))
+    lines = self.read().splitlines()
+    asked = json.loads(lines[0]) if lines else {}
+    if self.headers.get("Authorization") != f"Bearer {hub.token}" and path != "/api/validate-yaml":
+      return self.refuse(401, "InvalidToken")
+    address = f"http://{self.headers['Host']}"
+    name = "/".join(path.removeprefix("/api/models/").strip("/").split("/")[:2])
+    if path == "/api/repos/create":
+      name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
+      status = 409 if name in hub.repositories else 200
+      if status == 200:
+        hub.repositories[name]["main"] = {}
+        hub.private |= {name} if asked.get("private") else set()
+      return self.answer(status, {"url": f"{address}/{name}", "name": name})
+    if path == "/api/validate-yaml":
+      huggingface_hub.ModelCard(asked["content"])  # raises
+      return self.answer(200, {"errors": [], "warnings": []})
+    if path.endswith("/info/lfs/objects/batch"):
+      upload = lambda o: {"upload": {"href": f"{address}/lfs/{o['oid']}", "header": {}}}
+      objects = [o | {"actions": upload(o)} for o in asked["objects"] if o["oid"] not in hub.lfs]
+      return self.answer(200, {"transfer": "basic", "objects": objects})
+    if "/preupload/" in path:
+      mode = lambda file: "lfs" if file.endswith(".safetensors") else "regular"
+      described = lambda f: {"path": f, "uploadMode": mode(f), "shouldIgnore": False}
+      return self.answer(200, {"files": [described(f["path"]) for f in asked["files"]]})
+    if "/commit/" in path:
+      files = hub.repositories[name]["main"]
+      for value in (json.loads(line) for line in lines):
+        kind, file = value["key"], value["value"]
+        if kind == "file":
+          files[file["path"]] = base64.b64decode(file["content"])
+        elif kind == "lfsFile":
+          files[file["path"]] = hub.lfs[file["oid"]]
+      commit = hub.commit(name, "main")
+      url = f"{address}/{name}/commit/{commit}"
+      return self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url})
+    if "/tag/" in path:
+      hub.repositories[name][asked["tag"]] = dict(hub.repositories[name]["main"])
+      return self.answer(200, {})
+    return self.refuse(404, "EntryNotFound")
+
+  def do_PUT(self):
+    hub = self.server.hub
+    hub.requests.append((self.command, self.path))
+    hub.lfs[self.path.removeprefix("/lfs/")] = self.read()
+    self.answer(200)
+
+  def read(self) -> bytes:
+    """The request's body."""
+    if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+      return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    body = b""
+    while size := int(self.rfile.readline(), 16):
+      body += self.rfile.read(size)
+      self.rfile.readline()
+    self.rfile.readline()
+    return body
 
 
 @contextlib.contextmanager
@@ -118,6 +185,7 @@ def in_place_of_the_hub(address, cache):
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + files)
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # another protocol, of another server
     patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
     patch.delenv("HF_TOKEN", raising=False)
     yield

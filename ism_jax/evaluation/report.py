@@ -32,6 +32,11 @@ _COLUMNS = {
 }
 
 
+def title_of(network: str, metric: str) -> str | None:
+  """What tables call a network's metric: "FID"; None of what they do not show."""
+  return _COLUMNS.get((network, metric), (None,))[0]
+
+
 def write_report(workdir: str, report: dict) -> None:
   """Writes evaluation.json and evaluation.md."""
   files.write_whole(os.path.join(workdir, "evaluation.json"), json.dumps(report, indent=2))

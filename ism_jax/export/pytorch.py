@@ -13,6 +13,7 @@ serves the page of `python -m ism_jax demo` on PyTorch alone.
 """
 
 import json
+import os
 import pathlib
 
 from absl import flags, logging
@@ -27,7 +28,7 @@ from ism_jax import generate, restore
 from ism_jax.data import pipeline
 from ism_jax.evaluation.report import as_markdown
 from ism_jax.experiment import MARKS
-from ism_jax.pretrained import sit
+from ism_jax.pretrained import hub, sit
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.restore import TREES, Trained
 from ism_jax.runtime import commands, files
@@ -37,6 +38,7 @@ CODE = "ism_pytorch.py"
 PIPELINE = "pipeline.py"
 CARD = "README.md"
 _GRADIO = "6.31.0"  # that a Space gets; the tests run the page on it
+EVALUATION, PICTURE = "evaluation.json", "samples.png"  # where there was an evaluation
 _VAE = "vae"  # the folder, and what names an autoencoder that is known on one machine only
 _CLASS = "ISMTransformer2DModel"
 _AUTO_MAP = {"auto_map": {"AutoModel": f"ism_pytorch.{_CLASS}"}}
@@ -63,8 +65,16 @@ def export(
   """
   files.check_empty(out)
   trained = restore.read(workdir, tree, step=step)
-  evaluation = read_evaluation(workdir, trained)
-  write(trained, out, dtype=dtype, evaluation=evaluation, space=space)
+  folder = workdir if restore.is_run(workdir) else restore.find_export(workdir)[0]
+  evaluation, picture = read_evaluation(folder, trained), epath.Path(folder) / PICTURE
+  write(
+    trained,
+    out,
+    dtype=dtype,
+    space=space,
+    evaluation=evaluation,
+    picture=picture.read_bytes() if evaluation and picture.exists() else None,
+  )
   logging.info("Wrote the %s to %s.", trained.about, out)
 
 
@@ -74,9 +84,16 @@ def write(
   *,
   dtype: str,
   evaluation: dict | None = None,
+  picture: bytes | None = None,
   space: bool = False,
 ) -> None:
-  """Writes a new folder, as `export`; the evaluation is one that `read_evaluation` returns."""
+  """Writes a new folder, as `export`.
+
+  Args:
+    evaluation: that `read_evaluation` returns.
+    picture: its samples, as PNG.
+    space: whether it is a Space too, see `export`.
+  """
   exp, vae = trained.exp, _autoencoder(trained.exp.data.vae)
   names = pipeline.class_names(exp.data)
   state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
@@ -86,6 +103,10 @@ def write(
     _write_json(folder / sit.CONFIG, settings)
     (folder / CARD).write_text(card(trained, dtype, evaluation, names), encoding="utf-8")
     _write_weights(folder / sit.WEIGHTS, state)
+    if evaluation is not None:
+      _write_json(folder / EVALUATION, for_others(evaluation))
+    if picture is not None:
+      (folder / PICTURE).write_bytes(picture)
     _copy_code(folder)
     _write_for_diffusers(folder, settings, vae)
     if space:
@@ -152,8 +173,6 @@ def describe(trained: Trained, dtype: str) -> dict:
   """config.json: the network, where the parameters are from, and their config."""
   exp = trained.exp
   vae = public_vae(exp.data.vae)
-  config = traverse_util.flatten_dict(trained.config, sep=".")
-  config |= {key: "" for key, marks in MARKS.items() if marks.path} | {"data.vae": vae}
   return {
     "architecture": exp.model.size,
     **dict(zip(("depth", "width", "heads"), exp.model.dimensions, strict=True)),
@@ -166,7 +185,7 @@ def describe(trained: Trained, dtype: str) -> dict:
     "step": trained.step,
     "tree": trained.tree,
     "dtype": dtype,
-    "config": traverse_util.unflatten_dict(config, sep="."),
+    "config": _public_config(trained.config),
   }
 
 
@@ -187,7 +206,7 @@ def _network_config(settings: dict) -> dict:
 
 def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   """The report of `evaluate.evaluate` in a workdir, if it is of these parameters."""
-  path = epath.Path(workdir) / "evaluation.json"
+  path = epath.Path(workdir) / EVALUATION
   if not path.exists():
     return None
   report = json.loads(path.read_text(encoding="utf-8"))
@@ -228,12 +247,6 @@ def card(
     else "Images come from the network as they are: `to_pixels` only rounds them."
   )
   embedders = "`d_embedder.*` and `w_embedder.*`" if guided else "`d_embedder.*`"
-  measured = ["Not measured for these parameters."]
-  if evaluation is not None:
-    table = (
-      as_markdown(_without_folders(evaluation)).partition("\n")[2].strip()
-    )  # without its title
-    measured = ["Measured on the JAX network with these parameters in float32.", "", table]
   lines = [
     "---",
     "library_name: diffusers",
@@ -288,7 +301,7 @@ def card(
     "",
     "## Evaluation",
     "",
-    *measured,
+    *measured(evaluation),
   ]
   return "\n".join(lines) + "\n"
 
@@ -299,15 +312,46 @@ def _some_labels(names, classes: int) -> list[str]:
   return [json.dumps(names[i].partition(",")[0]) if names else str(i) for i in some]
 
 
-def _without_folders(report: dict) -> dict:
-  """An evaluation without the folders of this machine."""
+def for_others(report: dict) -> dict:
+  """An evaluation without the folders of this machine, and without floors.
+
+  Those are the dataset's, which other people's numbers do not have.
+  """
   networks = []
   for network in report["networks"]:
     reference = dict(network["reference"])
     if "file" in reference:
       reference["file"] = pathlib.PurePath(reference["file"]).name
-    networks.append(network | {"reference": reference})
-  return report | {"networks": networks}
+    networks.append(network | {"reference": reference, "floor": None})
+  plain = lambda values: {k: v for k, v in values.items() if k != "times_floor"}
+  scores = lambda result: {name: plain(values) for name, values in result["scores"].items()}
+  rows = lambda results: [result | {"scores": scores(result)} for result in results]
+  yardsticks = report["yardsticks"]
+  return report | {
+    "networks": networks,
+    "results": rows(report["results"]),
+    "yardsticks": dict(zip(yardsticks, rows(yardsticks.values()), strict=True)),
+    "config": _public_config(report["config"]),
+  }
+
+
+def _public_config(config: dict) -> dict:
+  """A config, nested, without the paths of the machine that trained."""
+  flat = traverse_util.flatten_dict(config, sep=".")
+  paths = {key: "" for key, marks in MARKS.items() if marks.path}
+  if (began := flat.get("init_from")) and not os.path.exists(began) and hub.parse(began):
+    del paths["init_from"]  # a repository, the same for everyone
+  return traverse_util.unflatten_dict(
+    flat | paths | {"data.vae": public_vae(flat["data.vae"])}, sep="."
+  )
+
+
+def measured(evaluation: dict | None) -> list[str]:
+  """The card's lines on an evaluation, as `read_evaluation` has it."""
+  if evaluation is None:
+    return ["Not measured for these parameters."]
+  table = as_markdown(for_others(evaluation)).partition("\n")[2].strip()  # without its title
+  return ["Measured on the JAX network with these parameters in float32.", "", table]
 
 
 def define_flags() -> None:

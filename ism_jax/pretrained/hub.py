@@ -110,7 +110,7 @@ def find(source: str, files: Sequence[str], *, what: str, remedy: str) -> pathli
 
   listing = functools.partial(api.model_info, name, revision=revision, timeout=SECONDS)
   try:
-    about = _within(SECONDS, listing)  # DNS and proxies know no timeouts
+    about = within(SECONDS, listing)  # DNS and proxies know no timeouts
     there = {sibling.rfilename for sibling in about.siblings or ()}
     logging.info("Reading %s from the Hugging Face hub, commit %s.", name, about.sha)
     paths = {f: api.hf_hub_download(name, f, revision=revision) for f in files if f in there}
@@ -154,7 +154,7 @@ def absent(source: str, reason: str, *, what: str, remedy: str) -> FileNotFoundE
   return FileNotFoundError(f"no {what} under {source!r}: {reason}. {remedy}")
 
 
-def _within(seconds: float, function: Callable):
+def within(seconds: float, function: Callable):
   """function(), in a thread that is left behind if it takes longer; raises TimeoutError then."""
   results = queue.SimpleQueue()
 
