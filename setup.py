@@ -10,7 +10,9 @@ setuptools.setup(
   url="https://github.com/_OWNER_/_REPOSITORY_",
   python_requires=">=3.11,<3.14",
   packages=setuptools.find_packages(include=["ism_jax*", "configs*"]),
-  package_data={"ism_jax": ["py.typed"]},
+  package_data={
+    "ism_jax": ["py.typed", *(f"pretrained/digits/{name}" for name in ("*", "transformer/*"))]
+  },
   entry_points={"console_scripts": ["ism-jax = ism_jax.__main__:main"]},
   install_requires=[
     # Lower bounds are the versions the tests run on.

@@ -40,7 +40,8 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
   Args:
     source: the workdir of a run; a folder that `python -m ism_jax export` wrote, or its safetensors
       file; or the repository of such an export on the Hugging Face hub: OWNER/NAME, perhaps with
-      @REVISION behind it, or the address of its page.
+      @REVISION behind it, or the address of its page. "digits" is a small network of handwritten
+      digits that comes with this package.
     tree: of a workdir, the parameters that sample: "ema", "target_ema" or "params".
     step: of a workdir, the checkpoint; default the newest whole one.
     devices: that sample; default all.

@@ -31,6 +31,8 @@ def test_a_wheel_has_every_module_and_config_and_says_that_it_is_typed(wheel):
   names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
   modules = [path for room in ("ism_jax", "configs") for path in (ROOT / room).rglob("*.py")]
   assert {path.relative_to(ROOT).as_posix() for path in modules} <= names
+  digits = ROOT / "ism_jax" / "pretrained" / "digits"
+  assert {p.relative_to(ROOT).as_posix() for p in digits.rglob("*") if p.is_file()} <= names
   assert "ism_jax/py.typed" in names and not [name for name in names if "test" in name]
 
 

@@ -180,7 +180,11 @@ def test_an_equation_of_the_map_is_labelled_in_its_function(label, module, funct
   assert re.search(rf"\b{label}:", about), f"{module}.{function} does not name {label}"
 
 
-@pytest.mark.parametrize("readme", READMES, ids=name_of)
+# A model card begins with the hub's header, and the export writes its lines.
+WRITTEN_BY_HAND = [readme for readme in READMES if not readme.read_text().startswith("---\n")]
+
+
+@pytest.mark.parametrize("readme", WRITTEN_BY_HAND, ids=name_of)
 def test_lines_outside_of_tables_are_short(readme):
   for line in readme.read_text().splitlines():
     assert len(line) <= 110 or line.startswith("|"), line

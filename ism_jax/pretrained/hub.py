@@ -1,8 +1,8 @@
-"""Networks as people name them: a file or folder, or a repository of the Hugging Face hub.
+"""Networks as people name them: a file or folder, "digits", or a repository of the hub.
 
-Of the hub, all that one may have at hand is understood: OWNER/NAME, OWNER/NAME@REVISION,
-hf://OWNER/NAME[@REVISION][/FILE], and the address of a page of the repository or of its files.
-What is there on this machine comes first.
+Of the Hugging Face hub, all that one may have at hand is understood: OWNER/NAME,
+OWNER/NAME@REVISION, hf://OWNER/NAME[@REVISION][/FILE], and the address of a page of the repository
+or of its files. What is on this machine comes first; "digits" is a small network in this package.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from ism_jax.pretrained.weights import cause_of
 SECONDS = 10  # that the hub may take to answer
 SCHEMES = ("http", "https", "hf")
 LOGIN = "`hf auth login`, or a token of it as $HF_TOKEN"
+SHIPPED = {"digits": pathlib.Path(__file__).with_name("digits")}  # what comes with this package
 _NAME = r"(?!(?:datasets|spaces|models)/)\w[\w.-]*/\w[\w.-]*"
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # names of files
 
@@ -97,8 +98,8 @@ def find(source: str, files: Sequence[str], *, what: str, remedy: str) -> pathli
     ValueError: see `parse`.
   """
   path = pathlib.Path(source).expanduser()
-  if path.exists():
-    return path
+  if path.exists() or source in SHIPPED:
+    return path if path.exists() else SHIPPED[source]
   missing = lambda reason: absent(source, reason, what=what, remedy=remedy)
   repository = parse(source)
   if repository is None:
