@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 
 from absl import flags, logging
 from huggingface_hub import EvalResult, HfApi, ModelCard, constants, errors
@@ -127,7 +128,7 @@ def card(
   except Exception as error:  # YAML's, the hub's own
     raise ValueError(f"the header of {path} cannot be read ({cause_of(error)}).") from error
   data = model_card.data
-  began = None if os.path.exists(config["init_from"]) else hub.parse(config["init_from"])
+  began = None if os.path.exists(start := config.get("init_from", "")) else hub.parse(start)
   known = _DATASETS.get(config["data"].get("title")) or _DATASETS.get(config["data"]["name"])
   data.license = license or data.license or "apache-2.0"
   data.base_model = base_model or data.base_model or (began and began.name)
@@ -140,12 +141,12 @@ def card(
   if report is not None:
     data.model_name = f"{details['architecture']} on {config['data']['name']}"
     data.eval_results = results(report)
-    text = text.partition("## Evaluation\n")[0].rstrip() + "\n\n"
-    text += "\n".join(["## Evaluation", "", *pytorch.measured(report)]) + "\n"
-    if (folder / pytorch.PICTURE).is_file():
-      text = text.replace(
-        "## Use\n", f"![Samples: rows w, columns steps]({pytorch.PICTURE})\n\n## Use\n", 1
-      )
+    section = "\n".join(["## Evaluation", "", *pytorch.measured(report)]).rstrip() + "\n"
+    before, *after = re.split(r"^## Evaluation\n(?:(?!## ).*\n?)*", text, maxsplit=1, flags=re.M)
+    text = before.rstrip() + "\n\n" + section + "".join("\n" + part for part in after if part)
+    picture = f"![Samples: rows w, columns steps]({pytorch.PICTURE})\n\n"
+    if (folder / pytorch.PICTURE).is_file() and f"({pytorch.PICTURE})" not in text:
+      text = text.replace("## Use\n", f"{picture}## Use\n", 1)
   return f"---\n{data.to_yaml().strip()}\n---\n{text.lstrip()}"
 
 

@@ -363,7 +363,9 @@ def define_flags() -> None:
 
 def define_common_flags() -> None:
   """Defines the flags that say which parameters go where."""
-  flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and results.")
+  flags.DEFINE_string(
+    "workdir", None, "Folder of checkpoints; or an export, or its name on the hub."
+  )
   flags.DEFINE_string("out", None, "Folder to make.")
   flags.DEFINE_enum("tree", "ema", list(TREES), "Which parameters.")
   flags.DEFINE_integer("step", None, "Of the checkpoint; the newest.", lower_bound=0)
