@@ -313,10 +313,7 @@ def _some_labels(names, classes: int) -> list[str]:
 
 
 def for_others(report: dict) -> dict:
-  """An evaluation without the folders of this machine, and without floors.
-
-  Those are the dataset's, which other people's numbers do not have.
-  """
+  """An evaluation without what other people's have not: folders, speeds, distances in floors."""
   networks = []
   for network in report["networks"]:
     reference = dict(network["reference"])
@@ -325,7 +322,8 @@ def for_others(report: dict) -> dict:
     networks.append(network | {"reference": reference, "floor": None})
   plain = lambda values: {k: v for k, v in values.items() if k != "times_floor"}
   scores = lambda result: {name: plain(values) for name, values in result["scores"].items()}
-  rows = lambda results: [result | {"scores": scores(result)} for result in results]
+  row = lambda result: {k: v for k, v in result.items() if k != "images_per_second"}
+  rows = lambda results: [row(result) | {"scores": scores(result)} for result in results]
   yardsticks = report["yardsticks"]
   return report | {
     "networks": networks,
