@@ -58,7 +58,7 @@ def describe(tree: str, step: int) -> str:
 
 def is_run(source: str) -> bool:
   """Whether a source is the workdir of a run, with checkpoints."""
-  if source.partition("://")[0] in hub.SCHEMES:  # which epath would ask for files
+  if source.startswith(hub.SCHEMES):  # which epath would ask for files
     return False
   return (epath.Path(source).expanduser() / "checkpoints").is_dir()
 

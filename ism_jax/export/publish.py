@@ -36,7 +36,8 @@ _DATASETS = {  # on the hub, by data.title and data.name
   "ImageNet": "ILSVRC/imagenet-1k",
   "cifar10": "uoft-cs/cifar10",
 }
-_LEFT_HERE = ("evaluation_partial.json", "*.npz", ".*", "__pycache__/*")
+# The card has the table of evaluation.md, without what is of this machine alone.
+_LEFT_HERE = ("evaluation.md", "evaluation_partial.json", "*.npz", ".*", "__pycache__/*")
 
 
 def publish(
@@ -66,6 +67,7 @@ def publish(
     raise FileNotFoundError(f"--export={export} is no folder: python -m ism_jax export makes one.")
   folder, details = restore.find_export(export)
   text, name = card(folder, details, **about), repository.name
+  report = _read_report(folder, details)
   uploaded = [
     path for path in sorted(folder.rglob("*")) if path.is_file() and _goes_up(folder, path)
   ]
@@ -73,7 +75,7 @@ def publish(
     logging.info("%12s  %s", f"{path.stat().st_size:,}", path.relative_to(folder))
   size = sum(path.stat().st_size for path in uploaded) / 1e6
   logging.info("%d files, %.1f MB, for %s.", len(uploaded), size, repository.page)
-  if not (folder / pytorch.EVALUATION).is_file():
+  if report is None:
     remedy = f"python -m ism_jax evaluate --workdir={export} --out={export} adds them"
     logging.warning("The card has no scores and no picture of samples: %s.", remedy)
   if dry_run:
@@ -87,6 +89,9 @@ def publish(
   if private and not is_private:
     raise ValueError(f"{repository.page} is public already: name another, or leave --private out.")
   files.write_here(folder / pytorch.CARD, text)
+  if report is not None:
+    report = json.dumps(pytorch.for_others(report), indent=2) + "\n"
+    files.write_here(folder / pytorch.EVALUATION, report)
   about_it = restore.describe(details["tree"], details["step"])
   with _one_line(name):
     api.upload_folder(

@@ -326,6 +326,7 @@ def for_others(report: dict) -> dict:
   rows = lambda results: [row(result) | {"scores": scores(result)} for result in results]
   yardsticks = report["yardsticks"]
   return report | {
+    "vae": public_vae(report["vae"]),
     "networks": networks,
     "results": rows(report["results"]),
     "yardsticks": dict(zip(yardsticks, rows(yardsticks.values()), strict=True)),

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 from ism_jax.pretrained.weights import cause_of
 
 SECONDS = 10  # that the hub may take to answer
-SCHEMES = ("http", "https", "hf")
+SCHEMES = ("http://", "https://", "hf://")
 LOGIN = "`hf auth login`, or a token of it as $HF_TOKEN"
 SHIPPED = {"digits": pathlib.Path(__file__).with_name("digits")}  # what comes with this package
 _NAME = r"(?!(?:datasets|spaces|models)/)\w[\w.-]*/\w[\w.-]*"

@@ -87,6 +87,18 @@ def test_what_is_published_loads_by_its_name(hub, export):
   assert puts() == before == 1
 
 
+def test_nothing_of_this_machine_goes_up(hub, export):
+  judged = report()
+  judged["config"]["data"]["dir"] = "/home/me/latents"
+  judged["networks"][0]["reference"] = {"file": "/home/me/statistics.npz", "sha256": "1"}
+  (export / "evaluation.json").write_text(json.dumps(judged))
+  (export / "evaluation.md").write_text("against /home/me/statistics.npz")
+  publish(str(export), "someone/digits")
+  there = hub.repositories["someone/digits"]["main"]
+  assert not [name for name, content in there.items() if b"/home" in content]
+  assert b"statistics.npz" in there["evaluation.json"] and b"statistics.npz" in there["README.md"]
+
+
 def test_a_card_has_what_the_hub_shows(export):
   (export / "evaluation.json").write_text(json.dumps(report()))
   (export / "samples.png").write_bytes(b"\x89PNG")
