@@ -105,7 +105,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       status = 409 if name in hub.repositories else 200
       if status == 200:
         hub.repositories[name]["main"] = {}
-        hub.private |= {name} if asked.get("private") else set()
+        is_private = asked.get("private") or asked.get("visibility") == "private"
+        hub.private |= {name} if is_private else set()
       return self.answer(status, {"url": f"{address}/{name}", "name": name})
     if path == "/api/validate-yaml":
       huggingface_hub.ModelCard(asked["content"])  # raises
