@@ -341,7 +341,7 @@ def _public_config(config: dict) -> dict:
   if (began := flat.get("init_from")) and not os.path.exists(began) and hub.parse(began):
     del paths["init_from"]  # a repository, the same for everyone
   return traverse_util.unflatten_dict(
-    flat | paths | {"data.vae": public_vae(flat["data.vae"])}, sep="."
+    flat | paths | {"data.vae": public_vae(flat.get("data.vae", ""))}, sep="."
   )
 
 
