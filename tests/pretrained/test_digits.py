@@ -46,7 +46,9 @@ def test_it_scores_what_its_card_says_without_training_and_without_a_network(
     model = ism_jax.load("digits", devices=devices)
   config = dict(report["config"])
   config["evaluation"] = config["evaluation"] | {"networks": "random"}
-  reference = evaluate.load_reference(experiment.parse(config), sharding.data_mesh(devices))
+  reference = evaluate.load_reference(
+    experiment.parse(config), sharding.data_mesh(devices), report["num_images"]
+  )
   card = (FOLDER / "README.md").read_text(encoding="utf-8")
   for steps in STEPS:
     images, labels = model.sample(report["num_images"], steps=steps, w=w, seed=0)
