@@ -183,7 +183,7 @@ def results(report: dict) -> list[EvalResult]:
             metric_value=round(sum(values) / len(values), 5),
             metric_args={"steps": steps, "w": w, "network": name, "seeds": len(values)}
             | {"reference_images": network["reference_images"]}
-            | {"weights_sha256": network["weights_sha256"]},
+            | ({"weights_sha256": sha256} if (sha256 := network["weights_sha256"]) else {}),
           )
         )
   return rows
