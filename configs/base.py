@@ -39,6 +39,8 @@ def get_base() -> ml_collections.ConfigDict:
         "num_threads": 16,
         "vae": "stabilityai/sd-vae-ft-mse",
         "title": "",
+        "vae_scale": 0.18215,  # of sd-vae-ft-mse; SDXL's has 0.13025
+        "vae_shift": 0.0,
       },
       "model": {
         "size": "SiT-XL/2",  # paper

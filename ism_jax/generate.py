@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ism_jax import experiment, model, restore, sampling
-from ism_jax.data import samples
+from ism_jax.data import DataConfig, samples
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
+from ism_jax.pretrained.weights import Pretrained
 from ism_jax.runtime import files, sharding
 from ism_jax.runtime.sharding import AXIS, P
 
@@ -84,24 +85,34 @@ def noise_function(shape: tuple[int, int, int], mesh):
 load_vae = functools.lru_cache(vae_lib.load)
 
 
+def autoencoder(cfg: DataConfig) -> Pretrained:
+  """The VAE of latents; raises ValueError where it scales them in another way than `cfg` says."""
+  vae = load_vae(cfg.vae)
+  if (vae.cfg.scale, vae.cfg.shift) != (cfg.vae_scale, cfg.vae_shift):
+    raise ValueError(
+      f"data.vae={cfg.vae!r} has scaling_factor={vae.cfg.scale} and shift_factor={vae.cfg.shift}, "
+      f"but the latents are those of data.vae_scale={cfg.vae_scale} and data.vae_shift="
+      f"{cfg.vae_shift}. Set these to the autoencoder's before training; after it, name the "
+      f"autoencoder of the training, with the {vae_lib.CONFIG} that it had then, if any."
+    )
+  return vae
+
+
 def decoded_shape(exp: Experiment) -> tuple[int, int, int]:
   """(H, W, C) of a sample as an image."""
   if not exp.data.vae:
     return exp.image_shape
-  size = exp.data.image_size * load_vae(exp.data.vae).cfg.factor
+  size = exp.data.image_size * autoencoder(exp.data).cfg.factor
   return size, size, 3
 
 
 @functools.lru_cache
-def pixels_function(name: str, mesh, rounding: str = "nearest"):
-  """pixels(x1 [B, h, w, C]) -> uint8 [B, H, W, C] on every device.
-
-  The name is of the VAE that decodes, see `vae.load`; "" where x1 are pixels.
-  """
+def pixels_function(cfg: DataConfig, mesh, rounding: str = "nearest"):
+  """pixels(x1 [B, h, w, C]) -> uint8 [B, H, W, C] on every device, decoded where x1 are latents."""
   everywhere = sharding.replicated(mesh)
-  if not name:
+  if not cfg.vae:
     return jax.jit(functools.partial(to_uint8, rounding=rounding), out_shardings=everywhere)
-  vae = load_vae(name)
+  vae = autoencoder(cfg)
 
   def on_device(params, x1):
     decode = lambda z: to_uint8(vae_lib.decode(vae.cfg, params, z[None])[0], rounding)
@@ -121,7 +132,7 @@ def draw(exp: Experiment, mesh, params, *, numbers, labels, schedule, w, seed):
   Returns:
     (uint8 [B, H, W, C], whether all is finite), device arrays.
   """
-  pixels = pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
+  pixels = pixels_function(exp.data, mesh, exp.evaluation.rounding)
   params = jax.device_put(params, sharding.replicated(mesh))
   x0 = noise_function(exp.image_shape, mesh)(jax.random.key(seed), np.int32(numbers))
   x1, finite = sample_function(exp, mesh, schedule)(params, x0, np.int32(labels), np.float32(w))
@@ -169,7 +180,7 @@ def batches(
   w = np.broadcast_to(np.asarray(w, np.float32), (num_images,))
   batch_size = -(-min(batch_size, num_images) // mesh.size) * mesh.size
   draw_noise, sample = noise_function(exp.image_shape, mesh), sample_function(exp, mesh, schedule)
-  pixels = pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
+  pixels = pixels_function(exp.data, mesh, exp.evaluation.rounding)
   params, key = jax.device_put(params, sharding.replicated(mesh)), jax.random.key(seed)
   for start in range(0, num_images, batch_size):
     # The last batch wraps around to keep its size: one compilation for all.

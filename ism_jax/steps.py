@@ -268,7 +268,8 @@ def couple_function(exp: Experiment, mesh) -> Callable:
     c, shape = flatten(pool["c"]), (exp.coupling.pool_size * exp.batch_size, *exp.image_shape)
     if exp.data.vae:
       noise = jax.random.normal(jax.random.fold_in(keys.latents, index), shape)
-      x1 = vae.sample_latent(flatten(pool["moments"]), noise, vae.SD_VAE.scale)
+      factors = (exp.data.vae_scale, exp.data.vae_shift)
+      x1 = vae.sample_latent(flatten(pool["moments"]), noise, *factors)
     else:
       x1 = flatten(pool["x1"])
     x0 = jax.random.normal(key_noise, shape)

@@ -244,6 +244,7 @@ def test_every_key_says_what_it_means_to_a_run():
     *("objective.guidance", "objective.fixed_w", "optimizer.mu_dtype"),
     *("data.name", "data.seed", "data.flip"),
     *("data.image_size", "data.channels", "data.num_classes"),
+    *("data.vae_scale", "data.vae_shift"),
   }
   assert keys_marked("path") == {
     *("init_from", "data.dir", "evaluation.weights", "evaluation.reference"),

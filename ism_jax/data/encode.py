@@ -82,6 +82,8 @@ def encode(
     listing=source.listing,
     listed=source.size,
     images_per_shard=images_per_shard,
+    scaling_factor=vae.cfg.scale,
+    shift_factor=vae.cfg.shift,
   )
   make_folder(out)
   shards = range(process_index, settings.shards, process_count)

@@ -23,6 +23,7 @@ from array_record.python import array_record_module
 import grain
 import numpy as np
 
+from ism_jax.pretrained import vae as vae_lib
 from ism_jax.runtime import logs
 
 NAME = "latents"  # of the dataset, in a config
@@ -51,6 +52,8 @@ class Settings:
     listed: images in the source, readable or not.
     images_per_shard: listed ones in each shard but the last.
     format: version of this layout.
+    scaling_factor, shift_factor: of the VAE; the moments are not scaled. Older files, which lack
+      them, were trained on with the defaults.
   """
 
   vae: str
@@ -62,6 +65,8 @@ class Settings:
   listed: int
   images_per_shard: int
   format: int = FORMAT
+  scaling_factor: float = vae_lib.SD_VAE.scale
+  shift_factor: float = vae_lib.SD_VAE.shift
 
   def __post_init__(self):
     check_size(self.size)
@@ -208,12 +213,16 @@ def finished_shards(directory: str, settings: Settings) -> dict[int, dict]:
   return finished
 
 
+_FACTORS = {"scaling_factor": vae_lib.SD_VAE.scale, "shift_factor": vae_lib.SD_VAE.shift}
+
+
 def _differences(trailer: dict, wanted: dict) -> str:
   """The values of a trailer that are not as in `wanted`: "size=512, not 256"."""
+  trailer = _FACTORS | trailer
   return ", ".join(
     f"{name}={trailer.get(name)!r}, not {value!r}"
     for name, value in wanted.items()
-    if trailer.get(name) != value
+    if trailer.get(name) != value and name != "vae"  # the checksum tells, whatever the name
   )
 
 
@@ -274,16 +283,21 @@ def read_manifest(directory: str) -> dict:
     raise ValueError(
       f"{path} is of format {content.get('format')}, and this version reads {FORMAT}: encode anew."
     )
-  return content
+  return _FACTORS | content
 
 
 def check_vae(directory: str, vae) -> None:
   """Raises ValueError where the dataset was encoded with other weights than those of `vae`."""
-  encoded = read_manifest(directory)["vae_sha256"]
-  if encoded != vae.sha256:
+  _check_weights(directory, read_manifest(directory), vae.name, vae.sha256)
+
+
+def _check_weights(directory, content, name, sha256) -> None:
+  encoded = content["vae_sha256"]
+  if encoded != sha256:
     raise ValueError(
-      f"data.vae={vae.name!r} has weights of sha256 {vae.sha256[:12]}..., but those that encoded "
-      f"{directory} have {encoded[:12]}...: name the weights that encoded it."
+      f"data.vae={name!r} has weights of sha256 {sha256[:12]}..., but those that encoded "
+      f"{directory}, of the VAE {content['vae']!r}, have {encoded[:12]}...: name the weights that "
+      "encoded it."
     )
 
 
@@ -294,16 +308,25 @@ class Latents:
     """Opens `cfg.dir`; raises ValueError for what is absent, damaged, or not as the DataConfig."""
     content = read_manifest(cfg.dir)
     side, _, channels = content["moments"]
-    encoded = (side, side, channels // 2, len(content["classes"]), content["vae"])
-    wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes, cfg.vae)
-    if encoded != wanted:
-      describe = "{}x{} latents of {} channels in {} classes, of the VAE {!r}".format
+    encoded = (side, side, channels // 2, len(content["classes"]))
+    wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
+    encoded += (content["scaling_factor"], content["shift_factor"], content["vae"])
+    wanted += (cfg.vae_scale, cfg.vae_shift, cfg.vae)
+    # Another name may be that of the same weights, if they are here to be compared.
+    sha256 = None if encoded[-1] == wanted[-1] else vae_lib.checksum(cfg.vae)
+    if encoded[:-1] != wanted[:-1] or (sha256 is None and encoded[-1] != wanted[-1]):
+      describe = (
+        "{}x{} latents of {} channels in {} classes, of scaling factor {} and shift factor {}, of "
+        "the VAE {!r}"
+      ).format
       size = content["size"]
       raise ValueError(
         f"data.dir={cfg.dir} holds {describe(*encoded)} ({size}x{size} images), but the config is "
-        f"for {describe(*wanted)}. Set data.image_size, data.channels, data.num_classes and "
-        "data.vae to the dataset's, or data.dir to another."
+        f"for {describe(*wanted)}. Set data.image_size, data.channels, data.num_classes, "
+        "data.vae_scale, data.vae_shift and data.vae to the dataset's, or data.dir to another."
       )
+    if sha256 is not None:
+      _check_weights(cfg.dir, content, cfg.vae, sha256)
     self._paths = _checked_shards(cfg.dir, content)
     _allow_open_files(len(self._paths) + _SPARE_FILES)
     self._type, self._classes = record_type(content["moments"]), len(content["classes"])

@@ -32,6 +32,7 @@ from ism_jax import ranges
 from ism_jax.data import latents
 from ism_jax.data.digits import Digits
 from ism_jax.data.photos import Photos
+from ism_jax.pretrained.vae import SD_VAE
 
 _OWN = (Digits, Photos)  # TFDS finds them by name, as all builders that are imported
 _OWN_NAMES = "digits, photos/crops16, photos/crops32"
@@ -54,8 +55,10 @@ class DataConfig:
     seed: of the shuffle and the flips.
     num_threads: that read and decode in each process; 0 reads when a pool is asked for.
     title: the dataset's name for people, as the title of a model card; "" is `name`.
-    vae: of latents, with which the data was encoded and which decodes samples, by the name that it
-      has in their manifest, see `pretrained.vae.load`; "" where the data is pixels.
+    vae: of latents, with which the data was encoded and which decodes samples, see
+      `pretrained.vae.load`; another name of the same weights will do. "" where the data is pixels.
+    vae_scale, vae_shift: what the network sees are `vae_scale` times the latents less `vae_shift`:
+      the scaling_factor and shift_factor of the VAE's config.json, which the manifest has, too.
   """
 
   name: str = dataclasses.field(metadata={"fixed": True})
@@ -68,6 +71,8 @@ class DataConfig:
   num_threads: Annotated[int, "[0, 256]"] = dataclasses.field(metadata={"learnt": False})
   vae: str
   title: str = dataclasses.field(default="", metadata={"learnt": False})
+  vae_scale: float = dataclasses.field(default=SD_VAE.scale, metadata={"fixed": True})
+  vae_shift: float = dataclasses.field(default=SD_VAE.shift, metadata={"fixed": True})
 
   def __post_init__(self):
     ranges.check_fields(self, "data")

@@ -59,7 +59,7 @@ def load_reference(exp: Experiment, mesh, num_images: int | None = None) -> refe
 def check(config) -> None:
   """Raises what would keep `evaluate` from judging this experiment once it is trained."""
   exp = experiment.parse(config)
-  generate.pixels_function(exp.data.vae, sharding.data_mesh(), exp.evaluation.rounding)
+  generate.pixels_function(exp.data, sharding.data_mesh(), exp.evaluation.rounding)
   reference = load_reference(exp, sharding.data_mesh(jax.local_devices()))
   _check_enough(exp, reference)
   features.extractor.cache_clear()  # training needs the memory
@@ -88,7 +88,7 @@ def evaluate(config, source: str, devices=None, out: str | None = None) -> dict 
   trained, out = restore.read(source, config=config, mesh=mesh), out or source
   exp, params, ev = trained.exp, trained.params, trained.exp.evaluation
   files.check_writable(out)
-  generate.pixels_function(exp.data.vae, mesh, ev.rounding)  # a VAE may be missing
+  generate.pixels_function(exp.data, mesh, ev.rounding)  # a VAE may be missing
   reference = load_reference(exp, mesh)
   _check_enough(exp, reference)
   header = {

@@ -30,9 +30,9 @@ class Monitor:
   def __init__(self, exp: Experiment, mesh, workdir: str):
     self._exp, self._mesh, self._workdir = exp, mesh, workdir
     # A VAE that is missing is missed now.
-    generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
+    generate.pixels_function(exp.data, mesh, exp.evaluation.rounding)
     if exp.data.vae:
-      latents.check_vae(exp.data.dir, generate.load_vae(exp.data.vae))
+      latents.check_vae(exp.data.dir, generate.autoencoder(exp.data))
     # On one device: scores are made by the first process, without the others.
     one_device = sharding.data_mesh(jax.local_devices()[:1])
     count = exp.monitor.num_images

@@ -78,7 +78,7 @@ class Config:
     t_interval: with fixed guidance, steps of 1/128 are guided from this t on.
     vae: autoencoder of the latents: a folder, or a name on the Hugging Face hub; "" where images
       are pixels.
-    vae_scale: latents are `vae_scale` times the autoencoder's own.
+    vae_scale, vae_shift: latents are vae_scale (z - vae_shift) of the autoencoder's own, z.
   """
 
   depth: int
@@ -94,6 +94,7 @@ class Config:
   t_interval: float
   vae: str
   vae_scale: float
+  vae_shift: float = 0.0
 
 
 def _float32(layer, x):
@@ -288,11 +289,12 @@ def read_config(path) -> Config:
       values = json.load(file)
     except ValueError as error:
       raise ValueError(f"{path} is damaged ({error}). Copy the folder again.") from error
-  names = [field.name for field in dataclasses.fields(Config)]
-  if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
+  fields = {field.name: field.default for field in dataclasses.fields(Config)}
+  required = [name for name, default in fields.items() if default is dataclasses.MISSING]
+  if not isinstance(values, dict) or (missing := [n for n in required if n not in values]):
     lacks = f"lacks {', '.join(missing)}" if isinstance(values, dict) else "holds no object"
     raise ValueError(f"{path} {lacks}: it is no config of an export. Export it again.")
-  return Config(**{name: values[name] for name in names})
+  return Config(**{name: values[name] for name in fields if name in values})
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
@@ -468,8 +470,16 @@ def check_samples(x) -> torch.Tensor:
 
 def decode(model, x1, vae) -> torch.Tensor:
   """Latents [B, C, h, w] as images [B, 3, H, W] float32 in about [-1, 1], on their device."""
+  said, scale, shift = getattr(vae, "config", None), model.config.vae_scale, model.config.vae_shift
+  factors = (getattr(said, "scaling_factor", None), getattr(said, "shift_factor", None) or 0.0)
+  if factors[0] is not None and factors != (scale, shift):
+    raise ValueError(
+      f"this autoencoder has scaling_factor={factors[0]} and shift_factor={factors[1]}; the "
+      f"network's latents have {scale} and {shift}: pass the autoencoder that it was trained with, "
+      f"{model.config.vae}."
+    )
   dtype = next(vae.parameters()).dtype
-  parts = (x1 / model.config.vae_scale).to(dtype).split(_DECODED_TOGETHER)
+  parts = (x1 / scale + shift).to(dtype).split(_DECODED_TOGETHER)
   return torch.cat([vae.decode(part).sample.float() for part in parts])
 
 
@@ -482,6 +492,8 @@ def to_pixels(model, x1, vae=None) -> torch.Tensor:
     vae: of latents, the autoencoder: a diffusers AutoencoderKL, or whatever has its `decode`. None
       is that of the export, through diffusers: its folder, or else downloaded; kept until another
       is needed.
+  Raises:
+    ValueError: the autoencoder's own config scales latents in another way than training did.
   """
   if model.config.vae:
     vae = _autoencoder(model.config.vae).to(x1.device) if vae is None else vae
@@ -562,6 +574,7 @@ def _in_diffusers():
       t_interval: float,
       vae: str,
       vae_scale: float,
+      vae_shift: float = 0.0,
       auto_map: dict | None = None,  # AutoModel's entry of config.json
     ):
       values = dict(self.config)

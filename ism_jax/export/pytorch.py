@@ -94,7 +94,7 @@ def write(
     picture: its samples, as PNG.
     space: whether it is a Space too, see `export`.
   """
-  exp, vae = trained.exp, _autoencoder(trained.exp.data.vae)
+  exp, vae = trained.exp, _autoencoder(trained.exp.data)
   names = pipeline.class_names(exp.data)
   state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
@@ -113,10 +113,10 @@ def write(
       _make_space(folder)
 
 
-def _autoencoder(name: str):
+def _autoencoder(cfg: pipeline.DataConfig):
   """The autoencoder of latents; None where there are none, or it is not to be had."""
   try:
-    return generate.load_vae(name) if name else None
+    return generate.autoencoder(cfg) if cfg.vae else None
   except FileNotFoundError as error:
     remedy = "whoever samples in PyTorch has to pass the autoencoder to to_pixels or the pipeline."
     logging.warning("The export has no %s/: %s Without it, %s", _VAE, error, remedy)
@@ -181,7 +181,7 @@ def describe(trained: Trained, dtype: str) -> dict:
     "guided": exp.objective.intrinsic,
     **{name: getattr(exp.objective, name) for name in ("w_max", "fixed_w", "t_interval")},
     "vae": vae,
-    "vae_scale": vae_lib.SD_VAE.scale,
+    **{name: getattr(exp.data, name) for name in ("vae_scale", "vae_shift")},
     "step": trained.step,
     "tree": trained.tree,
     "dtype": dtype,
@@ -241,8 +241,10 @@ def card(
     else f"The guidance is fixed at `w` = {w:g}; only 128 steps take any other."
   )
   decoding = (
-    f"`to_pixels` decodes with that autoencoder, from `{_VAE}/` or else from the hub, through "
-    "diffusers (`pip install diffusers`), or with the AutoencoderKL passed as `vae`."
+    f"The latents are {exp.data.vae_scale:g} (z - {exp.data.vae_shift:g}) of that autoencoder's z: "
+    f"`to_pixels` undoes that and decodes with it, from `{_VAE}/` or else from the hub, through "
+    "diffusers (`pip install diffusers`), or with the AutoencoderKL passed as `vae`, if it has the "
+    "same factors."
     if vae
     else "Images come from the network as they are: `to_pixels` only rounds them."
   )

@@ -69,7 +69,7 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
       _write_program(folder / programs[name], of_flat, flat, *inputs)
     np.savez(folder / _PARAMETERS, **flat)
     if exp.data.vae:
-      vae = generate.load_vae(exp.data.vae)
+      vae = generate.autoencoder(exp.data)
       flat = _flat(vae.params)
       # One by one: a large image takes about 0.3 GB while it is decoded.
       one = lambda flat, z: vae_lib.decode(vae.cfg, _nested(flat), z[None])[0]

@@ -41,6 +41,7 @@ from ism_jax.data import latents
 from ism_jax.experiment import Experiment
 from ism_jax.performance import benchmark_report, flops, timing
 from ism_jax.performance.timing import quartiles
+from ism_jax.pretrained.vae import SD_VAE
 from ism_jax.runtime import chips, commands, files, multihost, sharding
 from ism_jax.runtime.sharding import AXIS, P
 
@@ -238,7 +239,7 @@ def sample_calls(exp: Experiment, mesh, n: int) -> tuple[dict[tuple, Callable], 
   initialise = lambda key: model.init_params(key, exp.network(), exp.image_shape)
   params = jax.jit(initialise, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
   inputs = (params, x0, numbers % exp.data.num_classes, np.full(n, exp.sample.w, np.float32))
-  pixels = generate.pixels_function(exp.data.vae, mesh, exp.evaluation.rounding)
+  pixels = generate.pixels_function(exp.data, mesh, exp.evaluation.rounding)
   calls, programs = {("decode",): functools.partial(pixels, x0)}, {}
   for count in STEPS:
     sample = generate.sample_function(exp, mesh, paths.parse_schedule(count))
@@ -268,6 +269,8 @@ def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
     crop="",
     listing="",
     listed=_RECORDS,
+    scaling_factor=cfg.vae_scale,
+    shift_factor=cfg.vae_shift,
     images_per_shard=_RECORDS // 8,
   )
   rng = np.random.default_rng(0)
@@ -334,7 +337,8 @@ def measure(exp: Experiment, mesh, source, *, rows: int, pools: list[int], repea
   """benchmark.json, of reading the dataset `source`; otherwise as `benchmark` takes it."""
   # Decoding needs no more than shapes.
   if exp.data.vae and not exp.data.vae.startswith("random"):
-    exp = with_changes(exp, "data", vae="random")
+    factors = {"vae_scale": SD_VAE.scale, "vae_shift": SD_VAE.shift}
+    exp = with_changes(exp, "data", vae="random", **factors)
   fewer = dataclasses.replace(exp, batch_size=rows)
   size, sizes = exp.coupling.pool_size, sorted({exp.coupling.pool_size, *pools})
   images = -(-exp.sample.batch_size // mesh.size) * mesh.size

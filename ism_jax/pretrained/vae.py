@@ -2,25 +2,31 @@
 
 A convolutional encoder with three halvings gives the mean and the log-variance of a Gaussian over
 latents, a decoder turns a latent into an image. Latents of the training scale are 0.18215 times
-those of the decoder, which makes their variance about 1. Weights come from the safetensors file
-that diffusers publishes; the modules below are named by that file's keys.
+those of the decoder, which makes their variance about 1; other autoencoders of this architecture
+have other factors, which their config.json says (SDXL's 0.13025). Weights come from the safetensors
+file that diffusers publishes; the modules below are named by that file's keys.
 
 Axes: B batch, H/W image size, h/w latent size (an eighth), C channels, T = h w tokens.
 """
 
 import dataclasses
 import functools
+import json
+import math
 import os
 import re
 
+from absl import logging
 from flax import traverse_util
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.pretrained import hub, weights
+from ism_jax.runtime import files
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONFIG = "config.json"
 PUBLISHED = "stabilityai/sd-vae-ft-mse"
 _HUB = "https://huggingface.co"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -40,7 +46,8 @@ class VaeConfig:
     blocks: residual blocks of an encoder level; a decoder level has one more.
     latent_channels: of a latent; its moments have twice as many.
     groups: of every group normalisation.
-    scale: a latent of the training scale is `scale` times one of the decoder.
+    scale, shift: a latent of the training scale is scale (z - shift) of one of the decoder, z;
+      diffusers' scaling_factor and shift_factor.
   """
 
   channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -48,8 +55,14 @@ class VaeConfig:
   latent_channels: int = 4
   groups: int = 32
   scale: float = 0.18215
+  shift: float = 0.0
 
   def __post_init__(self):
+    if not (math.isfinite(self.scale) and self.scale > 0 and math.isfinite(self.shift)):
+      raise ValueError(
+        f"scaling_factor={self.scale} and shift_factor={self.shift}: needed are a positive number "
+        "and a number, such as 0.18215 and 0."
+      )
     if not self.channels or any(n < 1 or n % self.groups for n in self.channels):
       raise ValueError(
         f"channels={self.channels} must be multiples of groups={self.groups}, one for each level."
@@ -71,7 +84,8 @@ def load(name: str) -> weights.Pretrained:
 
   Args:
     name: a file that safetensors or `torch.save` wrote; a folder with
-      `diffusion_pytorch_model.safetensors`; a repository on the Hugging Face hub such as
+      `diffusion_pytorch_model.safetensors`; in either, `config.json` beside it says how latents are
+      scaled; a repository on the Hugging Face hub such as
       "stabilityai/sd-vae-ft-mse" (see `hub`; downloaded once, then read from the hub's cache, also
       offline); or, for checks of a set-up without any weights, "random" (the published
       architecture) and "random-small" (a tiny one of the same down-sampling). Random weights are
@@ -82,8 +96,50 @@ def load(name: str) -> weights.Pretrained:
   """
   if cfg := _RANDOM.get(name):
     return weights.random(name, weights.shapes_of(_Autoencoder(cfg), cfg.factor), cfg=cfg)
-  to_params = functools.partial(params_from_state_dict, SD_VAE)
-  return weights.read(name, _find(name), to_params, f"{_HUB}/{PUBLISHED}", SD_VAE)
+  path = _find(name)
+  cfg, to_params = _configured(path), functools.partial(params_from_state_dict, SD_VAE)
+  return weights.read(name, path, to_params, f"{_HUB}/{PUBLISHED}", cfg)
+
+
+def checksum(name: str) -> str | None:
+  """The checksum of an autoencoder's weights, see `load`; None where they are not to be had."""
+  if name in _RANDOM:
+    return load(name).sha256
+  try:
+    return files.sha256(_find(name))
+  except FileNotFoundError:
+    return None
+
+
+def _configured(path) -> VaeConfig:
+  """The published architecture with the factors of the `config.json` beside a file of weights.
+
+  Raises:
+    ValueError: it is damaged, or of an autoencoder that computes something else, which its weights
+      do not show.
+  """
+  path = pathlib.Path(path).with_name(CONFIG)
+  if not path.is_file():
+    logging.warning(
+      f"There is no {path}: latents are scaled by {SD_VAE.scale} and not shifted, as of "
+      f"{PUBLISHED}. If these weights are others, put their {CONFIG} beside them."
+    )
+    return SD_VAE
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    said = {key: value for key, value in values.items() if value is not None}
+    scale = float(said.get("scaling_factor", SD_VAE.scale))
+    cfg = dataclasses.replace(SD_VAE, scale=scale, shift=float(said.get("shift_factor", 0.0)))
+  except (ValueError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path} is no autoencoder's, or damaged: {error}. Fetch it again.") from error
+  needed = {"norm_num_groups": cfg.groups, "act_fn": "silu"}
+  needed |= {"latents_mean": None, "latents_std": None}
+  if other := [key for key in needed if said.get(key, needed[key]) != needed[key]]:
+    raise ValueError(
+      f"{path} has {other[0]}={said[other[0]]!r}, and only {needed[other[0]]!r} is known here: "
+      f"name another autoencoder, such as {PUBLISHED!r}."
+    )
+  return cfg
 
 
 def encode(cfg: VaeConfig, params, images):
@@ -109,8 +165,10 @@ def encode(cfg: VaeConfig, params, images):
   return jnp.concatenate([mean, jnp.clip(log_variance, *LOG_VARIANCES)], axis=-1)
 
 
-def sample_latent(moments, noise, scale):
-  """A latent of the training scale, float32 [..., 4]: scale (mean + exp(log_variance / 2) noise).
+def sample_latent(moments, noise, scale, shift=0.0):
+  """A latent of the training scale, float32 [..., 4].
+
+  scale (mean + exp(log_variance / 2) noise - shift).
 
   Args:
     moments: [..., 8] as `encode` returns them, of any float type.
@@ -122,7 +180,7 @@ def sample_latent(moments, noise, scale):
       f"noise of shape {noise.shape} does not fit moments of shape {moments.shape}; "
       f"needed is {mean.shape}."
     )
-  return scale * (mean + jnp.exp(log_variance / 2) * noise.astype(jnp.float32))
+  return scale * (mean + jnp.exp(log_variance / 2) * noise.astype(jnp.float32) - shift)
 
 
 def decode(cfg: VaeConfig, params, latents):
@@ -131,7 +189,7 @@ def decode(cfg: VaeConfig, params, latents):
   float32 [B, 8 h, 8 w, 3], [-1, 1] but for overshoots, which are not clipped.
   """
   _check("latents", latents, cfg.latent_channels)
-  z = latents.astype(jnp.float32) / cfg.scale
+  z = latents.astype(jnp.float32) / cfg.scale + cfg.shift
   return _Autoencoder(cfg).apply({"params": params}, z, method="decode")
 
 
@@ -189,6 +247,7 @@ def diffusers_config(cfg: VaeConfig) -> dict:
     "latent_channels": cfg.latent_channels,
     "norm_num_groups": cfg.groups,
     "scaling_factor": cfg.scale,
+    "shift_factor": cfg.shift,
   }
 
 
@@ -211,7 +270,7 @@ def _find(name):
     f"or name {PUBLISHED!r}, on a machine with network."
   )
   needed = {"what": "VAE weights", "remedy": remedy}
-  path = hub.find(name, [WEIGHTS], **needed)
+  path = hub.find(name, [WEIGHTS, CONFIG], **needed)
   if path.is_dir():
     path /= WEIGHTS
   if not path.is_file():

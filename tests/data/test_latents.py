@@ -7,12 +7,13 @@ import resource
 import shutil
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+import huggingface_hub
 import numpy as np
 import pytest
 
 from ism_jax import data
 from ism_jax.data import latents
-from ism_jax.pretrained import weights
+from ism_jax.pretrained import vae, weights
 from ism_jax.runtime import commands
 
 SETTINGS = latents.Settings(
@@ -181,13 +182,16 @@ def test_a_resumed_iterator_continues_bit_exactly_and_processes_share_the_rows(s
     ({"image_size": 4}, r"2x2 latents of 4 channels in 3 .*\(16x16 images\).* 4x4 latents"),
     ({"channels": 8}, "for 2x2 latents of 8 channels"),
     ({"num_classes": 1000}, "in 3 classes.* in 1000 classes"),
+    ({"vae_scale": 0.13025}, r"factor 0\.18215 and .* factor 0\.13025 and .*data\.vae_scale"),
+    ({"vae_shift": 0.5}, r"shift factor 0\.0.* shift factor 0\.5"),
     ({"vae": "other/vae"}, "of the VAE 'some/vae'.* of the VAE 'other/vae'.*data.vae"),
     ({"dir": ""}, r"needs data\.dir.*python -m ism_jax encode"),
     ({"dir": "gs://bucket/latents"}, "gs://bucket/latents is no folder: mount the bucket"),
     ({"dir": "/nowhere/at/all"}, r"/nowhere/at/all does not exist.*python -m ism_jax encode"),
   ],
 )
-def test_a_config_for_other_latents_is_refused(folder, change, message):
+def test_a_config_for_other_latents_is_refused(folder, change, message, monkeypatch):
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
   with pytest.raises(ValueError, match=message):
     data.load_source(config(folder, **change))
 
@@ -199,10 +203,39 @@ def test_latents_have_a_vae_and_images_have_none(name, vae):
 
 
 def test_weights_that_did_not_encode_the_data_are_refused(folder):
-  vae = lambda sha256: weights.Pretrained({}, sha256, "some/vae")
-  latents.check_vae(folder, vae(SETTINGS.vae_sha256))
+  loaded = lambda sha256: weights.Pretrained({}, sha256, "some/vae")
+  latents.check_vae(folder, loaded(SETTINGS.vae_sha256))
   with pytest.raises(ValueError, match=r"sha256 0123456789ab.*name the weights that encoded it"):
-    latents.check_vae(folder, vae("0123456789abcdef"))
+    latents.check_vae(folder, loaded("0123456789abcdef"))
+
+
+def test_the_autoencoder_of_latents_is_known_by_its_weights_and_not_by_its_name(copy, tmp_path):
+  path = tmp_path / "vae" / vae.WEIGHTS
+  path.parent.mkdir()
+  path.write_bytes(b"weights")
+  settings = dataclasses.replace(SETTINGS, vae_sha256=vae.checksum(str(path)))
+  for name in ("elsewhere/vae", str(path.parent), f"{path.parent}/", str(path)):
+    same = dataclasses.replace(settings, vae=name)
+    if name == "elsewhere/vae":
+      write(str(copy), same)
+    assert len(latents.finished_shards(str(copy), same)) == 5
+    assert len(data.load_source(config(copy, vae=name))) == len(READABLE)
+  path.write_bytes(b"other weights")
+  with pytest.raises(ValueError, match=r"vae/' has weights of sha256 .*'elsewhere/vae', have"):
+    data.load_source(config(copy, vae=f"{path.parent}/"))
+
+
+def test_latents_of_another_scale_say_so_and_older_ones_have_the_published_one(copy):
+  older = copy / "manifest.json"
+  content = json.loads(older.read_text())
+  assert (content.pop("scaling_factor"), content.pop("shift_factor")) == (0.18215, 0.0)
+  older.write_text(json.dumps(content))
+  assert len(data.load_source(config(copy))) == len(READABLE)
+  scaled = dataclasses.replace(SETTINGS, scaling_factor=0.13025, shift_factor=0.25)
+  with pytest.raises(ValueError, match=r"00000-of-.* has scaling_factor=0\.18215, not 0\.13025"):
+    latents.finished_shards(str(copy), scaled)
+  write(str(copy), scaled)
+  assert len(data.load_source(config(copy, vae_scale=0.13025, vae_shift=0.25))) == len(READABLE)
 
 
 def test_an_unfinished_folder_is_refused_with_the_command(copy):

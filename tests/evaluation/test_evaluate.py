@@ -1,5 +1,6 @@
 """Judging checkpoints and files of images, on a network at random weights."""
 
+import dataclasses
 import logging
 import types
 
@@ -172,6 +173,17 @@ def test_truncation_is_half_a_level_darker_than_rounding():
 def test_a_wrong_protocol_is_an_error_before_anything_is_sampled(evaluation, message):
   with pytest.raises(ValueError, match=message):
     experiment.parse(config_of(**evaluation))
+
+
+def test_an_autoencoder_of_another_scale_than_the_training_is_refused(mesh):
+  config = config_of()
+  config.data.update({"name": "latents", "vae": "random-small", "channels": 4})
+  cfg = experiment.parse(config).data
+  generate.pixels_function(cfg, mesh)
+  for factors in ({"vae_scale": 0.13025}, {"vae_shift": 0.5}):
+    other = dataclasses.replace(cfg, **factors)
+    with pytest.raises(ValueError, match=r"factor=0\.18215 and .*=0\.0, but .* of the training"):
+      generate.pixels_function(other, mesh)
 
 
 def test_latents_without_a_reference_say_how_to_make_one(mesh):

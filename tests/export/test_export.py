@@ -1,6 +1,7 @@
 """Parameters to PyTorch and back: SiT's state dicts, the folder of an export, and its sampler."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -301,6 +302,11 @@ def test_the_autoencoder_of_latents_is_named():
   card = export.card(trained, "float32", None)
   assert "# SiT-XL/2 on ImageNet, ism" in card and "the 1000 classes of ImageNet" in card
   assert "32x32x4 latents of `stabilityai/sd-vae-ft-mse`" in card
+  config.data.update({"vae_scale": 0.13025, "vae_shift": 0.5})
+  trained = restore.Trained(experiment.parse(config), files.as_dict(config), 4, "ema", {})
+  described = export.describe(trained, "float32")
+  assert (described["vae_scale"], described["vae_shift"]) == (0.13025, 0.5)
+  assert "0.13025 (z - 0.5)" in export.card(trained, "float32", None)
 
 
 def test_the_machines_folders_are_nowhere(tmp_path):
@@ -686,6 +692,16 @@ def test_latents_are_decoded_by_the_autoencoder_of_the_config(pytorch, ours, mon
     assert actual.shape == expected.shape == (5, 8, 8, 3)
     assert np.abs(actual - expected).max() <= 1 and (actual == expected).mean() > 0.99
   assert asked == ["someone/vae"]
+  # Another scale: refused of an autoencoder that says its own, and otherwise undone.
+  other = dataclasses.replace(cfg, scale=0.3611, shift=0.1159)
+  object.__setattr__(module.config, "vae_scale", other.scale)
+  object.__setattr__(module.config, "vae_shift", other.shift)
+  with pytest.raises(ValueError, match=r"factor=0\.18215 .* latents have 0\.3611 and 0\.1159"):
+    ours.to_pixels(module, to_torch(pytorch, x1), autoencoder)
+  autoencoder.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
+  expected = np.asarray(generate.to_uint8(vae.decode(other, params, x1))).astype(int)
+  actual = ours.to_pixels(module, to_torch(pytorch, x1), autoencoder).numpy().astype(int)
+  assert np.abs(actual - expected).max() <= 1 and (actual == expected).mean() > 0.99
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The VAE against a network written out in NumPy, and against PyTorch's own (diffusers)."""
 
+import dataclasses
 import hashlib
+import json
 
 import hub_stand_in
 import huggingface_hub
@@ -304,6 +306,56 @@ def test_weights_load_from_a_file_from_its_folder_and_offline_from_the_hub_cache
     assert (loaded.cfg, loaded.name) == (TINY, name)
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert_same_params(loaded.params, state)
+  write_config(snapshot / vae.WEIGHTS, scaling_factor=0.13025)
+  assert vae.load("someone/some-vae").cfg.scale == 0.13025
+
+
+def write_config(path, **values):
+  (path.parent / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"} | values))
+
+
+def test_the_factors_are_those_of_the_config_beside_the_weights(tiny_files, tmp_path, caplog):
+  _, path = tiny_files
+  factors = lambda name: (vae.load(str(name)).cfg.scale, vae.load(str(name)).cfg.shift)
+  assert factors(path) == (0.18215, 0.0)
+  assert f"no {path.parent / 'config.json'}: latents are scaled by 0.18215" in caplog.text
+  write_config(path, sample_size=256)  # as of sd-vae-ft-mse
+  assert factors(path) == factors(path.parent) == (0.18215, 0.0)
+  write_config(path, scaling_factor=0.13025, shift_factor=None, latents_mean=None)
+  assert factors(path) == factors(f"{path.parent}/") == (0.13025, 0.0)
+  write_config(path, scaling_factor=0.3611, shift_factor=0.1159)
+  assert factors(path.parent) == (0.3611, 0.1159)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("{", "is no autoencoder's, or damaged"),
+    ("[]", "is no autoencoder's, or damaged"),
+    ('{"scaling_factor": "large"}', "could not convert"),
+    ('{"scaling_factor": 0}', "scaling_factor=0.0 .*needed are a positive number"),
+    ('{"scaling_factor": NaN}', "scaling_factor=nan"),
+    ('{"norm_num_groups": 16}', "norm_num_groups=16, and only 2 is known"),
+    ('{"latents_mean": [0.5, 0, 0, 0]}', "latents_mean=.*, and only None is known"),
+  ],
+)
+def test_a_config_that_the_weights_cannot_follow_is_refused(tiny_files, text, message):
+  _, path = tiny_files
+  (path.parent / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
+    vae.load(str(path))
+
+
+def test_decoding_undoes_the_scale_and_the_shift_of_training():
+  params = vae.params_from_state_dict(TINY, random_state_dict(TINY))
+  other = dataclasses.replace(TINY, scale=0.3611, shift=0.1159)
+  z = latents_of((1, 2, 2, 4))
+  scaled = [
+    vae.sample_latent(jnp.concatenate([z, z], -1), jnp.zeros_like(z), cfg.scale, cfg.shift)
+    for cfg in (TINY, other)
+  ]
+  np.testing.assert_allclose(scaled[1], 0.3611 * (z - 0.1159), rtol=1e-5)
+  assert_close(decode(other, params, scaled[1]), decode(TINY, params, scaled[0]))
 
 
 def test_absent_weights_are_one_error_that_says_what_to_download_and_where_to_put_it(

@@ -10,6 +10,7 @@ import pytest
 
 from configs import imagenet256
 from ism_jax import experiment, steps, train
+from ism_jax.pretrained import vae
 from ism_jax.runtime import checkpoints, sharding
 
 
@@ -187,7 +188,7 @@ def test_the_estimate_is_that_of_xl_on_a_pod():
     )
 
 
-def test_a_latent_is_drawn_from_its_moments_anew_for_each_pool(mesh):
+def test_a_latent_is_drawn_from_its_moments_anew_for_each_pool(mesh, monkeypatch):
   config = tiny_config()
   config.coupling.coupling = "independent"
   config.data.update({"name": "latents", "vae": "random-small", "channels": 4})
@@ -207,5 +208,11 @@ def test_a_latent_is_drawn_from_its_moments_anew_for_each_pool(mesh):
   assert latents[0].dtype == np.float32 and abs(noise.mean()) < 0.02
   np.testing.assert_allclose(noise.std((0, 1, 2, 3)), 1, atol=0.02)
   other = (latents[1] / 0.18215 - mean) / deviation
+  scales = []
+  with monkeypatch.context() as patch:
+    patch.setattr(vae, "sample_latent", lambda m, noise, *scale: scales.append(scale) or noise)
+    config.data.update({"vae_scale": 0.13025, "vae_shift": 0.5})
+    jax.eval_shape(steps.couple_function(experiment.parse(config), mesh), pool, keys, 0)
+  assert scales == [(0.13025, 0.5)]
   assert abs(np.mean(noise * other)) < 0.02
   assert abs(jnp.corrcoef(noise.ravel(), mean.ravel().astype(np.float32))[0, 1]) < 0.02
