@@ -41,6 +41,7 @@ def get_base() -> ml_collections.ConfigDict:
         "title": "",
         "vae_scale": 0.18215,  # of sd-vae-ft-mse; SDXL's has 0.13025
         "vae_shift": 0.0,
+        "may_change": False,
       },
       "model": {
         "size": "SiT-XL/2",  # paper

@@ -139,19 +139,21 @@ def _train(exp: Experiment, config, workdir: str, mesh) -> TrainState:
       rows=sharding.local_rows(mesh, exp.batch_size),
       num_threads=exp.data.num_threads,
     )
-    state, log = start_or_continue(exp, config, workdir, mesh, manager, pools)
+    dataset = source.identity
+    state, log = start_or_continue(exp, config, workdir, mesh, manager, pools, dataset)
     if int(state.step) >= total:
       logging.info("%s has all %d steps already.", workdir, total)
       return state
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     logging.info("\n%s", overview)
-    return _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted)
+    return _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preempted)
 
 
-def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pools):
+def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pools, dataset: dict):
   """(TrainState, state of the log) of the newest whole checkpoint; `pools` is set to where it was.
 
-  Of a new run: (a new state, None).
+  Of a new run: (a new state, None). `dataset` is the identity of the data, see `data.pipeline`; a
+  ValueError if the checkpoint was trained on other data.
   """
   if manager.latest_step() is None:
     path = exp.init_from
@@ -171,6 +173,7 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
       raise checkpoints.DamagedError(
         f"{manager.directory}/{step} is damaged: it holds step {saved}"
       )
+    data.check_same(position.get("dataset"), dataset, exp.data.may_change)
     return restored, position
 
   step, (state, position) = checkpoints.restore_newest(manager, read, move_damaged=True)
@@ -179,7 +182,7 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
   return state, position["log"]
 
 
-def _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted) -> TrainState:
+def _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preempted):
   """Trains from `state` to the end, or until preempted(..); see `watch_for_preemption`."""
   pool_size, scan_steps, total = exp.coupling.pool_size, exp.scan_steps, exp.total_steps
   keys, step, pending, writing = steps.base_keys(exp.seed), int(state.step), None, False
@@ -217,7 +220,7 @@ def _loop(exp, config, workdir, mesh, manager, pools, state, log, preempted) -> 
           pending = None
           # A pool that is not finished is read and paired again on resumption.
           pools_state = pools_before if step % pool_size else pools.get_state()
-          position = {"pools": pools_state, "log": writer.state()}
+          position = {"pools": pools_state, "log": writer.state(), "dataset": dataset}
           writing = checkpoints.save(manager, step, state, position, files.as_dict(config))
         if stop:
           return state

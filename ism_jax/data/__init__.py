@@ -3,10 +3,19 @@
 from ism_jax.data.pipeline import (
   DataConfig,
   all_images,
+  check_same,
   directory,
   load_source,
   pools,
   to_unit_range,
 )
 
-__all__ = ["DataConfig", "all_images", "directory", "load_source", "pools", "to_unit_range"]
+__all__ = [
+  "DataConfig",
+  "all_images",
+  "check_same",
+  "directory",
+  "load_source",
+  "pools",
+  "to_unit_range",
+]

@@ -35,6 +35,7 @@ _SHARD = re.compile(r"latents-(\d{5,})-of-\d{5,}\.array_record")
 # Records one by one, as they are: they are read at random, and moments do not compress.
 _OPTIONS = "group_size:1,uncompressed"
 _VERIFIED_TOGETHER = 1024  # records, in each thread
+_IDENTITY = ("listing", "contents", "crop", "size", "vae_sha256", "images", "counts")
 _SPARE_FILES = 512  # open at the same time as the shards: event files, libraries, sockets
 
 
@@ -328,6 +329,7 @@ class Latents:
     if sha256 is not None:
       _check_weights(cfg.dir, content, cfg.vae, sha256)
     self._paths = _checked_shards(cfg.dir, content)
+    self.identity = {key: content[key] for key in _IDENTITY if key in content}
     _allow_open_files(len(self._paths) + _SPARE_FILES)
     self._type, self._classes = record_type(content["moments"]), len(content["classes"])
     self._ends = np.cumsum(content["shards"])  # of each shard, in the dataset's images

@@ -6,7 +6,7 @@ them (encoding an image, for one) does need TensorFlow. Latents are made by `ism
 
 A source is what the stream is drawn from: `len(source)` images, of which source.read(keys, mirror)
 gives ({name: array [N, ...]}, labels int32 [N]) for int keys [N] and, bool [N], which of them are
-mirrored left to right.
+mirrored left to right. Its `identity`, a dict of JSON, says which data it is, wherever it lies.
 
 The stream is a function of the seed: epoch e is a permutation and one coin per position, drawn from
 (seed, e), epochs follow each other without a gap, and batch b is the positions [b * B, (b + 1) * B)
@@ -23,6 +23,7 @@ import sys
 import textwrap
 from typing import Annotated
 
+from absl import logging
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
@@ -59,6 +60,7 @@ class DataConfig:
       `pretrained.vae.load`; another name of the same weights will do. "" where the data is pixels.
     vae_scale, vae_shift: what the network sees are `vae_scale` times the latents less `vae_shift`:
       the scaling_factor and shift_factor of the VAE's config.json, which the manifest has, too.
+    may_change: whether a run may continue on other data than that of its checkpoint.
   """
 
   name: str = dataclasses.field(metadata={"fixed": True})
@@ -73,6 +75,7 @@ class DataConfig:
   title: str = dataclasses.field(default="", metadata={"learnt": False})
   vae_scale: float = dataclasses.field(default=SD_VAE.scale, metadata={"fixed": True})
   vae_shift: float = dataclasses.field(default=SD_VAE.shift, metadata={"fixed": True})
+  may_change: bool = False
 
   def __post_init__(self):
     ranges.check_fields(self, "data")
@@ -86,8 +89,8 @@ class DataConfig:
 class Images:
   """The images of a TFDS dataset, as a source."""
 
-  def __init__(self, records):
-    self._records = records
+  def __init__(self, records, identity: dict):
+    self._records, self.identity = records, identity
 
   def __len__(self):
     return len(self._records)
@@ -215,7 +218,39 @@ def load_source(cfg: DataConfig, split="train"):
       builder = tfds_builder(cfg.name, cfg.dir)  # knows what lies on the disk now
       if not builder.data_path.exists():
         raise
-  return Images(open_split(builder, split))
+  records = open_split(builder, split)
+  # Ours are the same everywhere.
+  is_ours = isinstance(builder, _OWN)
+  identity = {} if is_ours else {"dataset": builder.info.full_name, "images": len(records)}
+  return Images(records, identity)
+
+
+def check_same(trained_on: dict | None, now: dict, may_change: bool) -> None:
+  """Raises ValueError if a run would continue on other data than that of its checkpoint.
+
+  Args:
+    trained_on: the `identity` in the checkpoint; None of an older one.
+    now: that of the data there is.
+    may_change: see DataConfig.
+  """
+  if trained_on is None:
+    if now:
+      logging.info("The checkpoint does not say which data it was trained on; this is %s.", now)
+    return
+  short = lambda value: textwrap.shorten(repr(value), 80, placeholder="...")
+  differ = ", ".join(
+    f"{key} was {short(value)}, and is {short(now[key])}"
+    for key, value in trained_on.items()
+    if now.get(key, value) != value  # what only newer data say tells nothing
+  )
+  if differ and not may_change:
+    raise ValueError(
+      f"this is not the data that the checkpoint was trained on: {differ}. Set data.dir to that "
+      "data, or train in another --workdir; if the change is meant, pass "
+      "--config.data.may_change=True."
+    )
+  if differ:
+    logging.warning("Continuing on other data: %s.", differ)
 
 
 def pools(source, *, batch_size, pool_size, seed, flip=False, num_threads=4, rows=None):

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import re
 
 from absl import logging
