@@ -52,6 +52,7 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
   _log_as_commands_do()
   mesh = sharding.data_mesh(devices)
   trained = restore.read(str(source), tree, step=step, mesh=mesh)
+  generate.check_decoder(trained)
   return Model(trained.exp, trained.params, mesh, trained.about)
 
 

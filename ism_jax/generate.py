@@ -98,6 +98,16 @@ def autoencoder(cfg: DataConfig) -> Pretrained:
   return vae
 
 
+def check_decoder(trained: restore.Trained) -> None:
+  """Raises ValueError if latents would be decoded by other weights than those that encoded."""
+  cfg, encoded = trained.exp.data, trained.dataset.get("vae_sha256")
+  if encoded and (sha256 := autoencoder(cfg).sha256) != encoded:
+    raise ValueError(
+      f"data.vae={cfg.vae!r} has weights of sha256 {sha256[:12]}..., but the data of this "
+      f"run was encoded by those of {encoded[:12]}...: name these, by --config.data.vae."
+    )
+
+
 def decoded_shape(exp: Experiment) -> tuple[int, int, int]:
   """(H, W, C) of a sample as an image."""
   if not exp.data.vae:
@@ -217,6 +227,7 @@ def write_samples(config, source: str, out: str, devices=None) -> None:
   files.check_writable(os.path.dirname(out))
   mesh = sharding.data_mesh(devices)
   trained = restore.read(source, config=config, mesh=mesh)
+  check_decoder(trained)
   exp, cfg = trained.exp, trained.exp.sample
   labels = class_labels(exp, cfg.num_images, cfg.seed)
   if cfg.label != -1:

@@ -37,6 +37,8 @@ class Trained:
     config: the config in the checkpoint or export, a nested dict.
     tree: one of `TREES`.
     params: the tree, a nested dict of arrays.
+    checksum: of the tree, see `checkpoints.tree_checksum`; two runs have other ones at one step.
+    dataset: identity of the data that it was trained on, see `data.pipeline`; {} of older ones.
   """
 
   exp: Experiment
@@ -44,6 +46,8 @@ class Trained:
   step: int
   tree: str
   params: dict
+  checksum: str = ""
+  dataset: dict = dataclasses.field(default_factory=dict)
 
   @property
   def about(self) -> str:
@@ -113,7 +117,9 @@ def read(
       on_mesh = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh))
       abstract = jax.tree.map(on_mesh, jax.eval_shape(create))
       params = checkpoints.restore_tree(manager, tree, abstract, step)
-      return Trained(exp, saved, step, tree, params)
+      checksum = checkpoints.tree_checksum(manager, tree, step)
+      dataset = checkpoints.read_position(manager, step).get("dataset") or {}
+      return Trained(exp, saved, step, tree, params, checksum, dataset)
 
     return checkpoints.restore_newest(manager, read_step)[1] if step is None else read_step(step)
 

@@ -415,3 +415,26 @@ def test_eight_devices_train_the_same_run_as_one_which_continues_theirs(run, tmp
   continued = train.train(tiny_config(), str(tmp_path), one_device)
   assert continued.step == 8
   assert_close_params(continued, one)
+
+
+def test_a_run_does_not_continue_on_other_data_unless_that_is_meant(
+  tmp_path, one_device, monkeypatch, caplog
+):
+  config = tiny_config()
+  source = data.load_source(experiment.parse(config).data)
+  monkeypatch.setattr(data, "load_source", lambda cfg: source)
+
+  def train_to(steps):
+    config.steps = steps
+    train.train(config, str(tmp_path), one_device)
+
+  source.identity = {"dataset": "some/1.0.0", "images": 1797}
+  train_to(4)
+  source.identity = {"dataset": "some/1.0.0", "images": 1796}
+  with pytest.raises(ValueError, match=r"images was 1797, and is 1796\. .*data\.may_change=True"):
+    train_to(8)
+  config.data.may_change = True
+  train_to(8)
+  assert "Continuing on other data: images was 1797" in caplog.text
+  config.data.may_change = False
+  train_to(8)  # this is its data now

@@ -40,6 +40,7 @@ from ism_jax.runtime import commands, files, logs, multihost, sharding
 
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_LOOKS = 5.0  # at the shards of other processes
+_COMPARED = 4  # images of a finished shard whose contents are read again, whatever their files say
 _BATCHES_AHEAD = 4  # decoded while the devices encode
 
 
@@ -88,6 +89,9 @@ def encode(
   make_folder(out)
   shards = range(process_index, settings.shards, process_count)
   finished = latents.finished_shards(out, settings)
+  mine = {shard: finished[shard] for shard in shards if shard in finished}
+  _check_contents(source, out, settings, mine, num_threads)
+  source, contents = images.noting(source)
   todo = {shard: settings.images_of(shard) for shard in shards if shard not in finished}
   count = sum(map(len, todo.values()))
   logging.info(
@@ -113,7 +117,46 @@ def encode(
               "not those of a VAE for images in [-1, 1]. Name others by --vae."
             )
           progress.add(1, unreadable=crop.reason is not None)
+        writer.note_contents(contents[listed.start : listed.stop])
   return settings
+
+
+def _check_contents(source, out, settings, finished: dict[int, dict], num_threads) -> None:
+  """Raises ValueError if finished shards are of other images that have the names of the source's.
+
+  Sizes are compared, and the contents of images that have changed since their shard was made, and
+  of a few of each shard.
+  """
+  said = {
+    shard: trailer["contents"] for shard, trailer in finished.items() if "contents" in trailer
+  }
+  if len(said) < len(finished):
+    older = len(finished) - len(said)
+    logging.info("%d older shards do not say of which contents they were made.", older)
+
+  def first_other(shard) -> str | None:
+    made, listed = os.path.getmtime(settings.path(out, shard)), settings.images_of(shard)
+    contents = np.frombuffer(bytes.fromhex(said[shard]), "<u4").reshape(-1, 2)
+    for i, noted in zip(listed, contents, strict=True):
+      is_read = (i - listed.start) % -(-len(listed) // _COMPARED) == 0
+      with contextlib.suppress(OSError):  # nor could it be read then
+        size, changed = source.stat(i)
+        is_read |= changed >= made or (size >= 0 and noted[0] != size % 2**32)
+      if is_read and images.fingerprint_of(source, i) != tuple(noted.tolist()):
+        return source.name(i)
+    return None
+
+  ahead = _BATCHES_AHEAD * num_threads
+  answers = images.in_order(first_other, said, ahead=ahead, num_threads=num_threads)
+  with contextlib.closing(answers):
+    others = {s: name for s, name in zip(said, answers, strict=True) if name is not None}
+  if others:
+    paths = [settings.path(out, shard) for shard in others]
+    raise ValueError(
+      f"{len(others)} of {len(finished)} shards in {out} were made of other images of the same "
+      f"names, such as {next(iter(others.values()))}. Choose another folder for --out, or delete "
+      f"these shards, to make them anew: {', '.join(paths[:5])}{', ...' if paths[5:] else ''}."
+    )
 
 
 def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:

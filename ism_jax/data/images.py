@@ -13,9 +13,11 @@ import functools
 import hashlib
 import io
 import os
+import pathlib
 import re
 import tarfile
 from typing import Any, NamedTuple
+import zlib
 
 from absl import logging
 import numpy as np
@@ -49,6 +51,9 @@ class Source:
     name: of image i.
     read: image i -> (content, label). The content is that of an image file or, where a dataset
       holds decoded pixels, uint8 [H, W, 1 or 3]. Any thread may call it. Raises OSError.
+    fingerprint: of the content of image i, which it reads; see `fingerprint`.
+    stat: image i -> (bytes, or -1 where that takes reading it; when its file changed, in seconds).
+      Raises OSError.
   """
 
   classes: tuple[str, ...]
@@ -56,6 +61,8 @@ class Source:
   listing: str
   name: Callable[[int], str]
   read: Callable[[int], tuple[bytes | np.ndarray, int]]
+  fingerprint: Callable[[int], tuple[int, int]]
+  stat: Callable[[int], tuple[int, float]]
 
 
 class _File(NamedTuple):
@@ -110,13 +117,51 @@ def open_source(images: str, tfds_dir: str) -> Source:
       raise OSError(errno.EINVAL, file.reason, file.path)
     return read_file(file.path, file.offset, file.size), label
 
+  def stat(i):
+    file, _ = flat[i]
+    status = os.stat(file.path)
+    return status.st_size if file.size < 0 else file.size, status.st_ctime
+
   return Source(
     classes=classes,
     size=len(flat),
     listing=hashlib.sha256(as_bytes(names)).hexdigest(),
     name=lambda i: flat[i][0].name,
     read=read,
+    fingerprint=lambda i: fingerprint(read(i)[0]),
+    stat=stat,
   )
+
+
+def fingerprint(content: bytes | np.ndarray) -> tuple[int, int]:
+  """Length in bytes and CRC-32, each below 2^32: the same names do not make the same images."""
+  content = content if isinstance(content, bytes) else np.ascontiguousarray(content).tobytes()
+  return len(content) % 2**32, zlib.crc32(content)
+
+
+def noting(source: Source) -> tuple[Source, np.ndarray]:
+  """The source, and uint32 [size, 2]: the fingerprints of the images that it has read so far.
+
+  Those of images that are unread, or cannot be, are 0.
+  """
+  contents = np.zeros((source.size, 2), np.uint32)
+
+  def read(i):
+    content, label = source.read(i)
+    contents[i] = fingerprint(content)
+    return content, label
+
+  return dataclasses.replace(source, read=read), contents
+
+
+def fingerprint_of(source: Source, i: int) -> tuple[int, int]:
+  """The fingerprint of image i, by reading it; (0, 0) if it cannot be."""
+  try:
+    return source.fingerprint(i)
+  except OSError as error:
+    if _of_one_file(error):
+      return 0, 0
+    raise
 
 
 def as_bytes(names: str) -> bytes:
@@ -263,6 +308,7 @@ def _from_tfds(name, tfds_dir) -> Source:
     record = records[i]
     return record["image"], int(record["label"])
 
+  changed = max(path.stat().st_ctime for path in pathlib.Path(builder.data_path).iterdir())
   classes = tuple(label.names)
   names = "\n".join((builder.info.full_name, str(len(records)), *classes))
   return Source(
@@ -271,6 +317,8 @@ def _from_tfds(name, tfds_dir) -> Source:
     listing=hashlib.sha256(names.encode()).hexdigest(),
     name=lambda i: f"{builder.info.full_name}/train/{i}",
     read=read,
+    fingerprint=lambda i: fingerprint(read(i)[0]),
+    stat=lambda i: (-1, changed),
   )
 
 

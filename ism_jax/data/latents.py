@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import json
 import os
 import re
@@ -121,6 +122,7 @@ class ShardWriter:
     self._record = np.zeros((), record_type(settings.moments_shape))
     self._counts = collections.Counter()
     self._unreadable: dict[str, str] = {}
+    self._contents: dict[str, str] = {}
     for path in glob.glob(f"{glob.escape(self._path)}.*.tmp"):
       os.remove(path)
     # No other process has this name: should one still be at it, neither renames the other's half.
@@ -133,12 +135,16 @@ class ShardWriter:
   def __exit__(self, kind, *_):
     try:
       if kind is None:
-        trailer = dataclasses.asdict(self._settings) | {
-          "shard": self._shard,
-          "images": self._counts.total(),
-          "counts": {str(label): count for label, count in sorted(self._counts.items())},
-          "unreadable": self._unreadable,
-        }
+        trailer = (
+          dataclasses.asdict(self._settings)
+          | {
+            "shard": self._shard,
+            "images": self._counts.total(),
+            "counts": {str(label): count for label, count in sorted(self._counts.items())},
+            "unreadable": self._unreadable,
+          }
+          | self._contents
+        )
         with self._failing_as_os_error():
           self._writer.write(json.dumps(trailer).encode())
           self._writer.close()
@@ -162,6 +168,10 @@ class ShardWriter:
   def add_unreadable(self, name: str, reason: str) -> None:
     """Notes an image that has no record."""
     self._unreadable[name] = reason
+
+  def note_contents(self, contents: np.ndarray) -> None:
+    """Notes the fingerprints uint32 [n, 2] of the listed images, readable or not."""
+    self._contents = {"contents": contents.astype("<u4").tobytes().hex()}
 
   @contextlib.contextmanager
   def _failing_as_os_error(self):
@@ -245,6 +255,9 @@ def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
     "unreadable": unreadable,
     "unreadable_count": len(unreadable),
   }
+  if all("contents" in t for t in ordered):  # older shards have none
+    contents = "".join(t["contents"] for t in ordered)
+    content["contents"] = hashlib.sha256(contents.encode()).hexdigest()
   return json.dumps(content, indent=1) + "\n"
 
 

@@ -87,6 +87,7 @@ def evaluate(config, source: str, devices=None, out: str | None = None) -> dict 
   mesh = sharding.data_mesh(devices)
   trained, out = restore.read(source, config=config, mesh=mesh), out or source
   exp, params, ev = trained.exp, trained.params, trained.exp.evaluation
+  generate.check_decoder(trained)
   files.check_writable(out)
   generate.pixels_function(exp.data, mesh, ev.rounding)  # a VAE may be missing
   reference = load_reference(exp, mesh)
@@ -95,7 +96,9 @@ def evaluate(config, source: str, devices=None, out: str | None = None) -> dict 
     "variant": exp.variant,
     "step": trained.step,
     "parameters": restore.TREES[trained.tree],
+    "parameters_checksum": trained.checksum,
     "vae": exp.data.vae,
+    "vae_sha256": generate.load_vae(exp.data.vae).sha256 if exp.data.vae else "",
     "labels": ev.labels,
     "rounding": ev.rounding,
     "computed_in": exp.model.dtype,

@@ -21,11 +21,13 @@ from collections.abc import Iterator
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import os
 
 from absl import flags, logging
 import jax
 from ml_collections import config_flags
+import numpy as np
 
 from ism_jax import data
 from ism_jax.data import images as images_lib
@@ -43,7 +45,7 @@ _DESCRIPTIONS = ("source", "features", "images", "unreadable", "jax")
 
 def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSet:
   """ADM's centre crops, [size, size, 3], of a source, see `images.open_source`."""
-  source = images_lib.open_source(named, tfds_dir)
+  source, contents = images_lib.noting(images_lib.open_source(named, tfds_dir))
   crop, unreadable = functools.partial(images_lib.read_crop, source, size), {}
 
   def batches(batch_size):
@@ -52,10 +54,26 @@ def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSe
     with contextlib.closing(crops):
       yield from images_lib.readable_batches(crops, batch_size, source.name, unreadable)
 
-  protocol = {"source": named, "listing": source.listing, "listed": source.size}
-  protocol |= {"crop": images_lib.CROP, "size": size}
+  def protocol():
+    unread = np.flatnonzero(~contents.any(axis=1)).tolist()
+    read = functools.partial(images_lib.fingerprint_of, source)
+    ahead = _BATCHES_AHEAD * num_threads
+    with contextlib.closing(
+      images_lib.in_order(read, unread, ahead=ahead, num_threads=num_threads)
+    ) as fingerprints:
+      for i, content in zip(unread, fingerprints, strict=True):
+        contents[i] = content
+    return {
+      "source": named,
+      "listing": source.listing,
+      "listed": source.size,
+      "contents": hashlib.sha256(contents.tobytes()).hexdigest(),
+      "crop": images_lib.CROP,
+      "size": size,
+    }
+
   shape = (size, size, 3)
-  return ImageSet(named, source.size, shape, batches, lambda: protocol, unreadable=unreadable)
+  return ImageSet(named, source.size, shape, batches, protocol, unreadable=unreadable)
 
 
 def of_dataset(cfg: pipeline.DataConfig, split: str) -> ImageSet:
@@ -134,11 +152,16 @@ def make(
     {network: file}
   """
   paths = {n.name: os.path.join(out, f"{n.name}.npz") for n in networks}
-  what = images.protocol() | {"keep": min(keep, images.count), "jax": jax.__version__}
-  protocols = {
-    n.name: what | {"network": n.name, "weights": n.sha256, "features": n.what} for n in networks
-  }
-  todo = [n for n in networks if not _is_done(paths[n.name], protocols[n.name])]
+  what_images = functools.cache(images.protocol)
+
+  def protocol(network):
+    what = {"network": network.name, "weights": network.sha256, "features": network.what}
+    what |= {"keep": min(keep, images.count), "jax": jax.__version__}
+    return what_images() | what
+
+  # Where there is no file, contents are noted while they are read, and not before.
+  is_done = lambda path, n: os.path.exists(path) and _is_done(path, protocol(n))
+  todo = [n for n in networks if not is_done(paths[n.name], n)]
   for network in todo:
     size = reference.output_sizes(network, images.image_shape)["features"]
     if images.count <= size:
@@ -156,18 +179,20 @@ def make(
       f"{len(unreadable)} of {images.count} images could not be read and are left out, such as "
       f"{next(iter(unreadable))}; the files list them."
     )
-  for name, values in statistics.items():
-    protocol = protocols[name] | {"images": readable, "unreadable": unreadable}
-    reference.write(paths[name], values, protocol)
+  for network in todo:
+    name = network.name
+    made = protocol(network) | {"images": readable, "unreadable": unreadable}
+    reference.write(paths[name], statistics[name], made)
     logging.info("The statistics of %d images by %s are in %s.", readable, name, paths[name])
   return paths
 
 
 def _is_done(path, wanted) -> bool:
-  """Whether a file of the wanted protocol is there; raises ValueError for one of another."""
-  if not os.path.exists(path):
-    return False
+  """Whether a file is of the wanted protocol; raises ValueError for one of another."""
   protocol = reference.read_protocol(path)
+  if "contents" in wanted and "contents" not in protocol:
+    logging.info("%s is older, and does not say which contents its images had.", path)
+    wanted = {key: value for key, value in wanted.items() if key != "contents"}
   differ = [
     f"{key}={protocol.get(key)!r}, not {value!r}"
     for key, value in wanted.items()

@@ -210,8 +210,10 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   if not path.exists():
     return None
   report = json.loads(path.read_text(encoding="utf-8"))
-  measured = report.get("step"), report.get("parameters")
-  if measured == (trained.step, TREES[trained.tree]) and "networks" in report:
+  # Older reports have no checksum.
+  checksum = report.get("parameters_checksum", trained.checksum)
+  measured = report.get("step"), report.get("parameters"), checksum
+  if measured == (trained.step, TREES[trained.tree], trained.checksum) and "networks" in report:
     return report
   logging.warning("%s is no evaluation of the %s: the model card has none.", path, trained.about)
   return None

@@ -169,5 +169,6 @@ def main(argv):
   with commands.one_line_errors():
     files.check_empty(args.out)
     trained = restore.read(args.workdir, args.tree, step=args.step)
+    generate.check_decoder(trained)
     write(trained.exp, trained.params, args.out, args.steps, about=trained.about)
     logging.info("Wrote the sampler of the %s to %s.", trained.about, args.out)

@@ -151,20 +151,20 @@ def train_judge(images, labels, *, num_classes, seed=0):
 def load_judge(images, labels, *, num_classes, cache_dir):
   """The judge of this data set (seed 0): read from cache_dir, or trained and written there.
 
-  The file is named by a hash of the images, the labels and `VERSION`. A file that cannot be read is
-  reported and replaced.
+  The file is named by a hash of the images, the labels and `VERSION`, and holds it. A file that
+  cannot be read, or is another's under this name, is reported and replaced.
   """
   facts = repr((VERSION, images.shape, num_classes)).encode() + images.tobytes()
   digest = hashlib.sha256(facts + labels.astype(np.int32).tobytes()).hexdigest()
   path = os.path.join(cache_dir, f"judge-{digest[:16]}.npz")
   if os.path.exists(path):
     try:
-      return _read(path, images.shape[1:], num_classes)
+      return _read(path, images.shape[1:], num_classes, digest)
     # A cache may never stop a run, and zipfile and NumPy have many errors for damage.
     except Exception as error:
       logging.warning("The cached judge %s is damaged (%s); training it again.", path, error)
   judge = train_judge(images, labels, num_classes=num_classes)
-  _write(path, judge)
+  _write(path, judge, digest)
   return judge
 
 
@@ -212,20 +212,22 @@ def _train_step(params, opt_state, images, labels, key, num_classes):
   return optax.apply_updates(params, updates), opt_state
 
 
-def _read(path, image_shape, num_classes):
+def _read(path, image_shape, num_classes, digest):
   expected = jax.eval_shape(lambda: _init(jax.random.key(0), image_shape, num_classes))
   expected = traverse_util.flatten_dict(expected, sep="/")
   # Reading an entry also checks its CRC, so a flipped bit is an error and not another judge.
   with np.load(path, allow_pickle=False) as file:
     params = {name: file[name] for name in expected}
     accuracy = float(file["held_out_accuracy"])
+    if (held := str(file["digest"])) != digest:
+      raise ValueError(f"it is that of other images, {held[:16]}")
   for name, leaf in expected.items():
     if params[name].shape != leaf.shape:
       raise ValueError(f"{name} has shape {params[name].shape}, not {leaf.shape}")
   return Judge(traverse_util.unflatten_dict(params, sep="/"), accuracy, image_shape, num_classes)
 
 
-def _write(path, judge):
+def _write(path, judge, digest):
   arrays = traverse_util.flatten_dict(judge.params, sep="/")
   with files.whole_file(path) as temporary, open(temporary, "wb") as file:
-    np.savez(file, held_out_accuracy=judge.held_out_accuracy, **arrays)
+    np.savez(file, held_out_accuracy=judge.held_out_accuracy, digest=digest, **arrays)

@@ -267,6 +267,18 @@ def restore_tree(manager, name, like, step=None):
   return _read_arrays(manager, step, {name: saved[name]}, {name: like}, checksums)[name]
 
 
+def read_position(manager, step=None):
+  """Where in the data the run was, `data_state` of `save`; raises as `restore` does."""
+  step = _existing_step(manager, step)
+  return _read_json(manager, step, "data", _read_checksums(manager, step))
+
+
+def tree_checksum(manager, name, step) -> str:
+  """A checksum of one field of the state, such as one EMA, as it was saved: 8 digits in hex."""
+  sums = _read_checksums(manager, step)["state"]
+  return f"{_json_checksum({k: v for k, v in sums.items() if k.startswith(f'{name}/')}):08x}"
+
+
 def read_config(manager, step=None):
   """The config dict the checkpoint was saved with; raises as `restore` does."""
   step = _existing_step(manager, step)

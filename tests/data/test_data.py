@@ -428,3 +428,34 @@ assert "tensorflow" not in sys.modules
   env = dict(PYTHONPATH=path, TFDS_DATA_DIR=str(tmp_path / "default"))
   assert python(code, cifar10[0], **env).wait(60) == 0
   assert (tmp_path / "default" / "digits").is_dir()
+
+
+def test_data_is_known_by_name_version_and_count_and_not_by_where_it_lies(
+  source, cifar10, photos, data_dir, tmp_path
+):
+  directory, _ = cifar10
+  cfg = lambda path: config(path, name="cifar10", image_size=32, channels=3)
+  identity = data.load_source(cfg(directory)).identity
+  version = tfds.builder_cls("cifar10").VERSION
+  assert identity == {"dataset": f"cifar10/{version}", "images": 50}
+  shutil.copytree(directory, tmp_path / "moved")
+  assert data.load_source(cfg(tmp_path / "moved")).identity == identity
+  assert data.load_source(cfg(directory), "train[:40]").identity != identity
+  # Ours are made here, and the same everywhere.
+  assert source.identity == data.load_source(photos_config(data_dir)).identity == {}
+
+
+def test_other_data_than_the_checkpoints_is_an_error_unless_it_is_meant(caplog):
+  before, now = {"listing": "ab", "images": 50}, {"listing": "cd", "images": 49, "contents": "e"}
+  data.check_same(before, before, False)
+  message = r"trained on: listing was 'ab', and is 'cd', images was 50, .*may_change=True"
+  with pytest.raises(ValueError, match=message):
+    data.check_same(before, now, False)
+  data.check_same(before, now, True)
+  assert "Continuing on other data: listing was 'ab'" in caplog.text
+  # What one of them does not say, because it is older, tells nothing.
+  data.check_same(before, before | {"contents": "e"}, False)
+  data.check_same(before | {"contents": "e"}, before, False)
+  with caplog.at_level("INFO", logger="absl"):
+    data.check_same(None, now, False)
+  assert "checkpoint does not say which data" in caplog.text

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -543,6 +544,53 @@ def test_a_folder_of_another_encoding_is_refused_before_any_work(
   assert files(encoded[0]) == before
 
 
+def noise(path, seed):
+  pixels = np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+  Image.fromarray(pixels).save(path)
+
+
+def test_shards_of_other_pictures_under_the_same_names_are_not_kept(tmp_path, vae, caplog):
+  folder, other = tmp_path / "a", tmp_path / "b"
+  for i, root in enumerate((folder, other)):  # both older than the shards, in files of one size
+    (root / "class").mkdir(parents=True)
+    for j in range(10):
+      noise(root / "class" / f"{j}.bmp", 10 * i + j)
+  out = tmp_path / "out"
+  opened = lambda folder: images.open_source(str(folder), "")
+  run(opened(folder), vae, out)
+  before = files(out)
+  contents = json.loads(before["manifest.json"])["contents"]
+  with pytest.raises(ValueError, match=r"2 of 2 shards .* such as class/0\.bmp\. .* folder"):
+    run(opened(other), vae, out)
+  # Elsewhere, and written again, they are the same.
+  shutil.copytree(folder, tmp_path / "moved")
+  run(opened(tmp_path / "moved"), vae, out)
+  assert files(out) == before
+  # One that has changed since is noticed, whichever it is, and its shard alone is made anew.
+  noise(folder / "class" / "8.bmp", 99)
+  with pytest.raises(ValueError, match=r"1 of 2 shards .* class/8\.bmp\. .*00001-of-00002"):
+    run(opened(folder), vae, out)
+  second = out / "latents-00001-of-00002.array_record"
+  second.unlink()
+  run(opened(folder), vae, out)
+  after = files(out)
+  assert {name for name in before if before[name] != after[name]} == {second.name, "manifest.json"}
+  assert json.loads(after["manifest.json"])["contents"] != contents
+
+
+def test_shards_of_an_older_version_which_say_no_contents_are_kept(
+  tmp_path, vae, caplog, monkeypatch
+):
+  folder = write_folder(tmp_path / "photos", crops_of_photos(2))
+  with monkeypatch.context() as patch:
+    patch.setattr(latents.ShardWriter, "note_contents", lambda *_: None)
+    run(images.open_source(folder, ""), vae, tmp_path / "out")
+  assert "contents" not in latents.read_manifest(str(tmp_path / "out"))
+  with caplog.at_level("INFO", logger="absl"):
+    run(images.open_source(folder, ""), vae, tmp_path / "out")
+  assert "1 older shards do not say of which contents" in caplog.text
+
+
 def test_a_missing_file_is_one_image_and_a_missing_folder_stops_the_run(tmp_path, vae):
   folder = pathlib.Path(write_folder(tmp_path / "photos", crops_of_photos(2)))
   (folder / "china" / "link.jpg").symlink_to(folder / "nowhere.jpg")
@@ -741,6 +789,8 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     ((f"--images={tmp_path / 'nosuch'}", "--vae=random-small"), "there is no such file or folder"),
     ((f"--images={photos}", f"--vae={tmp_path / 'nosuch'}"), "diffusion_pytorch_model.safetensors"),
     ((f"--images={photos}", "--size=250", "--vae=random-small"), "the nearest is 248"),
+    (("--vae=random-small",), "--images is missing; --help tells what it is"),
+    (("--verify",), "does not exist: it has no manifest.json"),
     ((f"--images={photos}", "--sise=256"), "--sise is no flag of this command"),
     ((f"--images={photos}", "--size=large"), "flag --size=large"),
   ):

@@ -41,14 +41,14 @@ def label_of(image):
   return image % len(CLASSES)
 
 
-def write(directory, settings=SETTINGS):
+def write(directory, settings=SETTINGS, label=label_of):
   for shard in range(settings.shards):
     with latents.ShardWriter(directory, settings, shard) as writer:
       for i in settings.images_of(shard):
         if i in UNREADABLE:
           writer.add_unreadable(f"image{i}", UNREADABLE[i])
         else:
-          writer.add(label_of(i), np.stack([moments_of(i, mirrored) for mirrored in (0, 1)]))
+          writer.add(label(i), np.stack([moments_of(i, mirrored) for mirrored in (0, 1)]))
   trailers = latents.finished_shards(directory, settings)
   text = latents.manifest(settings, CLASSES, trailers)
   with open(os.path.join(directory, latents.MANIFEST), "w") as f:
@@ -236,6 +236,19 @@ def test_latents_of_another_scale_say_so_and_older_ones_have_the_published_one(c
     latents.finished_shards(str(copy), scaled)
   write(str(copy), scaled)
   assert len(data.load_source(config(copy, vae_scale=0.13025, vae_shift=0.25))) == len(READABLE)
+
+
+def test_latents_are_the_same_data_elsewhere_and_other_data_if_anything_differs(
+  source, copy, tmp_path
+):
+  assert data.load_source(config(copy)).identity == source.identity
+  for i, change in enumerate(({"listing": "89"}, {"vae_sha256": "89"}, {"crop": "none"})):
+    (tmp_path / str(i)).mkdir()
+    write(str(tmp_path / str(i)), dataclasses.replace(SETTINGS, **change))
+    other = data.load_source(config(tmp_path / str(i))).identity
+    assert source.identity | change == other != source.identity
+  write(str(copy), label=lambda i: (i + 1) % 3)
+  assert data.load_source(config(copy)).identity["counts"] != source.identity["counts"]
 
 
 def test_an_unfinished_folder_is_refused_with_the_command(copy):

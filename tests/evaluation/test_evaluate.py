@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import experiment, generate, protocol, steps
+from ism_jax import experiment, generate, protocol, restore, steps
 from ism_jax.data import samples
 from ism_jax.evaluation import evaluate, monitor, scores
 from ism_jax.evaluation import reference as references
@@ -184,6 +184,17 @@ def test_an_autoencoder_of_another_scale_than_the_training_is_refused(mesh):
     other = dataclasses.replace(cfg, **factors)
     with pytest.raises(ValueError, match=r"factor=0\.18215 and .*=0\.0, but .* of the training"):
       generate.pixels_function(other, mesh)
+
+
+def test_latents_are_not_decoded_by_other_weights_under_the_same_name():
+  config = config_of()
+  config.data.update({"name": "latents", "vae": "random-small", "channels": 4})
+  trained = restore.Trained(experiment.parse(config), {}, 4, "ema", {})
+  generate.check_decoder(trained)  # of an older checkpoint, which does not say
+  encoded = {"vae_sha256": generate.load_vae("random-small").sha256}
+  generate.check_decoder(dataclasses.replace(trained, dataset=encoded))
+  with pytest.raises(ValueError, match=r"'random-small' has weights of .* of 0123\.\.\.: name"):
+    generate.check_decoder(dataclasses.replace(trained, dataset={"vae_sha256": "0123"}))
 
 
 def test_latents_without_a_reference_say_how_to_make_one(mesh):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -226,6 +227,42 @@ def test_what_is_done_is_not_done_again_and_nothing_else_is_overwritten(tmp_path
   np.savez(out / "inception.npz", mu=np.zeros(24), sigma=np.eye(24))
   with pytest.raises(ValueError, match="another protocol: sha256=None"):
     make(image_set, out)
+
+
+def write_class(folder, images):
+  """Images under the same names, in files of the same size."""
+  (folder / "class").mkdir(parents=True, exist_ok=True)
+  for i, image in enumerate(images):
+    Image.fromarray(image).save(folder / "class" / f"{i}.bmp")
+  return folder
+
+
+def test_other_pictures_under_the_same_names_are_other_images(tmp_path, caplog):
+  first, second = crops(5), crops(5, seed=1)
+  folder, other = write_class(tmp_path / "a", first), write_class(tmp_path / "b", second)
+  of_images = lambda folder: statistics.of_images(str(folder), "", SIZE, 2)
+  of_samples = lambda folder: samples.open(str(folder), 2)
+  for kind, message in ((of_images, "protocol: contents="), (of_samples, "protocol: sha256=")):
+    out = tmp_path / kind(folder).protocol().get("crop", "samples")
+    made = make(kind(folder), out)["inception"]
+    check_file(made, first)
+    moved = shutil.copytree(folder, tmp_path / "moved", dirs_exist_ok=True)
+    make(dataclasses.replace(kind(moved), batches=forbidden), out)
+    with pytest.raises(ValueError, match=message):
+      make(kind(other), out)
+    write_class(moved, second)
+    with pytest.raises(ValueError, match=message):
+      make(kind(moved), out)
+  # A file of an older version does not say.
+  with np.load(tmp_path / images_lib.CROP / "inception.npz") as file:
+    arrays = dict(file)
+  protocol = json.loads(str(arrays["protocol"]))
+  del protocol["contents"]
+  arrays["protocol"] = json.dumps(protocol)
+  np.savez(tmp_path / images_lib.CROP / "inception.npz", **arrays)
+  with caplog.at_level("INFO", logger="absl"):
+    make(dataclasses.replace(of_images(other), batches=forbidden), tmp_path / images_lib.CROP)
+  assert "is older, and does not say which contents" in caplog.text
 
 
 def test_images_that_cannot_be_read_leave_no_statistics(tmp_path, photos):

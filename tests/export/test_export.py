@@ -381,7 +381,12 @@ def test_the_card_has_the_evaluation_of_its_own_parameters_alone(workdir, tmp_pa
     assert "| 1 | 0.5 | 0 | 7.125 |" in measured and "| 4 | 0.5 | 0 | 3.500 |" in measured
     assert "9 samples, against" in measured
     assert "7.125" not in card("of_another_tree", "params")
-    for i, other in enumerate((report(step=2), {"samples": "x.npz", "results": []}, {"step": 4})):
+    ours = restore.read(str(folder)).checksum
+    file.write_text(json.dumps(report(step=4) | {"parameters_checksum": ours}))
+    assert "7.125" in card("of_the_same")
+    another_run = report(step=4) | {"parameters_checksum": "01234567"}
+    samples = {"samples": "x.npz", "results": []}
+    for i, other in enumerate((report(step=2), another_run, samples, {"step": 4})):
       file.write_text(json.dumps(other))
       assert "Not measured" in card(str(i))
   finally:

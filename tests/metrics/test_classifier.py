@@ -191,6 +191,24 @@ def test_another_data_set_or_version_never_gets_this_judge(
   assert len(os.listdir(tmp_path)) == 5
 
 
+def digest_of(path):
+  with np.load(path) as file:
+    return str(file["digest"])
+
+
+def test_a_judge_of_other_images_under_this_name_is_not_taken(
+  digits, judge, tmp_path, count_trainings, caplog
+):
+  images, labels = digits
+  judges.load_judge(images, labels, num_classes=10, cache_dir=tmp_path)
+  (path,) = tmp_path.iterdir()
+  params = jax.tree.map(np.zeros_like, judge.params)
+  judges._write(path, dataclasses.replace(judge, params=params), digest="that of other images")
+  again = judges.load_judge(images, labels, num_classes=10, cache_dir=tmp_path)
+  assert len(count_trainings) == 2 and "it is that of other images" in caplog.text
+  jax.tree.map(np.testing.assert_array_equal, again.params, judge.params)
+
+
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
 def test_a_damaged_cache_is_reported_and_replaced(
   digits, judge, tmp_path, count_trainings, caplog, damage
@@ -206,7 +224,7 @@ def test_a_damaged_cache_is_reported_and_replaced(
   path.write_bytes({"empty": b"", "truncated": content[:-1000]}.get(damage, content))
   if damage == "foreign":
     params = dict(judge.params, Dense_0={"kernel": np.zeros((7, 64)), "bias": np.zeros(64)})
-    judges._write(path, dataclasses.replace(judge, params=params))
+    judges._write(path, dataclasses.replace(judge, params=params), digest_of(path))
 
   with caplog.at_level(logging.WARNING, logger="absl"):
     again = load()
