@@ -73,8 +73,12 @@ class DataConfig:
   num_threads: Annotated[int, "[0, 256]"] = dataclasses.field(metadata={"learnt": False})
   vae: str
   title: str = dataclasses.field(default="", metadata={"learnt": False})
-  vae_scale: float = dataclasses.field(default=SD_VAE.scale, metadata={"fixed": True})
-  vae_shift: float = dataclasses.field(default=SD_VAE.shift, metadata={"fixed": True})
+  vae_scale: Annotated[float, "(0, 1000]"] = dataclasses.field(
+    default=SD_VAE.scale, metadata={"fixed": True}
+  )
+  vae_shift: Annotated[float, "[-1000, 1000]"] = dataclasses.field(
+    default=SD_VAE.shift, metadata={"fixed": True}
+  )
   may_change: bool = False
 
   def __post_init__(self):
