@@ -210,8 +210,8 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   if not path.exists():
     return None
   report = json.loads(path.read_text(encoding="utf-8"))
-  # Older reports have no checksum.
-  checksum = report.get("parameters_checksum", trained.checksum)
+  # Older reports have none, nor have those of an export.
+  checksum = report.get("parameters_checksum") or trained.checksum
   measured = report.get("step"), report.get("parameters"), checksum
   if measured == (trained.step, TREES[trained.tree], trained.checksum) and "networks" in report:
     return report
