@@ -15,12 +15,10 @@ import functools
 import hashlib
 import math
 import os
-import pathlib
 import shutil
 import tempfile
 from typing import Any
 import zipfile
-import zlib
 
 from absl import logging
 from etils import epath
@@ -28,15 +26,13 @@ import jax
 import numpy as np
 
 from ism_jax.data import images as images_lib
-from ism_jax.runtime import files
+from ism_jax.runtime import arrays, files
 
 _IMAGES, _LABELS = "arr_0", "arr_1"  # ADM's names
 _LABEL_NAMES = (_LABELS, "labels")
 _CHANNELS = (1, 3)
 _GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # of PIL, and I;16...
 _LOSSY = (".jpg", ".jpeg")
-_ZIP = b"PK\x03\x04"  # how a zip begins
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)  # what reading a zip raises
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,79 +92,35 @@ def open(path: str, num_threads: int | None = None) -> ImageSet:
 # Arrays.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Array:
-  """The header of an array in a file."""
-
-  name: str  # of the member of a zip; "" in an npy file
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  fortran_order: bool
-
-
 def _open_arrays(path) -> ImageSet:
-  with _opened(path, "") as file:
-    members = [("", os.path.getsize(path))]
-    if file.read(len(_ZIP)) == _ZIP:  # also of one that has lost its end
-      members = [(member.filename, member.file_size) for member in zipfile.ZipFile(file).infolist()]
-      members = [(name, size) for name, size in members if name.endswith(".npy")]
-  arrays = [_header(path, name, size) for name, size in members]
-  images, labels = _images_of(path, arrays), None
-  for array in arrays:
-    named = array.name.removesuffix(".npy") in _LABEL_NAMES
-    if named and array.shape == images.shape[:1] and array.dtype.kind in "iu":
-      with _opened(path, array.name) as file:
-        _read_header(file)
-        labels = np.frombuffer(file.read(), array.dtype).astype(np.int64)
+  held = arrays.headers(path)
+  images, labels = _images_of(path, held), None
+  for name in _LABEL_NAMES:
+    array = held.get(name)
+    if array and array.shape == images.shape[:1] and array.dtype.kind in "iu":
+      labels = arrays.read(path, array).astype(np.int64)
       break
   return ImageSet(
     source=path,
     count=images.shape[0],
     image_shape=images.shape[1:],
-    batches=functools.partial(_array_batches, path, images),
+    batches=functools.partial(array_batches, path, images),
     protocol=lambda: {"source": path, "sha256": files.sha256(path), "listed": images.shape[0]},
     labels=labels,
   )
 
 
-def _header(path, name, size) -> _Array:
-  """The header of an array in a file, which has `size` bytes with it."""
-  where = f"{name} in {path}" if name else path
-  with _opened(path, name) as file:
-    try:
-      shape, fortran_order, dtype = _read_header(file)
-    except ValueError as error:
-      raise ValueError(
-        f"{where} is no array of NumPy's, or its header is damaged ({error}): needed is an npz or "
-        "an npy file of images, or a folder of image files."
-      ) from error
-    needed = file.tell() + math.prod(shape) * dtype.itemsize
-  if not dtype.hasobject and size != needed:
-    raise ValueError(
-      f"{where} is truncated or damaged: {size} bytes, and an array of shape {shape} has {needed}. "
-      "Fetch or write it again."
-    )
-  return _Array(name, shape, dtype, fortran_order)
-
-
-def _read_header(file):
-  version = np.lib.format.read_magic(file)
-  if version == (1, 0):
-    return np.lib.format.read_array_header_1_0(file)
-  return np.lib.format.read_array_header_2_0(file)  # raises for 3.0, which only records need
-
-
-def _images_of(path, arrays) -> _Array:
+def _images_of(path, held: dict[str, arrays.Header]) -> arrays.Header:
   """The one of the arrays that holds the images, as they are needed."""
-  of_four_axes = [array for array in arrays if len(array.shape) == 4]
-  named = [array for array in arrays if array.name == f"{_IMAGES}.npy"]
-  chosen = named if named and named[0] in of_four_axes else of_four_axes
+  of_four_axes = [array for array in held.values() if len(array.shape) == 4]
+  named = [array for array in of_four_axes if array.name == _IMAGES]
+  chosen = named or of_four_axes
   if len(chosen) != 1:
-    describe = lambda a: f"{a.name.removesuffix('.npy')} {a.dtype} {list(a.shape)}".strip()
-    held = ", ".join(map(describe, arrays))
+    describe = lambda array: f"{array.name} {array.dtype} {list(array.shape)}".strip()
+    listing = ", ".join(map(describe, held.values()))
     raise ValueError(
-      f"{path} holds {held or 'no arrays'}, of which {len(chosen) or 'none'} may be images: needed "
-      f"are uint8 [N, H, W, C] in {_IMAGES}."
+      f"{path} holds {listing or 'no arrays'}, of which {len(chosen) or 'none'} may be images: "
+      f"needed are uint8 [N, H, W, C] in {_IMAGES}."
     )
   (images,) = chosen
   what = f"{path}: the images are {images.dtype} {list(images.shape)}"
@@ -195,25 +147,10 @@ def _images_of(path, arrays) -> _Array:
   return images
 
 
-@contextlib.contextmanager
-def _opened(path, name):
-  """A file, or the member of a zip that has a name. Damage is a ValueError, also inside."""
-  try:
-    with contextlib.ExitStack() as stack:
-      if name:
-        archive = stack.enter_context(zipfile.ZipFile(path))
-        yield stack.enter_context(archive.open(name))
-      else:
-        yield stack.enter_context(pathlib.Path(path).open("rb"))
-  except _DAMAGE as error:
-    damage = f"{path} is truncated or damaged: {error}"
-    raise ValueError(f"{damage}. Fetch or write it again.") from error
-
-
-def _array_batches(path, images: _Array, batch_size) -> Iterator[np.ndarray]:
+def array_batches(path: str, images: arrays.Header, batch_size: int) -> Iterator[np.ndarray]:
+  """uint8 [B, H, W, C] of an array of images in a file, the last batch shorter."""
   count, *image_shape = images.shape
-  with _opened(path, images.name) as file:
-    _read_header(file)
+  with arrays.opened(path, images) as file:
     for start in range(0, count, batch_size):
       shape = (min(batch_size, count - start), *image_shape)
       content = file.read(math.prod(shape))

@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 from ism_jax import data, generate
+from ism_jax.data import samples
 from ism_jax.evaluation import scores
 from ism_jax.experiment import Experiment
 from ism_jax.metrics import distances, features, spectra
 from ism_jax.metrics.features import Network
 from ism_jax.metrics.moments import FeatureStatistics, finite_rows
 from ism_jax.protocol import OF_THE_DATASET
-from ism_jax.runtime import files
+from ism_jax.runtime import arrays, files
 
 FLOOR_REPEATS = 20
 NEIGHBOURS = 512  # samples whose nearest real image is searched, among all
@@ -53,18 +54,26 @@ def write(path: str, statistics: scores.Statistics, protocol: dict) -> None:
 
 def read_protocol(path: str) -> dict:
   """How a file of statistics was made, as `write` recorded it; {} of others'."""
-  return json.loads(str(_load(path, (_PROTOCOL,)).get(_PROTOCOL, "{}")))
+  held = _headers(path)
+  return _protocol(path, held)
 
 
-def _load(path, names=None) -> dict[str, np.ndarray]:
-  """The arrays of these names, or all, as far as an npz has them."""
+def _headers(path) -> dict[str, arrays.Header]:
   try:
-    with np.load(path, allow_pickle=False) as file:
-      return {name: file[name] for name in names or file.files if name in file}
-  except Exception as error:  # zipfile and NumPy have many errors for damage
+    return arrays.headers(path)
+  except ValueError as error:
     raise ValueError(
       f"{path} is no npz file of statistics, or damaged ({error}). Make it again."
     ) from error
+
+
+def _protocol(path, held: dict[str, arrays.Header]) -> dict:
+  array = held.get(_PROTOCOL)
+  if array is None:
+    return {}
+  if array.shape or array.dtype.kind != "U":
+    raise ValueError(f"{_PROTOCOL} of {path} is {array.dtype} {array.shape}, and no text.")
+  return files.parse_json(str(arrays.read(path, array)), f"{_PROTOCOL} of {path}", {})
 
 
 def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
@@ -81,15 +90,15 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       f"there is no file of reference statistics {path}; make one with python -m "
       "ism_jax statistics, or download that of ADM."
     )
-  arrays = _load(path)
-  names = next((names for names in _MOMENTS if all(n in arrays for n in names)), None)
+  held = _headers(path)
+  names = next((names for names in _MOMENTS if all(n in held for n in names)), None)
   if names is None:
     raise ValueError(
-      f"{path} holds {', '.join(sorted(arrays))}; needed are "
+      f"{path} holds {', '.join(sorted(held))}; needed are "
       f"{' or '.join(' and '.join(names) for names in _MOMENTS)}, a mean and a covariance. "
       "python -m ism_jax statistics makes such a file."
     )
-  protocol = read_protocol(path)
+  protocol = _protocol(path, held)
   made_with = (protocol.get("network", network.name), protocol.get("weights", network.sha256))
   if made_with != (network.name, network.sha256):
     raise ValueError(
@@ -98,19 +107,30 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
     )
   sizes = output_sizes(network, (64, 64, 3))
 
+  def numbers(name):
+    if held[name].dtype.kind not in "fiu":
+      raise ValueError(f"{name} of {path} is {held[name].dtype}, and numbers are needed.")
+    return arrays.read(path, held[name])
+
+  count = 0
+  if _COUNT in held:
+    if held[_COUNT].shape:
+      raise ValueError(f"{_COUNT} of {path} has shape {held[_COUNT].shape}, and is no number.")
+    count = int(numbers(_COUNT))
+
   def moments_of(names, size):
-    mean, covariance = (arrays[name] for name in names)
-    if mean.shape != (size,) or covariance.shape != (size, size):
+    shapes = [held[name].shape for name in names]
+    if shapes != [(size,), (size, size)]:
       raise ValueError(
-        f"{names[0]} of {path} has shape {mean.shape} and {names[1]} {covariance.shape}; "
+        f"{names[0]} of {path} has shape {shapes[0]} and {names[1]} {shapes[1]}; "
         f"{network.name} has {size} features: needed are [{size}] and [{size}, {size}]. Make it "
         f"with {network.name}."
       )
+    mean, covariance = (numbers(name).astype(np.float64) for name in names)
     try:
-      mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
       if not covariance.any():
         raise ValueError("the covariance is zero, as of a single image.")
-      return FeatureStatistics(mean, covariance, int(arrays.get(_COUNT, 0)))
+      return FeatureStatistics(mean, covariance, count)
     except ValueError as error:
       raise ValueError(
         f"{names[0]} and {names[1]} of {path} are no mean and covariance: {error} Use python -m "
@@ -118,19 +138,24 @@ def read(path: str, network: Network, mesh) -> tuple[scores.Statistics, dict]:
       ) from error
 
   moments, spatial = moments_of(names, sizes["features"]), None
-  if "spatial" in sizes and all(name in arrays for name in _SPATIAL_MOMENTS):
+  if "spatial" in sizes and all(name in held for name in _SPATIAL_MOMENTS):
     spatial = moments_of(_SPATIAL_MOMENTS, sizes["spatial"])
-  single = arrays.get(_FEATURES)
-  if single is None and arrays.get(_IMAGES, np.empty(0)).ndim == 4:
-    logging.info("%s sees the %d images of %s.", network.name, len(arrays[_IMAGES]), path)
-    single = features.of_images(network, mesh, arrays[_IMAGES])
+  single, images = None, held.get(_IMAGES)
+  if kept := held.get(_FEATURES):
+    rows = max(count, KEPT)
+    if len(kept.shape) != 2 or kept.shape[1] != sizes["features"] or kept.shape[0] > rows:
+      raise ValueError(
+        f"{_FEATURES} of {path} have shape {kept.shape}; {network.name} has {sizes['features']} "
+        f"features, of at most {rows} images: make it again with python -m ism_jax statistics."
+      )
+    single = numbers(_FEATURES)
+  elif images and len(images.shape) == 4 and images.dtype == np.uint8:
+    logging.info("%s sees the %d images of %s.", network.name, images.shape[0], path)
+    batches = samples.array_batches(path, images, features.BATCH)
+    seen = features.of_batches((network,), mesh, batches)
+    single = np.concatenate([outputs[network.name]["features"] for _, outputs in seen])
   if single is not None:
     single = finite_rows(single, f"{_FEATURES} of {path}")
-    if single.shape[1] != sizes["features"]:
-      raise ValueError(
-        f"{_FEATURES} of {path} have shape {single.shape}; {network.name} has {sizes['features']} "
-        "features: make it again with python -m ism_jax statistics."
-      )
   source = {"file": path, "sha256": files.sha256(path)}
   source |= {"protocol": protocol} if protocol else {}
   return scores.Statistics(moments, spatial, single), source

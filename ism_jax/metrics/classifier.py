@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from ism_jax.data import to_unit_range
-from ism_jax.runtime import files
+from ism_jax.runtime import arrays, files
 
 # Raise it with every change that trains another judge: it is part of the cache's name.
 VERSION = 1
@@ -164,7 +164,10 @@ def load_judge(images, labels, *, num_classes, cache_dir):
     except Exception as error:
       logging.warning("The cached judge %s is damaged (%s); training it again.", path, error)
   judge = train_judge(images, labels, num_classes=num_classes)
-  _write(path, judge, digest)
+  try:
+    _write(path, judge, digest)
+  except OSError as error:  # as of a folder that others share
+    logging.warning("The judge could not be kept (%s): the next run trains it again.", error)
   return judge
 
 
@@ -215,19 +218,20 @@ def _train_step(params, opt_state, images, labels, key, num_classes):
 def _read(path, image_shape, num_classes, digest):
   expected = jax.eval_shape(lambda: _init(jax.random.key(0), image_shape, num_classes))
   expected = traverse_util.flatten_dict(expected, sep="/")
-  # Reading an entry also checks its CRC, so a flipped bit is an error and not another judge.
-  with np.load(path, allow_pickle=False) as file:
-    params = {name: file[name] for name in expected}
-    accuracy = float(file["held_out_accuracy"])
-    if (held := str(file["digest"])) != digest:
-      raise ValueError(f"it is that of other images, {held[:16]}")
+  expected |= {"held_out_accuracy": np.empty((), np.float64), "digest": np.asarray(digest)}
+  held = arrays.headers(path)
   for name, leaf in expected.items():
-    if params[name].shape != leaf.shape:
-      raise ValueError(f"{name} has shape {params[name].shape}, not {leaf.shape}")
+    if (held[name].shape, held[name].dtype) != (leaf.shape, leaf.dtype):
+      raise ValueError(f"{name} is {held[name].dtype} {held[name].shape}, not {leaf.shape}")
+  # Reading an entry also checks its CRC, so a flipped bit is an error and not another judge.
+  params = {name: arrays.read(path, held[name]) for name in expected}
+  accuracy = float(params.pop("held_out_accuracy"))
+  if (of := str(params.pop("digest"))) != digest:
+    raise ValueError(f"it is that of other images, {of[:16]}")
   return Judge(traverse_util.unflatten_dict(params, sep="/"), accuracy, image_shape, num_classes)
 
 
 def _write(path, judge, digest):
-  arrays = traverse_util.flatten_dict(judge.params, sep="/")
+  params = traverse_util.flatten_dict(judge.params, sep="/")
   with files.whole_file(path) as temporary, open(temporary, "wb") as file:
-    np.savez(file, held_out_accuracy=judge.held_out_accuracy, digest=digest, **arrays)
+    np.savez(file, held_out_accuracy=judge.held_out_accuracy, digest=digest, **params)

@@ -24,7 +24,7 @@ from ism_jax.runtime.sharding import AXIS, P
 
 PUBLISHED = {"inception": inception, "dinov2": dinov2}
 
-_BATCH = 512  # host images at a time, over all devices
+BATCH = 512  # host images at a time, over all devices
 _TOGETHER = {"classifier": 256, "random": 256, "inception": 16, "dinov2": 16}  # on each device
 
 
@@ -139,7 +139,7 @@ def of_batches(networks, mesh, batches: Iterable[np.ndarray]) -> Iterator[tuple[
 
 def in_batches(images: np.ndarray) -> Iterator[np.ndarray]:
   """Host images [N, H, W, C], as many at a time as are seen together."""
-  return (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
+  return (images[start : start + BATCH] for start in range(0, len(images), BATCH))
 
 
 def of_images(network: Network, mesh, images: np.ndarray) -> np.ndarray:

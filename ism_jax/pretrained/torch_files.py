@@ -13,6 +13,7 @@ none of the file's is ever run.
 """
 
 import io
+import itertools
 import math
 import os
 import pathlib
@@ -21,13 +22,17 @@ import re
 import struct
 from typing import Any, NamedTuple
 import zipfile
+import zlib
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
+from ism_jax.runtime import arrays, files
+
 _STREAM_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
 _STREAM_VERSION = 1001
+_MOST_VALUES = 2**18  # tensors, numbers and texts, and the dicts and lists around them
 
 _WRAPPERS = re.compile(
   r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
@@ -74,7 +79,7 @@ def read_state_dict(path) -> dict[str, Any]:
       state dict does not need.
   """
   path = pathlib.Path(path)
-  with path.open("rb") as file:
+  with files.open_regular(path) as file:
     head = file.read(32)
     file.seek(0)
     if head.startswith(b"PK"):
@@ -112,20 +117,29 @@ def _read_safetensors(path, file):
     entries = safetensors.deserialize(file.read())
   except safetensors.SafetensorError as error:
     raise _unreadable(path, f"is a damaged safetensors file ({error})") from error
-  arrays = {}
+  tensors = {}
   for name, entry in entries:
     if entry["dtype"] not in _SAFETENSORS:
       raise _unreadable(
         path, f"holds {name} as {entry['dtype']}; readable are {', '.join(_SAFETENSORS)}"
       )
     dtype = np.dtype(_SAFETENSORS[entry["dtype"]])
-    arrays[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-  return arrays
+    tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+  return tensors
 
 
 def _read_zip(path, file):
+  left = os.fstat(file.fileno()).st_size
+
+  def read(name):
+    nonlocal left
+    left -= archive.getinfo(name).file_size
+    if left < 0:  # zeros take a thousandth, and members may share their bytes
+      raise _unreadable(path, "is compressed, as no file of torch.save is: save it again")
+    return archive.read(name)
+
   try:
-    with zipfile.ZipFile(file) as archive:
+    with arrays.open_zip(file) as archive:
       names = archive.namelist()
       # All lie in one folder, called as the file was when it was written.
       root = next((name[:-8] for name in names if name.endswith("/data.pkl")), None)
@@ -133,12 +147,12 @@ def _read_zip(path, file):
         raise _unreadable(path, "is a zip archive, but not of torch.save: it has no data.pkl")
       if f"{root}constants.pkl" in names:
         raise _unreadable(path, "is a TorchScript program, not a state dict")
-      if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+      if f"{root}byteorder" in names and read(f"{root}byteorder") != b"little":
         raise _unreadable(path, "has the bytes of a big-endian machine; only little can be read")
       storages = {}
-      structure = _unpickle(path, io.BytesIO(archive.read(f"{root}data.pkl")), storages)
-      data = {key: archive.read(f"{root}data/{key}") for key in storages}  # checks their CRC, too
-  except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+      structure = _unpickle(path, io.BytesIO(read(f"{root}data.pkl")), storages)
+      data = {key: read(f"{root}data/{key}") for key in storages}  # checks their CRC, too
+  except (zipfile.BadZipFile, zlib.error, OSError, KeyError, EOFError, RuntimeError) as error:
     raise _damaged(path, error) from error
   return _build(path, structure, data)
 
@@ -237,16 +251,21 @@ def _tensor(storage, offset, shape, strides):
   return tensor
 
 
-def _build(path, saved, data, depth=0):
+def _build(path, saved, data, depth=0, count=None):
   """What was saved, with arrays in place of tensors."""
+  count = itertools.count() if count is None else count
+  if next(count) > _MOST_VALUES:  # a few lists that each hold the next one twice are as many
+    raise _unreadable(path, f"holds more than {_MOST_VALUES} values, as no state dict does")
   if isinstance(saved, _Tensor):
     return _array(path, saved, data[saved.storage.key])
+  if isinstance(saved, _Storage):
+    raise _unreadable(path, "holds a storage that is no tensor's")
   if depth > 50:  # also a dict that holds itself
     raise _unreadable(path, "nests its dicts too deeply")
   if isinstance(saved, dict):
-    return {key: _build(path, value, data, depth + 1) for key, value in saved.items()}
+    return {key: _build(path, value, data, depth + 1, count) for key, value in saved.items()}
   if isinstance(saved, list | tuple):
-    return type(saved)(_build(path, value, data, depth + 1) for value in saved)
+    return type(saved)([_build(path, value, data, depth + 1, count) for value in saved])
   return saved
 
 
@@ -260,9 +279,11 @@ def _array(path, tensor, data):
     raise _damaged(path, f"a tensor of shape {shape} reaches beyond its {elements} stored elements")
   flat = np.frombuffer(data, dtype, elements)[offset:]
   strides = [stride * dtype.itemsize for stride in strides]
-  array = np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, strides))
-  array.flags.writeable = False  # which a view is already
-  return array.reshape(shape)  # a scalar comes back as a vector
+  try:
+    # No copy: with strides of 0, a shape can promise what no memory holds.
+    return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False)
+  except ValueError as error:
+    raise _damaged(path, f"a tensor of shape {shape}: {error}") from error
 
 
 def _looks_like(head):

@@ -13,6 +13,7 @@ import tempfile
 from etils import epath
 import jax
 
+_MOST_JSON = 2**28  # bytes: no manifest or report comes near
 _KINDS = {
   stat.S_IFDIR: "a folder",
   stat.S_IFIFO: "a FIFO",
@@ -45,10 +46,82 @@ def open_regular(path):
   return open(path, "rb")
 
 
+def read_json(path, needed, remedy: str) -> dict:
+  """The object in a file of JSON; `path` may have a scheme, such as gs://.
+
+  Args:
+    needed: the shape that it must have, see `parse_json`.
+    remedy: what to do about a file of another shape.
+  Raises:
+    OSError: there is no such file, or it cannot be read.
+    ValueError: it is damaged, or is another file; names what is wrong with it, and the remedy.
+  """
+  path = os.fspath(path)
+  with epath.Path(path).open("rb") if "://" in path else open_regular(path) as file:
+    content = file.read(_MOST_JSON + 1)
+  try:
+    if len(content) > _MOST_JSON:
+      raise ValueError(f"it has more than {_MOST_JSON} bytes")
+    return parse_json(content, path, needed)
+  except ValueError as error:
+    raise ValueError(f"{error} {remedy}") from error.__cause__
+
+
+def parse_json(content: str | bytes, source: str, needed):
+  """What a text of JSON says, if it has the shape that is needed.
+
+  Args:
+    source: where the text is from, for the ValueError.
+    needed: of an object, {key: shape of its value}, where other keys are allowed; of one with any
+      keys, {str: shape of every value}; of a list, [shape of every element]; else the type.
+  """
+  try:
+    if isinstance(content, bytes):
+      content = content.decode()
+    value = json.loads(content)
+    check_shape(value, needed, "it")
+  except (ValueError, RecursionError) as error:  # no UTF-8, and no JSON, are ValueErrors
+    reason = str(error).partition("\n")[0]
+    raise ValueError(f"{source} is damaged, or another file: {reason}.") from error
+  return value
+
+
+def check_shape(value, needed, name: str) -> None:
+  """Raises ValueError unless a value of JSON, called by this name, has the shape; see above."""
+  kind = {dict: dict, list: list}.get(type(needed), needed)
+  kind = int | float if kind is float else kind
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    is_one = "an object" if isinstance(value, dict) else type(value).__name__
+    wanted = "an object" if kind is dict else getattr(kind, "__name__", kind)
+    raise ValueError(f"{name} is {is_one}, not {wanted}")
+  if isinstance(needed, dict):
+    for key, shape in needed.items():
+      if key is str:
+        for each, element in value.items():
+          check_shape(element, shape, f"{name}[{each!r}]")
+      elif key not in value:
+        raise ValueError(f"{name} has no {key!r}")
+      else:
+        check_shape(value[key], shape, key if name == "it" else f"{name}.{key}")
+  elif isinstance(needed, list):
+    for i, element in enumerate(value):
+      check_shape(element, needed[0], f"{name}[{i}]")
+
+
 def sha256(path) -> str:
   """The checksum of a file, in hex."""
   with open_regular(path) as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_utf8(name: str, path: str) -> None:
+  """Raises ValueError for a path, the value of `name`, that libraries in C++ cannot take."""
+  try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{name}={os.fspath(path)!r} has bytes that are no UTF-8: rename the folder, or name another."
+    ) from error
 
 
 def check_writable(folder) -> None:

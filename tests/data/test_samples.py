@@ -305,6 +305,26 @@ def test_files_that_are_no_arrays_are_refused(tmp_path):
   refused("gs://bucket/samples.npz", "copy it to this machine, or mount its bucket")
 
 
+def test_what_a_header_promises_is_not_read_before_it_is_looked_at(tmp_path):
+  np.savez(tmp_path / "a.npz", arr_0=pixels(3), extra=np.array([{}], object))
+  np.testing.assert_array_equal(read(samples.open(str(tmp_path / "a.npz"))), pixels(3))
+  with zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+      header, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 1, 1, 3)}
+    )
+    archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+  refused(tmp_path / "b.npz", "truncated or damaged: .* has 3000000000128")
+  with open(tmp_path / "c.npy", "wb") as file:  # a header of 4 GB, of which there is a hole
+    file.write(b"\x93NUMPY\x02\x00" + b"\xff" * 4)
+    file.truncate(2**33)
+  refused(tmp_path / "c.npy", "is no array of NumPy's, or its header is damaged")
+  np.save(tmp_path / "d.npy", np.array([[[[{}]]]] * 3, object), allow_pickle=True)
+  refused(tmp_path / "d.npy", "the images are object")
+  os.mkfifo(tmp_path / "fifo.npz")
+  refused(tmp_path / "fifo.npz", "no such file or folder")
+
+
 # Folders.
 
 

@@ -9,6 +9,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -389,6 +391,71 @@ def test_files_that_are_no_reference_are_refused(tmp_path):
   refused(ValueError, r"1 of 9 rows of features of .*reference\.npz", **good, features=kept)
   pathlib.Path(path).write_bytes(pathlib.Path(path).read_bytes()[:-50])
   refused(ValueError, "no npz file of statistics, or damaged")
+
+
+def write_npz(path, **members):
+  """An npz of (shape, dtype, bytes of elements that are 0) or of arrays, compressed."""
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    for name, member in members.items():
+      with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        if isinstance(member, np.ndarray):
+          np.lib.format.write_array(file, member)
+          continue
+        shape, kind, zeros = member
+        header = {"descr": kind, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(file, header)
+        for _ in range(0, zeros, 2**20):
+          file.write(bytes(2**20))
+
+
+def test_a_reference_that_promises_gigabytes_is_refused_by_its_header(tmp_path):
+  path = str(tmp_path / "reference.npz")
+  good = dict(mu=np.zeros(24), sigma=np.eye(24), count=np.array(9))
+  zeros, big = 2**26, (2**23,)  # 64 MB of float64 in 65 KB
+  protocol = np.array(json.dumps({"network": "inception", "weights": "abc"}))
+  cases = [
+    (good | {"sigma": (big, "<f8", zeros)}, r"sigma \(8388608,\); inception has 24 features"),
+    (good | {"mu": (big, "<f8", zeros)}, r"mu of .* has shape \(8388608,\)"),
+    (good | {"features": ((2**22, 2), "<f8", zeros)}, r"features of .* \(4194304, 2\)"),
+    (good | {"count": (big, "<i8", zeros)}, "count of .* is no number"),
+    (good | {"protocol": (big, "<i8", zeros)}, "protocol of .* and no text"),
+    (good | {"sigma": ((24, 24), "<f8", 0)}, r"sigma\.npy in .* is truncated or damaged"),
+    (good | {"sigma": ((10**9, 10**9), "<f8", 0)}, r"sigma\.npy in .* is truncated or damaged"),
+    (good | {"mu": np.zeros(24, np.complex64)}, "mu of .* is complex64, and numbers are needed"),
+    (good | {"protocol": np.array("[1]")}, "protocol of .* it is list, not an object"),
+    (good | {"protocol": np.array("{")}, "protocol of .* is damaged"),
+  ]
+  for members, message in cases:
+    write_npz(path, **members)
+    tracemalloc.start()
+    try:
+      with pytest.raises(ValueError, match=message) as raised:
+        reference.read(path, network(), mesh())
+      assert tracemalloc.get_traced_memory()[1] < 2**23, message
+    finally:
+      tracemalloc.stop()
+    assert "\n" not in str(raised.value) and path in str(raised.value)
+  write_npz(path, **good, protocol=protocol, unused=(big, "<f8", zeros))
+  read, _ = reference.read(path, network(), mesh())  # what is not needed is not read
+  assert read.features.count == 9
+
+
+def test_objects_in_a_reference_are_never_unpickled(tmp_path):
+  class Malicious:
+    def __reduce__(self):
+      return os.mkdir, (str(tmp_path / "run"),)
+
+  evil, path = np.array([Malicious()], object), str(tmp_path / "reference.npz")
+  np.savez(path, mu=np.zeros(24), sigma=np.eye(24), extra=evil)
+  reference.read(path, network(), mesh())
+  for name, message in (("count", "is no number"), ("protocol", "is object .* no text")):
+    np.savez(path, **dict(mu=np.zeros(24), sigma=np.eye(24)) | {name: evil})
+    with pytest.raises(ValueError, match=message):
+      reference.read(path, network(), mesh())
+  np.savez(path, mu=np.array(24 * [Malicious()], object), sigma=np.eye(24))
+  with pytest.raises(ValueError, match=r"mu of .* is object, and numbers are needed"):
+    reference.read(path, network(), mesh())
+  assert not (tmp_path / "run").exists()
 
 
 # The command.

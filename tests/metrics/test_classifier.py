@@ -235,15 +235,22 @@ def test_a_damaged_cache_is_reported_and_replaced(
   assert len(count_trainings) == 2
 
 
-def test_a_write_that_fails_leaves_nothing_behind(digits, tmp_path, count_trainings, monkeypatch):
+def test_a_write_that_fails_leaves_nothing_behind_and_stops_no_run(
+  digits, judge, tmp_path, count_trainings, monkeypatch, caplog
+):
   def full_disk(file, **arrays):
     file.write(b"half a file")
     raise OSError("No space left on device")
 
   monkeypatch.setattr(np, "savez", full_disk)
-  with pytest.raises(OSError, match="No space left"):
-    judges.load_judge(*digits, num_classes=10, cache_dir=tmp_path)
+  load = functools.partial(judges.load_judge, *digits, num_classes=10)
+  loaded = load(cache_dir=tmp_path)
   assert not os.listdir(tmp_path)
+  assert "could not be kept (No space left on device)" in caplog.text
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, judge.params)
+  (tmp_path / "file").touch()
+  load(cache_dir=tmp_path / "file" / "judges")  # a folder that nobody can make, be he root
+  assert "file/judges" in caplog.text and "next run trains it again" in caplog.text
 
 
 def test_input_that_does_not_fit_is_an_error_that_says_what_does(digits, judge):

@@ -7,13 +7,14 @@ import json
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from ism_jax.pretrained import torch_files
+from ism_jax.pretrained import torch_files, weights
 
 STORAGES = {
   "float32": "FloatStorage",
@@ -186,6 +187,54 @@ def test_a_pickle_cannot_change_the_classes_that_it_may_name(tmp_path):
 def test_a_tensor_that_reaches_beyond_its_storage_is_an_error(tmp_path, write, tensor):
   write(tmp_path / "file.pt", {"x": Tensor("0", *tensor)}, {"0": np.ones(5, np.float32)})
   with pytest.raises(ValueError, match="cut short or damaged"):
+    torch_files.read_state_dict(tmp_path / "file.pt")
+
+
+@WRITERS
+def test_a_shape_that_promises_gigabytes_takes_no_memory(tmp_path, write):
+  terabyte = Tensor("0", 0, (2**19, 2**19), (0, 0))  # the same number everywhere
+  turned = {f"{i}": Tensor("0", 0, (500, 2000), (1, 500)) for i in range(1000)}
+  write(tmp_path / "file.pt", turned | {"x": terabyte}, {"0": np.full(10**6, 1.5, np.float32)})
+  tracemalloc.start()
+  try:
+    read = torch_files.read_state_dict(tmp_path / "file.pt")
+    assert tracemalloc.get_traced_memory()[1] < 4e7  # 4 MB of storage, 4 GB of tensors
+  finally:
+    tracemalloc.stop()
+  assert read["x"].shape == (2**19, 2**19) and read["x"][-1, -1] == 1.5
+  with pytest.raises(ValueError, match=r"another shape: x is \(524288, 524288\)"):
+    weights.check_tensors(read, {"x": (2, 2)}, source="file.pt", what="it", needed="others")
+  write(
+    tmp_path / "file.pt",
+    {"x": Tensor("0", 0, (2**31 - 1,) * 3, (0, 0, 0))},
+    {"0": np.ones(1, np.float32)},
+  )
+  with pytest.raises(ValueError, match="cut short or damaged"):
+    torch_files.read_state_dict(tmp_path / "file.pt")
+
+
+def test_a_zip_that_is_larger_inside_than_outside_is_not_read(tmp_path):
+  with zipfile.ZipFile(tmp_path / "file.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+    tensor = pickled({"x": Tensor("0", 0, (2**24,), (1,))}, {"0": np.zeros(1, np.float32)})
+    archive.writestr("archive/data.pkl", tensor)
+    archive.writestr("archive/data/0", bytes(2**26))
+  with pytest.raises(ValueError, match=r"is compressed, as no file of torch\.save is"):
+    torch_files.read_state_dict(tmp_path / "file.pt")
+
+
+@WRITERS
+def test_lists_that_hold_each_other_many_times_end(tmp_path, write):
+  nested = b"]"  # an empty list
+  for _ in range(40):  # 2^40 empty lists, in 120 bytes
+    nested = b"]" + b"(" + nested + b"2" + b"e"  # [x, x], by DUP
+  write(tmp_path / "file.pt", pickled({"x": nested}), {})
+  with pytest.raises(ValueError, match="holds more than 262144 values"):
+    torch_files.read_state_dict(tmp_path / "file.pt")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+  os.mkfifo(tmp_path / "file.pt")  # an open would wait for a writer
+  with pytest.raises(OSError, match="a FIFO, and no regular file"):
     torch_files.read_state_dict(tmp_path / "file.pt")
 
 
