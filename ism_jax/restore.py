@@ -6,7 +6,6 @@ state.
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 from etils import epath
@@ -149,7 +148,7 @@ def find_export(source: str) -> tuple[pathlib.Path, dict]:
     reason = f"there are no checkpoints, and no {' and no '.join(missing)}"
     raise hub.absent(source, reason, **needed)
   try:
-    details = json.loads((folder / sit.CONFIG).read_text(encoding="utf-8"))
+    details = files.read_json(folder / sit.CONFIG, {"config": {}, "tree": str, "step": int}, "")
     details["config"], describe(details["tree"], details["step"])
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(

@@ -235,10 +235,12 @@ def test_what_is_no_model_says_what_is_needed(tmp_path):
     ism_jax.load(tmp_path)
   with pytest.raises(FileNotFoundError, match="no such file or folder"):
     ism_jax.load("/not/there/at/all")
-  (tmp_path / "config.json").write_text('{"model_type": "bert"}')
   (tmp_path / "model.safetensors").write_bytes(b"")
-  with pytest.raises(ValueError, match=r"config\.json is none that python -m ism_jax export"):
-    ism_jax.load(tmp_path)
+  texts = ('{"model_type": "bert"}', "[]", "{", "[" * 10**5, '{"config": [], "tree": 1, "step": 2}')
+  for content in (*map(str.encode, texts), b'{"config": "\xff"}'):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is none that python -m ism_jax export"):
+      ism_jax.load(tmp_path)
 
   with (
     hub_stand_in.in_place_of_the_hub("http://127.0.0.1:9", tmp_path / "cache"),

@@ -25,7 +25,7 @@ import grain
 import numpy as np
 
 from ism_jax.pretrained import vae as vae_lib
-from ism_jax.runtime import logs
+from ism_jax.runtime import files, logs
 
 NAME = "latents"  # of the dataset, in a config
 MANIFEST = "manifest.json"
@@ -93,6 +93,16 @@ class Settings:
   def path(self, directory: str, shard: int) -> str:
     """The file of a shard."""
     return os.path.join(directory, f"latents-{shard:05d}-of-{self.shards:05d}.array_record")
+
+
+# Older files, which lack the factors, were trained on with these.
+_FACTORS = {"scaling_factor": vae_lib.SD_VAE.scale, "shift_factor": vae_lib.SD_VAE.shift}
+_SETTINGS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name not in _FACTORS}
+# Shapes of JSON, see `files.parse_json`.
+_COUNTED = {"images": int, "unreadable": {str: str}}
+_TRAILER = _SETTINGS | _COUNTED | {"shard": int, "counts": {str: int}}
+_NEEDED = _SETTINGS | _COUNTED | {"moments": [int], "classes": [str], "counts": [int]}
+_NEEDED |= {"unreadable_count": int, "shards": [int]}
 
 
 def check_size(size: int) -> None:
@@ -186,15 +196,20 @@ class ShardWriter:
 
 def read_trailer(path: str) -> dict | None:
   """The trailer of a shard; None where the file is absent, truncated or none of ours."""
+  if not os.path.isfile(path):  # what a FIFO has would be waited for
+    return None
   reader = array_record_module.ArrayRecordReader(
     path, options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
   )
   try:
     if not reader.num_records():  # of a file that is not whole, too
       return None
-    trailer = json.loads(reader.read([reader.num_records() - 1])[0])
-    return trailer if reader.num_records() == VIEWS * trailer["images"] + 1 else None
-  except (RuntimeError, ValueError, KeyError, TypeError):
+    content = reader.read([reader.num_records() - 1])[0]
+    trailer = files.parse_json(content, path, _TRAILER)
+    images = sum(count for label, count in trailer["counts"].items() if label.isdecimal())
+    whole = reader.num_records() == VIEWS * images + 1 and images == trailer["images"]
+    return trailer if whole else None
+  except (RuntimeError, ValueError):
     return None
   finally:
     with contextlib.suppress(RuntimeError):
@@ -222,9 +237,6 @@ def finished_shards(directory: str, settings: Settings) -> dict[int, dict]:
       )
     finished[shard] = trailer
   return finished
-
-
-_FACTORS = {"scaling_factor": vae_lib.SD_VAE.scale, "shift_factor": vae_lib.SD_VAE.shift}
 
 
 def _differences(trailer: dict, wanted: dict) -> str:
@@ -280,24 +292,41 @@ def read_manifest(directory: str) -> dict:
     raise ValueError(
       f"data.dir={directory} is no folder: mount the bucket on every machine, or put a copy there."
     )
+  files.check_utf8("data.dir", directory)
   path = os.path.join(directory, MANIFEST)
+  remedy = "Delete it; the command that made it writes it anew."
   try:
-    with open(path, encoding="utf-8") as f:
-      content = json.load(f)
+    version = files.read_json(path, {"format": int}, remedy)["format"]
+    if version != FORMAT:
+      raise ValueError(
+        f"{path} is of format {version}, and this version reads {FORMAT}: encode anew."
+      )
+    content = files.read_json(path, _NEEDED, remedy)
   except FileNotFoundError:
     reason = "is unfinished" if os.path.isdir(directory) else "does not exist"
     raise ValueError(
       f"data.dir={directory} {reason}: it has no {MANIFEST}. `{command}` makes or finishes it."
     ) from None
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f"{path} is damaged: {error}. Delete it; the command that made it writes it anew."
-    ) from None
-  if content.get("format") != FORMAT:
-    raise ValueError(
-      f"{path} is of format {content.get('format')}, and this version reads {FORMAT}: encode anew."
-    )
-  return _FACTORS | content
+  content = _FACTORS | content
+  if wrong := _contradiction(content):
+    raise ValueError(f"{path} is damaged: {wrong}. {remedy}")
+  return content
+
+
+def _contradiction(content: dict) -> str:
+  """What a manifest promises that it cannot hold itself; its shards tell the rest."""
+  try:
+    settings = _settings(content)
+  except ValueError as error:
+    return str(error).rstrip(".")
+  count, shape = len(content["shards"]), list(settings.moments_shape)
+  if count != settings.shards:
+    return f"it lists {count} shards, and {settings.listed} images have {settings.shards}"
+  return "" if content["moments"] == shape else f"moments={content['moments']}, not {shape}"
+
+
+def _settings(content: dict) -> Settings:
+  return Settings(**{f.name: content[f.name] for f in dataclasses.fields(Settings)})
 
 
 def check_vae(directory: str, vae) -> None:
@@ -414,7 +443,7 @@ def _checked_shards(directory: str, content: dict) -> list[str]:
   Raises:
     ValueError: some are absent, damaged or of another folder, or hold other images than it says.
   """
-  settings = Settings(**{f.name: content[f.name] for f in dataclasses.fields(Settings)})
+  settings = _settings(content)
   paths = [settings.path(directory, shard) for shard in range(settings.shards)]
   trailers = _trailers(paths)
   problems = {

@@ -8,14 +8,31 @@ several seeds of noise counts once, with their mean.
 import collections
 from collections.abc import Callable, Sequence
 import dataclasses
-import json
 import os
 
+from absl import logging
 import numpy as np
 
 from ism_jax import experiment
 from ism_jax.metrics.spectra import finest_octave
+from ism_jax.runtime import files
 
+# The shape of a checkpoint's evaluation.json, see `files.parse_json`.
+_SCORES = {"scores": {str: {str: float}}}
+REPORT = {
+  "networks": [{"name": str, "features": str, "floor": dict | None}],
+  "results": [_SCORES | {"steps": int, "w": float}],
+  "yardsticks": {str: _SCORES},
+  "reference_spectrum": list | None,
+  "config": {
+    "variant": str,
+    "batch_size": int,
+    "data": {"name": str},
+    "coupling": {"coupling": str},
+    "ema": {"inference_decay": float, "target_decay": float},
+    "evaluation": {},
+  },
+}
 # What decides whether Fréchet distances of two runs are distances to the same thing.
 COMPARABLE = (
   "data.name",
@@ -56,8 +73,8 @@ def read_report(workdir: str) -> dict:
     raise FileNotFoundError(
       f"{path} is missing; `python -m ism_jax evaluate --workdir={workdir}` makes it."
     )
-  with open(path, encoding="utf-8") as f:
-    return json.load(f)
+  remedy = f"`python -m ism_jax evaluate --workdir={workdir}` makes it again."
+  return files.read_json(path, REPORT, remedy)
 
 
 def read_run(workdir: str, report: dict) -> Run:
@@ -65,8 +82,14 @@ def read_run(workdir: str, report: dict) -> Run:
   path = os.path.join(workdir, "metrics.jsonl")
   if not os.path.exists(path):
     raise FileNotFoundError(f"{path} is missing: name the folder where the run was trained.")
-  with open(path, encoding="utf-8") as f:
-    return as_run(report, workdir, [json.loads(line) for line in f])
+  entries = []
+  with files.open_regular(path) as f:
+    for number, line in enumerate(f, 1):
+      try:
+        entries.append(files.parse_json(line, f"line {number} of {path}", {str: float}))
+      except ValueError as error:
+        logging.warning("%s It is left out.", error)
+  return as_run(report, workdir, entries)
 
 
 def as_run(report: dict, workdir: str = "", entries: Sequence[dict] = ()) -> Run:
@@ -143,7 +166,7 @@ def check_comparable(reports: dict[str, dict]) -> None:
   for key in COMPARABLE:
     by_value = collections.defaultdict(list)
     for workdir, report in reports.items():
-      by_value[experiment.flatten(report["config"])[key]].append(workdir)
+      by_value[experiment.flatten(report["config"]).get(key)].append(workdir)
     if len(by_value) > 1:
       groups = "; ".join(f"{value}: {', '.join(workdirs)}" for value, workdirs in by_value.items())
       raise ValueError(

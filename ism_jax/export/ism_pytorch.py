@@ -60,6 +60,7 @@ _WEIGHTS = {
   "model.safetensors": "config.json",
 }
 _AUTOENCODER = "vae"  # a folder beside
+_LONGEST_HEADER = 10**8  # bytes of a safetensors file
 _DECODED_TOGETHER = 4  # latents at a time: 256x256 images take about 0.3 GB each
 
 
@@ -287,7 +288,7 @@ def read_config(path) -> Config:
   with open(path, encoding="utf-8") as file:
     try:
       values = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f"{path} is damaged ({error}). Copy the folder again.") from error
   fields = {field.name: field.default for field in dataclasses.fields(Config)}
   required = [name for name, default in fields.items() if default is dataclasses.MISSING]
@@ -311,8 +312,8 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
     with open(path, "rb") as file:
       (length,) = struct.unpack("<Q", file.read(8))
       data_size = size - 8 - length
-      if data_size < 0:
-        raise ValueError("it ends within its header")
+      if data_size < 0 or length > _LONGEST_HEADER:
+        raise ValueError(f"its header of {length} bytes does not end, or is too long")
       header = json.loads(file.read(length))
       header.pop("__metadata__", None)
       for key, entry in header.items():
@@ -323,6 +324,7 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
         file.seek(8 + length + begin)
         data = bytearray(file.read(end - begin))
         tensors[key] = torch.frombuffer(data, dtype=dtype).reshape(shape)
+  # JSON that nests too deeply is a RuntimeError.
   except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as error:
     raise ValueError(
       f"{path} ({size} bytes) is damaged, or no safetensors file that can be read here "

@@ -26,6 +26,7 @@ import safetensors.numpy
 
 from ism_jax import generate, restore
 from ism_jax.data import pipeline
+from ism_jax.evaluation import summary
 from ism_jax.evaluation.report import as_markdown
 from ism_jax.experiment import MARKS
 from ism_jax.pretrained import hub, sit
@@ -209,12 +210,18 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
   path = epath.Path(workdir) / EVALUATION
   if not path.exists():
     return None
-  report = json.loads(path.read_text(encoding="utf-8"))
-  # Older reports have none, nor have those of an export.
-  checksum = report.get("parameters_checksum") or trained.checksum
-  measured = report.get("step"), report.get("parameters"), checksum
-  if measured == (trained.step, TREES[trained.tree], trained.checksum) and "networks" in report:
-    return report
+  try:
+    report = files.read_json(path, {}, "")
+    # Older reports have none, nor have those of an export.
+    checksum = report.get("parameters_checksum") or trained.checksum
+    measured = report.get("step"), report.get("parameters"), checksum
+    if measured == (trained.step, TREES[trained.tree], trained.checksum):
+      needed = {"variant": str, "labels": str, "rounding": str, "metrics": {str: str}, "vae": str}
+      files.check_shape(report, summary.REPORT | needed | {"num_images": int}, str(path))
+      return report
+  except (OSError, ValueError) as error:
+    logging.warning("The model card has no evaluation: %s", error)
+    return None
   logging.warning("%s is no evaluation of the %s: the model card has none.", path, trained.about)
   return None
 

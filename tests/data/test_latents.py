@@ -258,12 +258,58 @@ def test_an_unfinished_folder_is_refused_with_the_command(copy):
 
 
 @pytest.mark.parametrize(
-  ("text", "message"), [("{", "damaged"), ('{"format": 2}', "format 2, and this version reads 1")]
+  ("content", "message"),
+  [
+    (b"{", r"damaged, or another file: Expecting .*Delete it; the command that made it"),
+    (b'{"format": 2}', "format 2, and this version reads 1"),
+    (b"[1]", "it is list, not an object"),
+    (b'{"format": true}', "format is bool, not int"),
+    (b"{}", "it has no 'format'"),
+    (b'{"format": 1}', "it has no 'vae'"),
+    (b'\xff{"format": 1}', "can't decode byte 0xff"),
+    (b"[" * 100_000, "recursion"),
+  ],
 )
-def test_a_manifest_that_cannot_be_understood_is_refused(copy, text, message):
-  (copy / "manifest.json").write_text(text)
-  with pytest.raises(ValueError, match=message):
+def test_a_manifest_that_cannot_be_understood_is_refused(copy, content, message):
+  (copy / "manifest.json").write_bytes(content)
+  with pytest.raises(ValueError, match=rf"manifest\.json .*{message}"):
     data.load_source(config(copy))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"images": 10**12}, r"not that of its shards, .* has other images \(1000000000000 images\)"),
+    ({"shards": [11, 12, 11, 12]}, "it lists 4 shards, and 50 images have 5"),
+    ({"listed": 10**12}, "it lists 5 shards, and 1000000000000 images have 83333333334"),
+    ({"images_per_shard": 10**12}, r"it lists 5 shards, and \d+ images have 1"),
+    ({"images_per_shard": 0}, "images_per_shard=0 must be at least 1"),
+    ({"size": 10**9}, r"moments=\[.*\], not \[125000000, 125000000, "),
+    ({"size": -8}, "size=-8 must be a multiple of 8"),
+    ({"shards": "many"}, "shards is str, not list"),
+    ({"counts": [1, 2.5]}, r"counts\[1\] is float, not int"),
+    ({"unreadable": {"a.png": 1}}, r"unreadable\['a.png'\] is int, not str"),
+    ({"classes": None}, "classes is NoneType, not list"),
+  ],
+)
+def test_a_manifest_that_promises_what_cannot_be_is_refused(copy, changes, message):
+  manifest = json.loads((copy / "manifest.json").read_text())
+  (copy / "manifest.json").write_text(json.dumps(manifest | changes))
+  with pytest.raises(ValueError, match=rf"manifest\.json is .*{message}.*Delete it"):
+    data.load_source(config(copy))
+
+
+def test_a_shard_that_is_no_file_or_has_another_trailer_is_damaged(copy):
+  path, other = SETTINGS.path(copy, 2), SETTINGS.path(copy, 3)
+  os.remove(path)
+  os.mkfifo(path)  # an open would wait for a writer
+  for content in (b"[]", b'{"images": 0}', b"\xff"):
+    writer = ArrayRecordWriter(other, "group_size:1,uncompressed")
+    writer.write(content)
+    writer.close()
+    with pytest.raises(ValueError, match=r"2 of 5 shards are truncated or damaged"):
+      data.load_source(config(copy))
+    assert sorted(latents.finished_shards(str(copy), SETTINGS)) == [0, 1, 4]
 
 
 def test_missing_shards_are_named(copy):
@@ -376,7 +422,7 @@ def test_a_whole_folder_is_verified_and_labels_that_no_trailer_counts_are_not(co
   [
     {"images": 40},
     {"images": 470},
-    {"shards": [11, 12, 11, 12]},
+    {"shards": [11, 12, 11, 12, 0]},
     {"shards": [11, 10, 11, 12, 1], "images": 45},
     {"shards": [11, 14, 11, 12, 1], "images": 49},
     {"counts": [47, 0, 0]},

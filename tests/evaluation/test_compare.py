@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -185,6 +186,40 @@ def test_a_yardstick_of_another_number_of_images_says_so(tmp_path):
   run_compare([workdir], tmp_path / "out")
   text = (tmp_path / "out" / "comparison.md").read_text()
   assert "All are of 1797 samples" in text and "Yardsticks: x 9.00, y 9.00 (60 images)." in text
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda report: b"{", "damaged, or another file: Expecting"),
+    (lambda report: b'{"a": "\xff"}', "can't decode byte 0xff"),
+    (lambda report: [report], "it is list, not an object"),
+    (lambda report: report | {"networks": {}}, "networks is an object, not list"),
+    (lambda report: report | {"results": [{"steps": 1}]}, r"results\[0\] has no 'scores'"),
+    (lambda report: report | {"config": {"variant": "ism"}}, "config has no 'batch_size'"),
+    (lambda report: {k: v for k, v in report.items() if k != "yardsticks"}, "no 'yardsticks'"),
+  ],
+)
+def test_an_evaluation_that_is_damaged_is_named_with_what_makes_it(tmp_path, change, message):
+  workdir = pathlib.Path(write_run(tmp_path / "run", [result(1, 0.5, 2.0)]))
+  path = workdir / "evaluation.json"
+  content = change(json.loads(path.read_text()))
+  path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+  with pytest.raises(ValueError, match=rf"evaluation\.json .*{message}.* ism_jax evaluate"):
+    read(str(workdir))
+
+
+def test_a_damaged_line_of_metrics_is_left_out(tmp_path, caplog):
+  name = "coupling/attained_gain"
+  entries = [{"step": i, name: i} for i in range(4)]
+  workdir = write_run(tmp_path / "run", [result(1, 0.5, 2.0)], entries=entries)
+  lines = pathlib.Path(workdir, "metrics.jsonl").read_bytes().splitlines()
+  lines[1] = lines[1][:9] + b"\xff"
+  lines[2] = b"[3]"
+  pathlib.Path(workdir, "metrics.jsonl").write_bytes(b"\n".join(lines))
+  (run,) = read(workdir)
+  assert run.training[name] == 1.5
+  assert "line 2 of" in caplog.text and "line 3 of" in caplog.text
 
 
 def test_a_guidance_that_no_run_was_evaluated_at_is_refused(tmp_path):

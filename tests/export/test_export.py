@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import struct
 import subprocess
 import sys
 
@@ -784,7 +785,9 @@ def test_pytorch_refuses_damaged_folders(pytorch, ours, trained, tmp_path):
     "lacks heads, vae",
     config=json.dumps({k: v for k, v in config.items() if k not in ("heads", "vae")}).encode(),
   )
-  refused("is damaged", config=files["config.json"][:-9])
+  for content in (files["config.json"][:-9], b"\xff", b"[" * 10**5):
+    refused("is damaged", config=content)
+  refused("is damaged, or no safe", model=struct.pack("<Q", 9) + b'["arrays"]')
 
 
 @pytest.mark.slow
