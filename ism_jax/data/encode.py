@@ -201,6 +201,7 @@ def make_folder(path: str) -> None:
   """Makes a folder to write to; raises OSError where that cannot be."""
   if "://" in path:
     raise OSError(f"--out={path} is no folder: mount the bucket, and name a folder in it.")
+  files.check_utf8("--out", path)
   files.check_writable(path)
   os.makedirs(path, exist_ok=True)
 

@@ -34,6 +34,7 @@ from ism_jax.data import latents
 from ism_jax.data.digits import Digits
 from ism_jax.data.photos import Photos
 from ism_jax.pretrained.vae import SD_VAE
+from ism_jax.runtime import files
 
 _OWN = (Digits, Photos)  # TFDS finds them by name, as all builders that are imported
 _OWN_NAMES = "digits, photos/crops16, photos/crops32"
@@ -114,15 +115,23 @@ class Images:
 
 def tfds_builder(name, directory):
   """The TFDS builder of a dataset, `directory` as in a DataConfig; a ValueError if unknown."""
+  default = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+  if not directory and default.startswith("~"):  # which TFDS would make a folder of, here
+    raise ValueError(
+      "there is no home folder, in which TFDS keeps its datasets by default: set data.dir, "
+      "TFDS_DATA_DIR or HOME."
+    )
+  files.check_utf8("data.dir", directory or default)
   try:
     return tfds.builder(name, data_dir=directory or None)
-  except (ValueError, AssertionError, ImportError) as error:  # the name, config, version or code
+  # Of the name, config, version or code; files of JSON that are damaged raise yet others.
+  except Exception as error:
     family = name.partition("/")[0]
     close = difflib.get_close_matches(family, tfds.list_builders(with_community_datasets=False))
     raise ValueError(
       f"data.name={name!r} is not a dataset that can be read; known: {_OWN_NAMES}, and TFDS's "
       f"by name or name/config, such as {', '.join(close or ['cifar10', 'mnist'])}. TFDS says: "
-      f"{str(error).splitlines()[0]}"
+      f"{str(error).partition(chr(10))[0]}"
     ) from error
 
 
@@ -218,10 +227,14 @@ def load_source(cfg: DataConfig, split="train"):
   if isinstance(builder, _OWN):
     try:
       builder.download_and_prepare(file_format="array_record")
-    except OSError:
+    except OSError as error:
       builder = tfds_builder(cfg.name, cfg.dir)  # knows what lies on the disk now
       if not builder.data_path.exists():
-        raise
+        raise OSError(
+          f"dataset {cfg.name!r} is not in {builder.data_dir_root}, where it cannot be prepared "
+          f"either ({error}). Set data.dir, or TFDS_DATA_DIR, to a folder that has it or that can "
+          "be written."
+        ) from error
   records = open_split(builder, split)
   # Ours are the same everywhere.
   is_ours = isinstance(builder, _OWN)

@@ -239,10 +239,14 @@ def _judge_batches(exp, reference, extract, batches, archive, compiled):
 
 def _read_partial(path: str, fingerprint: dict) -> dict[tuple, dict]:
   """{setting: result} of an evaluation with this fingerprint that was interrupted."""
-  path = epath.Path(path)
-  if not path.exists():
+  if not epath.Path(path).exists():
     return {}
-  saved = json.loads(path.read_text(encoding="utf-8"))
+  needed = {"fingerprint": {}, "results": [{"steps": int, "w": float, "seed": int, "scores": {}}]}
+  try:
+    saved = files.read_json(path, needed, "Beginning anew.")
+  except (OSError, ValueError) as error:
+    logging.warning("%s", error)
+    return {}
   if saved["fingerprint"] != json.loads(json.dumps(fingerprint)):
     logging.info("%s is of another evaluation: beginning anew.", path)
     return {}

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import tempfile
 from typing import Any
 import urllib.request
 
@@ -66,7 +67,10 @@ class Published:
 
 def cache() -> pathlib.Path:
   """The folder in which downloaded weights are kept."""
-  return pathlib.Path(os.environ.get(CACHE) or "~/.cache/ism_jax").expanduser()
+  try:
+    return pathlib.Path(os.environ.get(CACHE) or "~/.cache/ism_jax").expanduser()
+  except RuntimeError:  # a user without a home, as in a container
+    return pathlib.Path(tempfile.gettempdir()) / f"ism_jax-{os.getuid()}"
 
 
 def load(

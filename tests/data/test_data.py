@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -409,6 +410,33 @@ def test_the_loser_of_a_race_to_prepare_reads_the_winners_files(tmp_path, monkey
     np.testing.assert_array_equal(
       np.bincount(data.all_images(source)[1]), np.bincount(reference[1])
     )
+
+
+def test_a_folder_where_nothing_can_be_prepared_is_named_with_the_remedy(tmp_path, monkeypatch):
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match=r"'digits' is not in .*/tfds.* Set data\.dir, or TFDS_"):
+    data.load_source(config(tmp_path / "file" / "tfds"))  # where not even root can write
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+  monkeypatch.delenv("HOME", raising=False)
+  monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])  # as of a container's user
+  with pytest.raises(ValueError, match=r"no home folder.* set data\.dir, TFDS_DATA_DIR"):
+    data.load_source(config(""))
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]  # and none that is called ~
+
+
+def test_a_dataset_that_is_prepared_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+  data.load_source(config(tmp_path))
+  paths = [tmp_path, *tmp_path.rglob("*")]
+  before = {path: path.stat().st_mtime_ns for path in paths}
+  source = data.load_source(config(tmp_path))
+  assert len(source) == 1797 and [tmp_path, *tmp_path.rglob("*")] == paths
+  assert {path: path.stat().st_mtime_ns for path in paths} == before
+  (info,) = tmp_path.rglob("dataset_info.json")
+  for content in (b"[]", b"{", b"\xff"):
+    info.write_bytes(content)
+    with pytest.raises(ValueError, match=r"'digits' is not a dataset that can be read.*TFDS says"):
+      data.load_source(config(tmp_path))
 
 
 def test_neither_preparing_nor_reading_imports_tensorflow(tmp_path, cifar10):

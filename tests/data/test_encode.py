@@ -731,6 +731,16 @@ def test_a_bucket_is_no_folder(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_whose_name_the_library_cannot_take_is_named_before_any_work(tmp_path):
+  folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")  # is not UTF-8
+  with pytest.raises(ValueError, match=r"--out='.*udcff' has bytes that are no UTF-8: rename"):
+    encode.make_folder(folder)
+  for name, vae in (("digits", ""), ("latents", "random-small")):
+    with pytest.raises(ValueError, match=r"data\.dir='.*udcff' has bytes that are no UTF-8"):
+      data.load_source(data.DataConfig(name, folder, 8, 1, 10, False, 0, 0, vae))
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, photos, vae):
   (tmp_path / "file").touch()
   with pytest.raises(OSError, match=r"file/out cannot be written.*name a folder that can"):

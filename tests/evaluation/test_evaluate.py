@@ -1,7 +1,9 @@
 """Judging checkpoints and files of images, on a network at random weights."""
 
 import dataclasses
+import json
 import logging
+import pathlib
 import types
 
 from examples import tiny_config
@@ -91,8 +93,12 @@ def test_an_interrupted_evaluation_ends_as_one_that_was_not(workdir, mesh, monke
 
 def test_samples_in_a_file_are_judged_as_those_of_the_checkpoint(workdir, mesh, tmp_path):
   config = config_of(save_samples=True, steps=(1,), w=(0.5,))
-  ours = evaluate.evaluate(config, workdir, list(mesh.devices.flat))
-  path = f"{workdir}/samples_steps1_w0.5_seed0.npz"
+  times = lambda: {p: p.stat().st_mtime_ns for p in pathlib.Path(workdir).rglob("*")}
+  before, out = times(), str(tmp_path / "ours")
+  ours = evaluate.evaluate(config, workdir, list(mesh.devices.flat), out=out)
+  path = f"{out}/samples_steps1_w0.5_seed0.npz"
+  assert json.loads(pathlib.Path(out, "evaluation.json").read_text())["step"] == ours["step"]
+  assert times() == before  # a workdir may be read-only
   theirs = evaluate.evaluate_samples(config, str(tmp_path / "other"), path)
   assert theirs["sha256"] == samples.open(path).protocol()["sha256"]
   (a,), (b,) = ours["results"], theirs["results"]
@@ -117,11 +123,26 @@ def test_samples_in_a_file_are_judged_as_those_of_the_checkpoint(workdir, mesh, 
 
   config.sample.update({"num_images": IMAGES, "steps": "1", "w": 0.5, "batch_size": 40})
   generate.write_samples(config, workdir, str(tmp_path / "x.npz"), list(mesh.devices.flat))
+  assert times() == before
   with np.load(tmp_path / "x.npz") as sampled, np.load(path) as saved:
     # Other batches sum in another order, and may round to the next level.
     difference = np.abs(np.int32(sampled["arr_0"]) - saved["arr_0"])
     assert difference.max() <= 1 and difference.mean() < 1e-3
     np.testing.assert_array_equal(sampled["arr_1"], saved["arr_1"])
+
+
+@pytest.mark.parametrize(
+  "content", [b"[]", b"{", b"\xff", b"{}", b'{"fingerprint": {}, "results": [{"steps": "1"}]}']
+)
+def test_what_an_interrupted_evaluation_left_stops_no_other(tmp_path, content, caplog):
+  path = tmp_path / "evaluation_partial.json"
+  path.write_bytes(content)
+  assert evaluate._read_partial(str(path), {}) == {}
+  assert f"{path} is damaged, or another file: " in caplog.text
+  assert "Beginning anew." in caplog.text
+  path.unlink()
+  path.mkdir()
+  assert evaluate._read_partial(str(path), {}) == {} and "a folder, and no regular" in caplog.text
 
 
 def test_the_tally_of_batches_is_the_score_of_all_samples(workdir, mesh):

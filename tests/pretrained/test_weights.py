@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import pathlib
+import pwd
 import threading
 
 import pytest
@@ -97,3 +98,19 @@ def test_a_named_file_is_taken_as_it_is(cache, tmp_path, monkeypatch):
 def test_the_cache_is_in_the_home_folder_by_default(monkeypatch):
   monkeypatch.delenv("ISM_JAX_CACHE", raising=False)
   assert weights.cache() == pathlib.Path.home() / ".cache/ism_jax"
+
+
+def test_a_user_without_a_home_has_a_cache_all_the_same(tmp_path, monkeypatch, server):
+  for name in ("ISM_JAX_CACHE", "HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])  # as of a container's user
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+  path = weights.find("", published(f"{server.url}/whole"))
+  assert tmp_path in path.parents and path.read_bytes() == DATA
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path, monkeypatch, server):
+  (tmp_path / "file").touch()  # below which not even root can write
+  monkeypatch.setenv("ISM_JAX_CACHE", str(tmp_path / "file" / "cache"))
+  with pytest.raises(FileNotFoundError, match=r"download failed .*\$ISM_JAX_CACHE names another"):
+    weights.find("", published(f"{server.url}/whole"))
