@@ -19,7 +19,7 @@ from ism_jax import experiment as experiment_lib
 from ism_jax import generate, model, paths, ranges, restore, sampling, train
 from ism_jax.experiment import Experiment
 from ism_jax.export import stablehlo
-from ism_jax.runtime import commands, sharding
+from ism_jax.runtime import commands, files, sharding
 
 picture = generate.picture
 
@@ -51,7 +51,7 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
   """
   _log_as_commands_do()
   mesh = sharding.data_mesh(devices)
-  trained = restore.read(str(source), tree, step=step, mesh=mesh)
+  trained = restore.read(files.local_path(source), tree, step=step, mesh=mesh)
   generate.check_decoder(trained)
   return Model(trained.exp, trained.params, mesh, trained.about)
 
@@ -70,6 +70,7 @@ def fit(config, workdir: str, devices=None) -> "Model":
     SystemExit: once SIGTERM has come and a checkpoint is written, as of the command.
   """
   _log_as_commands_do()
+  workdir = files.local_path(workdir)
   state = train.train(config, workdir, devices)
   mesh = sharding.data_mesh(devices)
   params = jax.device_put(state.ema, sharding.replicated(mesh))
@@ -172,6 +173,7 @@ class Model:
       out: a folder that is empty or not there.
       schedules: one or more, as `steps` of `sample`.
     """
+    out = files.local_path(out)
     stablehlo.write(self.experiment, self.params, out, schedules, about=self.about)
 
   def _labels(self, labels, n) -> np.ndarray:

@@ -15,7 +15,7 @@ from flax import traverse_util
 from ism_jax import couplings, objectives, paths, protocol, ranges, state, wavelets
 from ism_jax import model as model_lib
 from ism_jax.data import latents, pipeline
-from ism_jax.runtime import sharding
+from ism_jax.runtime import files, sharding
 
 Count = Annotated[int, "[1, 1e9]"]
 CountOrNone = Annotated[int, "[0, 1e9]"]
@@ -245,6 +245,8 @@ def _build(config_class, values, prefix: str = ""):
     kind = config_class.__annotations__[name]
     is_section = dataclasses.is_dataclass(kind)
     arguments[name] = _build(kind, value, f"{prefix}{name}.") if is_section else _as_tuples(value)
+    if isinstance(value, str):  # nothing but paths begins as those that this changes
+      arguments[name] = files.local_path(value)
   return config_class(**arguments)
 
 

@@ -9,7 +9,6 @@ Axes: N images, B batch, H/W size, C channels.
 from collections.abc import Callable, Iterator
 import functools
 import io
-import os
 import time
 from typing import NamedTuple
 
@@ -224,7 +223,7 @@ def write_samples(config, source: str, out: str, devices=None) -> None:
     out: the npz.
     devices: that sample; default all.
   """
-  files.check_writable(os.path.dirname(out))
+  files.check_file(out, ".npz")
   mesh = sharding.data_mesh(devices)
   trained = restore.read(source, config=config, mesh=mesh)
   check_decoder(trained)

@@ -5,9 +5,11 @@ Networks are known by their names here; `features` has the networks themselves.
 
 import dataclasses
 import itertools
+import re
 from typing import Annotated
 
 from ism_jax import ranges
+from ism_jax.runtime import files as files_lib
 
 ROUNDINGS = ("nearest", "truncate")
 LABELS = ("balanced", "uniform")
@@ -22,10 +24,10 @@ NAMES = (*OF_THE_DATASET, *PUBLISHED)
 def parse_files(option: str, value: str, names) -> dict[str, str]:
   """{network: file} of the value "NETWORK=FILE,..." of an option, or of FILE for a single network.
 
-  The networks in use have these names.
+  The networks in use have these names. A comma that no NETWORK= follows is part of a FILE.
   """
   files = {}
-  for entry in filter(None, value.split(",")):
+  for entry in filter(None, re.split(r",(?=\w+=)", value)):
     name, named, path = entry.partition("=")
     if len(names) == 1 and not (named and name in NAMES):
       name, path = names[0], entry
@@ -34,7 +36,7 @@ def parse_files(option: str, value: str, names) -> dict[str, str]:
         f"{option}={value!r}: {entry!r} is no NETWORK=FILE of one of the networks "
         f"{', '.join(names)}, once each. Write {names[0]}=FILE."
       )
-    files[name] = path
+    files[name] = files_lib.local_path(path)
   return files
 
 

@@ -249,6 +249,17 @@ def test_what_is_no_model_says_what_is_needed(tmp_path):
     ism_jax.load("someone/digits")
 
 
+def test_a_path_in_a_script_is_that_of_a_command(model, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with pytest.raises(FileNotFoundError, match=f"{tmp_path}/run"):
+    ism_jax.load("~/run")
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match=f"{tmp_path}/file/run cannot be written"):
+    ism_jax.fit(tiny_config(), "~/file/run")
+  with pytest.raises(FileExistsError, match=f"{tmp_path} is there and not empty"):
+    model.export_sampler("~", 1)
+
+
 def test_a_picture_has_a_row_for_each_caption_and_keeps_every_pixel():
   rng = np.random.default_rng(0)
   rows = {"a": rng.integers(0, 256, (3, 8, 8, 1), np.uint8), "long caption": np.zeros((2, 8, 8, 1))}

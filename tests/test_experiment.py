@@ -176,6 +176,27 @@ def test_what_is_wrong_with_a_config_is_said_with_the_remedy(change, message):
     experiment.parse(config)
 
 
+def test_paths_of_a_config_are_what_their_user_means(monkeypatch):
+  """Wherever they are in it, and with commas."""
+  monkeypatch.setenv("HOME", "/home/of")
+  config = tiny_config()
+  config.update({"init_from": "~/sit.pt", "data": {"dir": "file:///data"}})
+  names = ("inception", "dinov2")
+  config.evaluation.update({"networks": ",".join(names), "weights": "dinov2=~/a,b.pt"})
+  config.evaluation.reference = "inception=~/x=1,y.npz,dinov2=file:///z%20.npz"
+  exp = experiment.parse(config)
+  assert (exp.init_from, exp.data.dir) == ("/home/of/sit.pt", "/data")
+  assert exp.evaluation.weight_files() == {"dinov2": "/home/of/a,b.pt"}
+  assert exp.evaluation.reference_files() == {
+    "inception": "/home/of/x=1,y.npz",
+    "dinov2": "/z .npz",
+  }
+  assert protocol.parse_files("--weights", "~/a,b.pt", ["dinov2"]) == {"dinov2": "/home/of/a,b.pt"}
+  config.data.dir = "~not-a-user/data"
+  with pytest.raises(ValueError, match="there is no home ~not-a-user"):
+    experiment.parse(config)
+
+
 def test_unknown_and_missing_keys_are_named_with_the_known_ones():
   config = tiny_config().to_dict()
   config["objective"]["alfa"] = 1.0

@@ -327,6 +327,13 @@ def test_samples_are_written_for_adms_evaluator(run, tmp_path, one_device):
     np.testing.assert_array_equal(archive["arr_1"], np.arange(25) % 10)
 
 
+@pytest.mark.parametrize("name", ["x.png", "folder.npz"])
+def test_what_samples_cannot_be_written_to_is_said_before_they_are_drawn(tmp_path, name):
+  (tmp_path / "folder.npz").mkdir()
+  with pytest.raises((ValueError, OSError), match=r"does not end in \.npz|is a folder; name a f"):
+    generate.write_samples(tiny_config(), "/no/workdir", str(tmp_path / name))
+
+
 def test_an_evaluation_leaves_numbers_tables_and_grids(run, one_device):
   workdir, _, _ = run
   config = tiny_config()

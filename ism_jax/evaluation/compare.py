@@ -252,6 +252,7 @@ def compare(
     raise ValueError(f"no run was evaluated at --w={w:g}; there are {evaluated}: give one of them.")
   for size in pools:
     experiment.check_pairs(size, report["config"]["batch_size"])
+  files.check_writable(out)
   # Before what takes minutes: it may have nothing to show.
   points = summary.against(runs, against) if against else {}
   content = {

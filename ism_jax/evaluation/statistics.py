@@ -29,7 +29,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import data
+from ism_jax import data, experiment
 from ism_jax.data import images as images_lib
 from ism_jax.data import pipeline, samples
 from ism_jax.data.samples import ImageSet
@@ -249,7 +249,7 @@ def _image_set(args) -> ImageSet:
     return of_images(args.images, args.tfds_dir, args.size, args.num_threads)
   if sources[0] == "samples":
     return samples.open(args.samples, args.num_threads)
-  return of_dataset(data.DataConfig(**args.config.data), args.split)
+  return of_dataset(experiment.parse(args.config).data, args.split)
 
 
 def _network_files(named: str, weights: str) -> dict[str, str]:

@@ -418,6 +418,8 @@ def main(argv):
   args = flags.FLAGS
   with commands.one_line_errors():
     exp = experiment.parse(args.config)
+    if args.out is not None:
+      files.check_writable(args.out)
     assumed = args.sinkhorn_iterations, args.greedy_rounds
     content = setting(exp, *assumed) | {"topologies": []}
     for name in args.topology:

@@ -68,8 +68,8 @@ class Published:
 def cache() -> pathlib.Path:
   """The folder in which downloaded weights are kept."""
   try:
-    return pathlib.Path(os.environ.get(CACHE) or "~/.cache/ism_jax").expanduser()
-  except RuntimeError:  # a user without a home, as in a container
+    return pathlib.Path(files.local_path(os.environ.get(CACHE) or "~/.cache/ism_jax"))
+  except ValueError:  # a user without a home, as in a container
     return pathlib.Path(tempfile.gettempdir()) / f"ism_jax-{os.getuid()}"
 
 
@@ -209,7 +209,7 @@ def find(name: str, published: Published) -> pathlib.Path:
     ValueError: the cached or downloaded file has another checksum than the published one.
   """
   if name:
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(files.local_path(name))
     if not path.is_file():
       raise _absent(published, f"there is no file {name!r}")
     return path

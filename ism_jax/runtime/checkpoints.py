@@ -68,7 +68,7 @@ def check_workdir(workdir, *, read_only=False) -> str:
   """The absolute path of a workdir that can hold checkpoints; raises as `open_manager` does."""
   workdir = os.fspath(workdir)
   if "://" not in workdir:
-    workdir = os.path.abspath(os.path.expanduser(workdir))
+    workdir = os.path.abspath(files.local_path(workdir))
   # TensorStore takes a backslash for a slash, and paths of UTF-8 alone. Where Orbax saves, it takes
   # the path for a pattern: a[1] matches nothing, a* the arrays of another run as well.
   odd = [character for character in ("\\" if read_only else "\\*?[") if character in workdir]

@@ -132,7 +132,8 @@ def parse_flags(argv, known_only: bool = False) -> list[str]:
   With `known_only`, unknown flags are among those arguments instead of an error.
   """
   with one_line_flag_errors():
-    arguments = flags.FLAGS([_packaged(a) for a in argv], known_only=known_only)
+    argv = [argv[0], *map(_packaged, map(_with_local_path, argv[1:]))]
+    arguments = flags.FLAGS(argv, known_only=known_only)
     for flag in (flags.FLAGS[name] for name in flags.FLAGS if flags.FLAGS[name].present):
       # A file that is not there is no error of the flag's own before somebody reads the config.
       file = getattr(flag, "config_filename", None)
@@ -155,6 +156,17 @@ def _packaged(argument: str) -> str:
     return argument
   file = os.path.join(os.path.dirname(_PACKAGE), form[2])
   return f"{form[1] or ''}{file}{form[3] or ''}" if os.path.exists(file) else argument
+
+
+def _with_local_path(argument: str) -> str:
+  """A word of the command line, with `files.local_path` of its value: of --out=~/x, of ~/x."""
+  from ism_jax.runtime import files  # imports JAX, for which a misspelt command does not wait
+
+  name, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+  try:
+    return name + equals + files.local_path(value)
+  except ValueError as error:
+    raise flags.Error(f"{name}{equals}{error}") from None
 
 
 def suggest(name: str, known, prefix: str = "") -> str:

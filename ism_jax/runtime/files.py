@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import stat
 import tempfile
+import urllib.parse
 
 from etils import epath
 import jax
@@ -108,6 +110,30 @@ def check_shape(value, needed, name: str) -> None:
       check_shape(element, needed[0], f"{name}[{i}]")
 
 
+def local_path(path) -> str:
+  """A path as its user means it: ~ and ~name are homes, file:///x is /x, and others are themselves.
+
+  Commands, configs and `api` take all their paths through this.
+
+  Raises:
+    ValueError: there is no such home, or file:// names another machine.
+  """
+  path = os.fspath(path)
+  if path.startswith("file:"):
+    host, slash, rest = path.removeprefix("file:").removeprefix("//").partition("/")
+    if host not in ("", "localhost") or not slash:
+      raise ValueError(f"{path} is no file of this machine: write file:///FOLDER or /FOLDER.")
+    return urllib.parse.unquote(slash + rest)
+  expanded = os.path.expanduser(path)
+  if expanded.startswith("~"):
+    home = expanded.partition("/")[0]
+    raise ValueError(
+      f"{path}: there is no home {home}. Write the whole path; a name that begins with ~ is "
+      f"./{home}."
+    )
+  return expanded
+
+
 def sha256(path) -> str:
   """The checksum of a file, in hex."""
   with open_regular(path) as file:
@@ -125,14 +151,14 @@ def check_utf8(name: str, path: str) -> None:
 
 
 def check_writable(folder) -> None:
-  """Raises OSError unless `folder` can be made and written; leaves nothing behind.
-
-  A path with a scheme, such as gs://, is not checked.
-  """
+  """Raises OSError unless `folder` can be made and written; leaves nothing behind."""
   folder = os.fspath(folder)
   if "://" in folder:
+    _check_writable_object(folder)
     return
-  folder = existing = os.path.abspath(os.path.expanduser(folder))
+  if not folder:
+    raise OSError("the name of a folder is empty; name one, or . for the current one.")
+  folder = existing = os.path.abspath(folder)
   while not os.path.exists(existing):
     existing = os.path.dirname(existing)
   # Writing is the test: permission bits say nothing about read-only mounts, quotas or root.
@@ -140,6 +166,35 @@ def check_writable(folder) -> None:
     tempfile.TemporaryFile(dir=existing).close()
   except OSError as e:
     raise OSError(f"{folder} cannot be written ({e.strerror}); name a folder that can.") from e
+
+
+def _check_writable_object(folder: str) -> None:
+  try:
+    probe = epath.Path(folder) / f".writing-{secrets.token_hex(8)}"
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    probe.write_bytes(b"")
+  except Exception as e:  # each storage has errors of its own
+    raise OSError(
+      f"{folder} cannot be written ({type(e).__name__}: {e}); name a folder that can."
+    ) from e
+  with contextlib.suppress(Exception):  # who may write need not be allowed to remove
+    probe.unlink()
+
+
+def check_file(path, suffix: str) -> None:
+  """Raises unless a file can be made or replaced at `path`, whose name ends in `suffix`.
+
+  Raises:
+    ValueError: it has another suffix.
+    OSError: a folder is there, or its own folder cannot be written.
+  """
+  path = os.fspath(path)
+  if not path.endswith(suffix):
+    raise ValueError(f"{path} does not end in {suffix}, as the file that is written there must.")
+  if os.path.isdir(path):
+    raise IsADirectoryError(f"{path} is a folder; name a file in it, or another one.")
+  folder, _, _ = path.rpartition("/")
+  check_writable(folder if "://" in path else os.path.dirname(os.path.abspath(path)))
 
 
 @contextlib.contextmanager
@@ -166,17 +221,19 @@ def check_empty(path) -> None:
   path = os.fspath(path)
   if "://" in path:
     raise OSError(f"{path} is no folder: name one, and copy it to the bucket.")
-  folder = pathlib.Path(path).expanduser()
+  folder = pathlib.Path(path)
   if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
     raise FileExistsError(f"{path} is there and not empty; name another folder, or remove it.")
-  check_writable(path)
+  if os.path.ismount(path):
+    raise OSError(f"{path} is a mount, which cannot be replaced; name a folder in it.")
+  check_writable(os.path.dirname(os.path.abspath(path)))  # where it is made, and then renamed
 
 
 @contextlib.contextmanager
 def whole_folder(path) -> Iterator[pathlib.Path]:
   """A folder as `whole_file`, to write files into; raises as `check_empty` does."""
   check_empty(path)
-  with whole_file(os.path.expanduser(path)) as folder:
+  with whole_file(path) as folder:
     os.mkdir(folder)
     yield pathlib.Path(folder)
 

@@ -101,6 +101,14 @@ def test_the_spread_is_over_trainings_and_not_over_seeds_of_noise(tmp_path):
   )
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+  monkeypatch.setattr(compare, "effective_guidance", lambda *_: pytest.fail("the work has begun"))
+  workdir = write_run(tmp_path / "run", [result(1, 0.5, 2.0)])
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match="file/out cannot be written"):
+    run_compare([workdir], tmp_path / "file" / "out", guidance=True)
+
+
 def test_the_tables_show_what_each_run_has_and_a_dash_for_what_it_lacks(tmp_path):
   entries = [
     {"step": 4, "loss": 1.0, "coupling/attained_gain": 0.5},

@@ -11,6 +11,7 @@ from examples import flags_of
 import pytest
 
 from ism_jax import __main__ as door
+from ism_jax import main
 from ism_jax.runtime import commands
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -57,6 +58,21 @@ def test_a_locale_without_a_letter_loses_no_text(monkeypatch):
     commands.run(command, ["ism_jax compare", "--help"])
   stdout.flush()
   assert not leaving.value.code and b"Fr\\xe9chet distances." in stdout.buffer.getvalue()
+
+
+def test_every_word_of_a_command_line_has_its_path_by_the_same_rule(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/of")
+  with flags_of("encode"):
+    words = ["--images=~/i", "--out", "~/o", "--vae=file:///v", "--size=8", "~/more", "no~"]
+    rest = commands.parse_flags(["encode", *words])
+    values = {name: flags.FLAGS[name].value for name in ("images", "out", "vae", "size")}
+  assert rest == ["encode", "/home/of/more", "no~"]
+  assert values == {"images": "/home/of/i", "out": "/home/of/o", "vae": "/v", "size": 8}
+  with flags_of("evaluate"):
+    words = ["--workdir=~/w", "--config.data.dir=~/d"]  # of the checkpoint's config
+    assert main.parse_flags(["evaluate", *words]) == ["evaluate", "--config.data.dir=/home/of/d"]
+    with pytest.raises(SystemExit, match=r"Error: --workdir=~not-a-user/w: there is no home ~not-"):
+      main.parse_flags(["evaluate", "--workdir=~not-a-user/w"])
 
 
 @pytest.mark.parametrize(
