@@ -77,7 +77,9 @@ class Monitor:
         for network, metrics in self._reference.score(images, self._labels[: len(images)]).items():
           values |= {f"monitor/steps_{steps}/{network}_{k}": v for k, v in metrics.items()}
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
-      files.write_whole(os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png"), png)
+      path = os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png")
+      with writer.tolerance():
+        files.write_whole(path, png)
       writer.image(step, f"samples/steps_{steps}", png)
     grids = os.path.join(self._workdir, "grids", f"steps*_{step:08d}.png")
     logging.info("Samples of step %d: %s", step, grids)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ism_jax import experiment
 from ism_jax.metrics.spectra import finest_octave
-from ism_jax.runtime import files
+from ism_jax.runtime import files, logs
 
 # The shape of a checkpoint's evaluation.json, see `files.parse_json`.
 _SCORES = {"scores": {str: {str: float}}}
@@ -82,14 +82,7 @@ def read_run(workdir: str, report: dict) -> Run:
   path = os.path.join(workdir, "metrics.jsonl")
   if not os.path.exists(path):
     raise FileNotFoundError(f"{path} is missing: name the folder where the run was trained.")
-  entries = []
-  with files.open_regular(path) as f:
-    for number, line in enumerate(f, 1):
-      try:
-        entries.append(files.parse_json(line, f"line {number} of {path}", {str: float}))
-      except ValueError as error:
-        logging.warning("%s It is left out.", error)
-  return as_run(report, workdir, entries)
+  return as_run(report, workdir, logs.read_entries(path))
 
 
 def as_run(report: dict, workdir: str = "", entries: Sequence[dict] = ()) -> Run:

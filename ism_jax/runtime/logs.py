@@ -9,8 +9,11 @@ import glob
 import io
 import json
 import os
+import socket
+import struct
 import sys
 import tempfile
+import threading
 import time
 
 from absl import logging
@@ -18,13 +21,17 @@ from etils import epath
 import jax
 import numpy as np
 from PIL import Image
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 import tqdm
 
 from ism_jax import paths
 from ism_jax.runtime import files
 
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_EVENTS = 30.0
+_LONGEST = datetime.timedelta(days=100_000)  # that an ETA tells
 
 
 class _Copies:
@@ -60,6 +67,66 @@ class _Copies:
       logging.warning("Logs were not copied to %s, and will be later: %r", self._target, error)
 
 
+def read_entries(path) -> list[dict[str, float]]:
+  """The entries of a metrics.jsonl. Damaged lines are left out, with one warning of them all."""
+  entries, damaged = [], []
+  for number, line in enumerate(epath.Path(path).read_bytes().splitlines(), 1):
+    try:
+      entry = json.loads(line)
+      if all(type(value) in (int, float) for value in (entry["step"], *entry.values())):
+        entries.append(entry)
+        continue
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+      pass  # whatever bytes can be
+    damaged.append(number)
+  if damaged:
+    logging.warning(
+      "%s: %d lines are damaged and left out, such as line %d; the other %d are whole.",
+      *(path, len(damaged), damaged[0], len(entries)),
+    )
+  return entries
+
+
+class _Growing:
+  """A file that grows by whole pieces: those that cannot be written wait for the next time."""
+
+  def __init__(self, path: str):
+    self._path, self._waiting, self._written = path, [], 0.0
+
+  def add(self, piece: bytes, seconds: float = 0.0) -> None:
+    """Adds a piece, and writes unless that was done less than so many seconds ago."""
+    self._waiting.append(piece)
+    if time.monotonic() - self._written >= seconds:
+      self.write()
+
+  def write(self) -> None:
+    """Writes what waits, all or nothing; raises OSError."""
+    if not self._waiting:
+      return
+    size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
+    try:
+      with open(self._path, "ab") as f:
+        f.write(b"".join(self._waiting))
+    except OSError:
+      with contextlib.suppress(OSError):
+        os.truncate(self._path, size)
+      raise
+    self._waiting.clear()
+    self._written = time.monotonic()
+
+
+def _record(**event) -> bytes:
+  """An event as it stands in an event file of TensorBoard.
+
+  By hand: tensorboardX's own writer hands events to a thread, and waits for good once that has met
+  an error.
+  """
+  data = Event(wall_time=datetime.datetime.now().timestamp(), **event).SerializeToString()
+  length = struct.pack("<Q", len(data))
+  checksum = lambda part: struct.pack("<I", masked_crc32c(part))
+  return length + checksum(length) + data + checksum(data)
+
+
 class _Pace:
   """The rate of the last ten entries, counted in the plural `unit`, and the time left to `total`.
 
@@ -89,7 +156,8 @@ class _Pace:
     if done == done_before or now == start:
       return "ETA unknown yet"
     rate = (done - done_before) / (now - start)
-    eta = datetime.timedelta(seconds=round((self._total - done) / rate))
+    seconds = min((self._total - done) / rate, _LONGEST.total_seconds())
+    eta = datetime.timedelta(seconds=round(seconds))
     return f"{rate:.1f} {self._unit}/s, ETA {eta}"
 
 
@@ -120,23 +188,29 @@ class Writer:
     self._closing = contextlib.ExitStack()
     if jax.process_index() != 0:
       return
-    folder = workdir = os.fspath(workdir)
-    metrics_path = os.path.join(workdir, "metrics.jsonl")
-    if "://" in workdir:
+    folder = self._workdir = os.fspath(workdir)
+    metrics_path = os.path.join(folder, "metrics.jsonl")
+    if "://" in folder:
       temporary = tempfile.TemporaryDirectory(prefix="ism_jax_logs_")
       folder = self._closing.enter_context(temporary)
-    self._lines_path = os.path.join(folder, "metrics.jsonl")
     if epath.Path(metrics_path).exists():
       # A run that continues from step `start` writes what came after it anew.
-      with epath.Path(metrics_path).open(encoding="utf-8") as f:
-        lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= start]
-      for path in {metrics_path, self._lines_path}:
-        files.write_whole(path, "".join(lines))
-    if folder != workdir:
-      self._copies = _Copies(folder, workdir)
+      entries = [entry for entry in read_entries(metrics_path) if entry["step"] <= start]
+      for path in {metrics_path, os.path.join(folder, "metrics.jsonl")}:
+        files.write_whole(path, "".join(map(_line, entries)))
+    os.makedirs(folder, exist_ok=True)
+    if folder != self._workdir:
+      self._copies = _Copies(folder, self._workdir)
       self._closing.callback(self._copies.finish)
-    events = tensorboardX.SummaryWriter(folder, purge_step=start + 1, flush_secs=30)
-    self._events = self._closing.enter_context(events)
+    self._lock, self._warned = threading.Lock(), False  # the monitor writes from a thread
+    self._lines = _Growing(os.path.join(folder, "metrics.jsonl"))
+    now = int(datetime.datetime.now().timestamp())
+    name = f"events.out.tfevents.{now:010d}.{socket.gethostname()}"
+    self._events = _Growing(os.path.join(folder, name))
+    begun = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
+    self._log(self._events, _record(file_version="brain.Event:2"))
+    self._log(self._events, _record(step=start + 1, session_log=begun))
+    self._closing.callback(self._write_waiting)
     if sys.stderr.isatty():
       bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
       self._bar = self._closing.enter_context(bar)
@@ -156,8 +230,8 @@ class Writer:
 
   def state(self) -> dict[str, list[float]]:
     """What has been summed up for the next entry: JSON, exact. Earlier entries are stored now."""
+    self._write_waiting()
     if self._copies is not None:
-      self._events.flush()
       self._copies.finish()
     return dict(self._sums)
 
@@ -201,10 +275,9 @@ class Writer:
     if self._events is None:
       return
     entry = {name: float(value) for name, value in entry.items()}
-    with open(self._lines_path, "a", encoding="utf-8") as f:
-      f.write(json.dumps({"step": step} | entry) + "\n")
+    self._log(self._lines, _line({"step": step} | entry).encode())
     for name, value in entry.items():
-      self._events.add_scalar(name, value, step)
+      self._add_event(step, summary.scalar(name, value))
     if self._copies is not None:
       self._copies.start()
 
@@ -212,7 +285,36 @@ class Writer:
     """Writes a picture to the event file."""
     if self._events is not None:
       pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-      self._events.add_image(name, pixels, step, dataformats="HWC")
+      self._add_event(step, summary.image(name, pixels, dataformats="HWC"))
+
+  @contextlib.contextmanager
+  def tolerance(self):
+    """Around what is logged: no OSError stops the run, and only the first is told."""
+    try:
+      yield
+    except OSError as error:
+      if not self._warned:
+        self._warned = True
+        logging.warning(
+          "Logs cannot be written to %s (%s). The run goes on, and so will they once they can.",
+          *(self._workdir, error),
+        )
+
+  def _log(self, file: _Growing, piece: bytes, seconds: float = 0.0) -> None:
+    with self.tolerance(), self._lock:
+      file.add(piece, seconds)
+
+  def _add_event(self, step, value) -> None:
+    self._log(self._events, _record(step=step, summary=value), _SECONDS_BETWEEN_EVENTS)
+
+  def _write_waiting(self) -> None:
+    for file in (self._lines, self._events) if self._events is not None else ():
+      with self.tolerance(), self._lock:
+        file.write()
+
+
+def _line(entry: dict[str, float]) -> str:
+  return json.dumps(entry) + "\n"
 
 
 class Profile:
@@ -252,9 +354,13 @@ class Profile:
   def _write(self, folder: str) -> None:
     jax.block_until_ready(self._result)
     jax.profiler.stop_trace()
-    for path in glob.glob("plugins/profile/*/*.xplane.pb", root_dir=folder):
-      with open(os.path.join(folder, path), "rb") as f:
-        files.write_here(os.path.join(self._workdir, path), f.read())
+    try:
+      for path in glob.glob("plugins/profile/*/*.xplane.pb", root_dir=folder):
+        with open(os.path.join(folder, path), "rb") as f:
+          files.write_here(os.path.join(self._workdir, path), f.read())
+    except OSError as error:  # a log never stops a run
+      logging.warning("The profile cannot be written to %s (%s).", self._workdir, error)
+      return
     logging.info("Profiled; `pip install xprof` and `xprof %s` show it.", self._workdir)
 
 

@@ -1,14 +1,23 @@
 """The writer of metrics: means over windows, wherever a run is stopped."""
 
+import contextlib
+import datetime
+import io
 import json
 import os
+import resource
+import shutil
+import struct
 import types
 
 from absl import logging
 from etils import epath
 from fsspec.implementations import memory
 import numpy as np
+from PIL import Image
 import pytest
+import tensorboardX
+from tensorboardX.proto.event_pb2 import Event
 
 from ism_jax.runtime import files, logs
 
@@ -110,6 +119,118 @@ def test_the_eta_of_a_command_follows_its_last_minutes(clock, said):
   assert len(said) == 29
   assert said[0] == "130/100000 images, 1 unreadable, 1.0 images/s, ETA 1 day, 3:44:30"
   assert said[-1] == "3400/100000 images, 29 unreadable, 10.0 images/s, ETA 2:41:00"
+
+
+def events(workdir):
+  """The events of all event files of a workdir in their order, without their times."""
+  found = []
+  for path in sorted(workdir.glob("events.out.tfevents.*")):
+    data = path.read_bytes()
+    while data:
+      (length,) = struct.unpack("<Q", data[:8])
+      event = Event.FromString(data[12 : 12 + length])
+      event.wall_time = 0
+      found.append((event, data[:12], len(data[12 + length : 16 + length])))
+      data = data[16 + length :]
+  return found
+
+
+def test_event_files_are_those_of_tensorboardx(tmp_path):
+  """Checksums of lengths included; those of events have their times in them."""
+  pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+  png = io.BytesIO()
+  Image.fromarray(pixels).save(png, "PNG")
+  with logs.Writer(tmp_path / "a", start=4, state=None, total=12, every=4) as writer:
+    writer.write(8, {"loss": 0.5, "coupling/gain": 2.0})
+    writer.image(8, "samples/steps_1", png.getvalue())
+  with tensorboardX.SummaryWriter(str(tmp_path / "b"), purge_step=5) as theirs:
+    theirs.add_scalar("loss", 0.5, 8)
+    theirs.add_scalar("coupling/gain", 2.0, 8)
+    theirs.add_image("samples/steps_1", pixels, 8, dataformats="HWC")
+  (_, *ours), (_, _, *expected) = events(tmp_path / "a"), events(tmp_path / "b")
+  assert ours == expected and len(ours) == 4
+
+
+@contextlib.contextmanager
+def full_disk(room=5):
+  """No file grows beyond so many bytes: writing ends within a line, as on a disk that is full."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_entry_and_one_warning(tmp_path, caplog):
+  calls = steps(1, 24)
+  write(tmp_path / "whole", calls, total=24)
+  with logs.Writer(tmp_path / "full", start=0, state=None, total=24, every=4) as writer:
+    for i, (last, metrics, info) in enumerate(calls):
+      room = os.path.getsize(tmp_path / "full" / "metrics.jsonl") + 20 if i == 4 else 0
+      with full_disk(room) if 4 <= i < 8 else contextlib.nullcontext():
+        writer.add(last, dict(metrics), info)
+        if 4 <= i < 8:
+          writer.state()
+  assert entries(tmp_path / "full") == entries(tmp_path / "whole")
+  numbers = lambda workdir: [
+    event
+    for event, *_ in events(workdir)
+    if "second" not in str(event) and "wait" not in str(event)
+  ]
+  assert numbers(tmp_path / "full") == numbers(tmp_path / "whole")
+  assert caplog.text.count("Logs cannot be written to") == 1 and "File too large" in caplog.text
+
+
+def test_a_folder_that_is_gone_stops_no_run(tmp_path):
+  calls = steps(1, 12)
+  with logs.Writer(tmp_path / "run", start=0, state=None, total=12, every=4) as writer:
+    shutil.rmtree(tmp_path / "run")
+    for last, metrics, info in calls:
+      writer.add(last, dict(metrics), info)
+    writer.state()
+
+
+def test_a_clock_that_is_set_back_stops_no_run(tmp_path, monkeypatch):
+  years = iter([2090, *[1971] * 99])
+  now = lambda: datetime.datetime(next(years), 1, 1)
+  clock = types.SimpleNamespace(datetime=types.SimpleNamespace(now=now))
+  monkeypatch.setattr(logs, "datetime", types.SimpleNamespace(**vars(datetime) | vars(clock)))
+  calls = steps(1, 12)
+  write(tmp_path, calls)
+  assert [e["step"] for e in entries(tmp_path)] == [4, 8, 12]
+
+
+def test_an_eta_of_ages_is_told(clock, said):
+  progress = logs.Progress(10**18)
+  progress.add(1)
+  clock.seconds += 1e6
+  progress.add(1)
+  assert said[-1].endswith("ETA 100000 days, 0:00:00")
+
+
+DAMAGE = (
+  b'{"step": 8, "loss": 1.0, "cut',
+  b'{"step": 8, "loss": "\xc3',
+  b"\x00" * 64,
+  b'["step"]',
+  b'{"loss": 1.0}',
+  b'{"step": 8, "loss": [1.0]}',
+  b"[" * 100_000,
+  b"",
+)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_damaged_lines_are_left_out_and_told_once(tmp_path, caplog, place):
+  whole = [json.dumps({"step": step, "loss": step / 3}).encode() for step in (4, 8)]
+  lines = [*whole[:place], *DAMAGE, *whole[place:]]
+  (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))  # the last without an end
+  write(tmp_path, steps(9, 4), start=8)
+  assert [e["step"] for e in entries(tmp_path)] == [4, 8, 12]
+  assert entries(tmp_path)[1]["loss"] == 8 / 3
+  (told,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+  assert f"{len(DAMAGE)} lines are damaged and left out, such as line {place + 1};" in told
 
 
 class ObjectStore(memory.MemoryFileSystem):
