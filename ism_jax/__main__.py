@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
       f"{', '.join(COMMANDS)}."
     )
   command = COMMANDS[name]
-  module = importlib.import_module(f"ism_jax.{command.module}")
+  with commands.one_line_stops():
+    module = importlib.import_module(f"ism_jax.{command.module}")
   options = {"mode": command.mode} if command.mode else {}
   commands.run(module, [f"ism_jax {name}", *argv[2:]], **options)
 

@@ -67,7 +67,8 @@ def fit(config, workdir: str, devices=None) -> "Model":
     workdir: folder of checkpoints, metrics.jsonl, TensorBoard events and grids.
     devices: that train and sample; default all.
   Raises:
-    SystemExit: once SIGTERM has come and a checkpoint is written, as of the command.
+    SystemExit: once SIGTERM, SIGINT (Ctrl-C, or a notebook's stop) or SIGHUP has come and a
+      checkpoint is written, as of the command.
   """
   _log_as_commands_do()
   workdir = files.local_path(workdir)

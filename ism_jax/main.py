@@ -10,8 +10,8 @@ are the same.
 --config.KEY=VALUE overrides a value of --config; without --config, which only training needs, of
 the config in the newest checkpoint. Without --workdir it is runs/ and the config's name and words:
 runs/digits-sm for configs/digits.py:sm. The same training command continues a run. Several
-processes are one run, on the same --workdir: see launch/README.md. Exit codes: 0 done, 1 an error,
-143 training that SIGTERM stopped after saving a checkpoint.
+processes are one run, on the same --workdir: see launch/README.md. Exit codes: 0 done, 1 an error;
+143, 130 or 129 training that SIGTERM, Ctrl-C or SIGHUP stopped after saving a checkpoint.
 
 Of weights alone, evaluate and sample take as --workdir a folder that python -m ism_jax export
 wrote, or what the Hugging Face hub has: OWNER/NAME, OWNER/NAME@REVISION, the address of its page.

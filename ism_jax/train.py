@@ -1,8 +1,8 @@
-"""The training loop: it starts or continues a run, reports, saves, and stops for SIGTERM."""
+"""The training loop: it starts or continues a run, reports, saves, and stops when it is told to."""
 
 import contextlib
+import os
 import signal
-import threading
 import time
 from typing import NamedTuple
 
@@ -15,10 +15,8 @@ from ism_jax import data, experiment, steps
 from ism_jax.evaluation.monitor import Monitor
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import sit
-from ism_jax.runtime import checkpoints, files, locks, logs, sharding
+from ism_jax.runtime import checkpoints, commands, files, locks, logs, sharding
 from ism_jax.state import TrainState
-
-PREEMPTED = 128 + signal.SIGTERM  # exit code, as of a process that SIGTERM kills: 143
 
 
 class Pending(NamedTuple):
@@ -62,30 +60,28 @@ def check_finite(metrics: dict[str, np.ndarray], info: dict, last_step: int) -> 
 
 @contextlib.contextmanager
 def watch_for_preemption(manager):
-  """Yields preempted(first, last): whether to stop now, after the steps `first` to `last`.
+  """Yields preempted(first, last): the signal to stop for after steps `first` to `last`, or None.
 
-  A single process stops for SIGTERM (while this context is open, in the main thread); a second
-  SIGTERM kills it, as usual. Of several processes, each answers the same at the same step once any
-  of them has got SIGTERM; there jax.distributed has its handler, which must stay.
+  A single process stops for SIGTERM, Ctrl-C (SIGINT) and SIGHUP, while this context is open, in the
+  main thread; a second one kills it. Of several processes, each answers the same at the same step
+  once any of them has got one: jax.distributed, whose handler of SIGTERM must stay, tells them.
   """
   if jax.process_count() > 1:
     # JAX agrees on the one step after the furthest that any process has asked about.
-    yield lambda first, last: any(map(manager.reached_preemption, range(first, last + 1)))
+    reached = lambda first, last: any(map(manager.reached_preemption, range(first, last + 1)))
+    tell = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    with commands.stops_received_by(tell, (signal.SIGINT, signal.SIGHUP)):
+      yield lambda first, last: signal.SIGTERM if reached(first, last) else None
     return
-  received = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda first, last: False
-    return
+  received = []
 
-  def receive(*_):
-    received.set()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  def receive(stop):
+    received.append(stop)
+    # No logging: the signal may have come in the middle of it.
+    os.write(2, f"{stop.name}: saving after the steps under way; another one kills.\n".encode())
 
-  before = signal.signal(signal.SIGTERM, receive)
-  try:
-    yield lambda first, last: received.is_set()
-  finally:
-    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+  with commands.stops_received_by(receive):
+    yield lambda first, last: received[0] if received else None
 
 
 def train(config, workdir: str, devices=None) -> TrainState:
@@ -99,22 +95,23 @@ def train(config, workdir: str, devices=None) -> TrainState:
     The final state.
   Raises:
     OSError: another run trains in `workdir`, or it cannot be written.
-    SystemExit: with PREEMPTED, once SIGTERM has come and a checkpoint of the last step is written.
+    SystemExit: once SIGTERM, Ctrl-C or SIGHUP has come and a checkpoint of the last step is
+      written; with 128 and the signal, as of a process that it kills: 143 for SIGTERM.
   """
   exp = experiment.parse(config)
   mesh = sharding.data_mesh(devices)
   experiment.check_devices(exp, mesh.size)
   with locks.hold(checkpoints.check_workdir(workdir)):
-    state = _train(exp, config, workdir, mesh)
-  if (step := int(state.step)) < exp.total_steps:
-    stopped = "Stopped by SIGTERM after step %d of %d, which is saved; the same command continues."
-    logging.warning(stopped, step, exp.total_steps)
-    raise SystemExit(PREEMPTED)
+    state, stop = _train(exp, config, workdir, mesh)
+  if stop:
+    stopped = "Stopped by %s after step %d of %d, which is saved; the same command continues."
+    logging.warning(stopped, stop.name, int(state.step), exp.total_steps)
+    raise SystemExit(128 + stop)
   return state
 
 
-def _train(exp: Experiment, config, workdir: str, mesh) -> TrainState:
-  """Trains in a workdir that is held; to the end, or until SIGTERM has come."""
+def _train(exp: Experiment, config, workdir: str, mesh):
+  """Trains in a workdir that is held; as `_loop`."""
   source = data.load_source(exp.data)
   total, pool_size = exp.total_steps, exp.coupling.pool_size
   if total != exp.steps:
@@ -143,7 +140,7 @@ def _train(exp: Experiment, config, workdir: str, mesh) -> TrainState:
     state, log = start_or_continue(exp, config, workdir, mesh, manager, pools, dataset)
     if int(state.step) >= total:
       logging.info("%s has all %d steps already.", workdir, total)
-      return state
+      return state, None
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     logging.info("\n%s", overview)
     return _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preempted)
@@ -183,7 +180,11 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
 
 
 def _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preempted):
-  """Trains from `state` to the end, or until preempted(..); see `watch_for_preemption`."""
+  """Trains from `state` to the end, or until preempted(..); see `watch_for_preemption`.
+
+  Returns:
+    (the last TrainState, what preempted(..) returned)
+  """
   pool_size, scan_steps, total = exp.coupling.pool_size, exp.scan_steps, exp.total_steps
   keys, step, pending, writing = steps.base_keys(exp.seed), int(state.step), None, False
   couple, train_steps = steps.couple_function(exp, mesh), steps.steps_function(exp, mesh)
@@ -223,8 +224,8 @@ def _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preem
           position = {"pools": pools_state, "log": writer.state(), "dataset": dataset}
           writing = checkpoints.save(manager, step, state, position, files.as_dict(config))
         if stop:
-          return state
-  return state
+          return state, stop
+  return state, None
 
 
 def _is_due(step: int, every: int, scan_steps: int) -> bool:

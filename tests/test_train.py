@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import types
 
 from examples import draw_samples, tiny_config
 import jax
@@ -12,8 +13,8 @@ from PIL import Image
 import pytest
 
 from ism_jax import data, experiment, generate, ranges, restore, steps, train
-from ism_jax.evaluation import evaluate, reference
-from ism_jax.runtime import checkpoints, files, locks, sharding
+from ism_jax.evaluation import evaluate, monitor, reference
+from ism_jax.runtime import checkpoints, commands, files, locks, logs, sharding
 
 
 @pytest.fixture(scope="module")
@@ -177,41 +178,69 @@ def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
   assert [e["step"] for e in entries(tmp_path)] == [4, 8]
 
 
-def test_a_run_that_sigterm_stops_saves_where_it_is_and_continues_as_the_same_run(
-  run, tmp_path, one_device, monkeypatch
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_a_signal_stops_saves_where_it_is_and_continues_as_the_same_run(
+  run, tmp_path, one_device, monkeypatch, stop
 ):
   _, whole, _ = run
   steps_function = steps.steps_function
 
-  def gets_sigterm_in_its_first_call(*args):
+  def gets_it_in_its_first_call(*args):
     f, calls = steps_function(*args), []
 
     def call(*a):
       calls.append(None)
       if len(calls) == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), stop)
       return f(*a)
 
     return call
 
-  before = signal.getsignal(signal.SIGTERM)
+  before = signal.getsignal(stop)
   with monkeypatch.context() as patch:
-    patch.setattr(steps, "steps_function", gets_sigterm_in_its_first_call)
+    patch.setattr(steps, "steps_function", gets_it_in_its_first_call)
     with pytest.raises(SystemExit) as stopped:
       train.train(tiny_config(), str(tmp_path), one_device)
-  assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+  assert stopped.value.code == 128 + stop and signal.getsignal(stop) is before
   with checkpoints.open_manager(tmp_path, keep=2, read_only=True) as manager:
     assert manager.all_steps() == [2]
-  continued = jax.device_get(train.train(tiny_config(), str(tmp_path), one_device))
-  assert_equal_trees(continued, whole)
+  if stop == signal.SIGTERM:
+    continued = jax.device_get(train.train(tiny_config(), str(tmp_path), one_device))
+    assert_equal_trees(continued, whole)
 
 
-def test_a_second_sigterm_kills():
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_kills(stop, capfd):
   with train.watch_for_preemption(None) as preempted:
     assert not preempted(1, 2)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert preempted(3, 4)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    os.kill(os.getpid(), stop)
+    assert preempted(3, 4) == stop
+    assert all(signal.getsignal(each) == signal.SIG_DFL for each in commands.STOPS)
+  said = f"{stop.name}: saving after the steps under way; another one kills.\n"
+  assert capfd.readouterr().err == said
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+  """As SIGHUP under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with train.watch_for_preemption(None) as preempted:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not preempted(1, 2)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_grids_that_cannot_be_written_stop_no_run(tmp_path):
+  (tmp_path / "file").touch()
+  exp = experiment.parse(tiny_config())
+  values = {"_exp": exp, "_reference": None, "_workdir": str(tmp_path / "file")}
+  images = np.zeros((10, 8, 8, 1), np.uint8)
+  with logs.Writer(tmp_path, start=0, state=None, total=4, every=4) as writer:
+    monitor.Monitor._score(types.SimpleNamespace(**values), 4, {1: (images, True)}, writer)
+  (events,) = tmp_path.glob("events.out.tfevents.*")
+  assert b"samples/steps_1" in events.read_bytes()
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_its_steps_are_trained_again(

@@ -8,14 +8,18 @@ import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 
 from absl import app, flags, logging
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _HELP = ("-h", "-help", "--help", "--helpshort")
+# What a person or a service asks a process to end by: a batch system, Ctrl-C, a terminal that went.
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def run(command, argv: list[str] | None = None, **options) -> None:
@@ -45,7 +49,8 @@ def run(command, argv: list[str] | None = None, **options) -> None:
     except app.UsageError as error:  # absl's own handler prints all help, too
       raise SystemExit(f"Error: {error}") from None
 
-  app.run(main, argv=argv, flags_parser=getattr(command, "parse_flags", parse_flags))
+  with one_line_stops():
+    app.run(main, argv=argv, flags_parser=getattr(command, "parse_flags", parse_flags))
 
 
 def describe(command, names: list[str]) -> str:
@@ -85,6 +90,92 @@ def quiet_libraries() -> None:
   closed = lambda e: isinstance(e, RuntimeError) and str(e) == "Event loop is closed"
   report = sys.unraisablehook
   sys.unraisablehook = lambda error: None if closed(error.exc_value) else report(error)
+
+
+@contextlib.contextmanager
+def stops_received_by(receive, stops=STOPS):
+  """While the block lasts, receive(signal) is called for the first of these signals.
+
+  The second one kills. A signal that the process ignores, as under nohup, stays ignored. For the
+  main thread; in others nothing is received.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = {stop: signal.getsignal(stop) for stop in stops}
+  before = {stop: handler for stop, handler in before.items() if handler != signal.SIG_IGN}
+
+  def first(number, _):
+    for stop in before:
+      signal.signal(stop, signal.SIG_DFL)
+    receive(signal.Signals(number))
+
+  for stop in before:
+    signal.signal(stop, first)
+  try:
+    yield
+  finally:
+    for stop, handler in before.items():
+      signal.signal(stop, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def one_line_stops():
+  """Ends the process in one line for the first of `STOPS`, once all contexts are left.
+
+  It then dies of that signal, as shells expect it to.
+  """
+  received = []
+
+  def interrupt(stop):
+    received.append(stop)
+    raise KeyboardInterrupt(f"stopped by {stop.name}")
+
+  try:
+    with stops_received_by(interrupt), _killed_by_the_second():
+      yield
+  except KeyboardInterrupt:
+    if not received:
+      raise
+    print(
+      f"Stopped by {received[0].name}: no file is half-written, and the same command begins again, "
+      "or goes on where it was.",
+      file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(received[0], signal.SIG_DFL)
+    os.kill(os.getpid(), received[0])
+    os._exit(128 + received[0])  # the first process of a container does not die of signals
+
+
+@contextlib.contextmanager
+def _killed_by_the_second():
+  """While the block lasts, a second signal kills although Python could not handle the first yet.
+
+  Python handles signals between its own instructions, and XLA may compile for minutes in one.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  read, write = os.pipe()
+  os.set_blocking(write, False)
+
+  def watch():
+    seen = 0
+    while number := os.read(read, 1):
+      seen += number[0] in STOPS
+      if seen == 2:
+        os._exit(128 + number[0])
+    os.close(read)
+
+  threading.Thread(target=watch, daemon=True).start()
+  before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    os.close(write)
 
 
 @contextlib.contextmanager

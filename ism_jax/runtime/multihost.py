@@ -216,8 +216,9 @@ def _fail(error):
   """Ends this process for `error`, and tells the others, unless it follows from another's error."""
   _leaving.set()
   client = distributed.global_state.client
-  exits = isinstance(error, SystemExit)
-  message = str(error.code) if exits else "".join(traceback.format_exception_only(error)).strip()
+  exits = isinstance(error, (SystemExit, KeyboardInterrupt))
+  lines = error.args[:1] if exits else traceback.format_exception_only(error)
+  message = "".join(map(str, lines)).strip() or type(error).__name__
   message = message.removeprefix("Error: ")
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 died: all know that
     if failures := _failures(client):

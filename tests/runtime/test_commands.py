@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -48,6 +49,55 @@ def test_help_tells_the_flags_of_the_command_before_those_of_absl(name, capsys):
   finally:
     for flag in names:
       delattr(flags.FLAGS, flag)
+
+
+# A command that says that it is up, and then does something with a temporary folder, as all that
+# write a file do.
+SAYS = """
+import hashlib, sys, tempfile, time, types
+from ism_jax.runtime import commands
+
+def main(_):
+  with tempfile.TemporaryDirectory(dir={folder!r}):
+    print("up", flush=True)
+    {what}
+
+command = types.SimpleNamespace(__doc__="", define_flags=lambda: None, main=main)
+commands.run(command, [sys.argv[0]])
+"""
+
+
+def stopped(folder, what, *stops):
+  """(exit code, what it said) of such a command that gets these signals."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", SAYS.format(folder=str(folder), what=what)],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    assert process.stdout.readline() == "up\n"
+    for stop in stops:
+      process.send_signal(stop)
+    return process.wait(timeout=60), process.communicate()[1]
+  finally:
+    process.kill()
+
+
+@pytest.mark.parametrize("stop", commands.STOPS)
+def test_a_command_that_is_stopped_ends_in_one_line_and_leaves_no_half_file(tmp_path, stop):
+  code, said = stopped(tmp_path, "time.sleep(600)", stop)
+  assert code == -stop and said.count("\n") == 1
+  assert said.startswith(f"Stopped by {stop.name}: no file is half-written")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_second_signal_kills_where_python_has_not_heard_of_the_first(tmp_path):
+  """Inside of one long instruction, as XLA's compilation is."""
+  endless = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+  code, said = stopped(tmp_path, endless, signal.SIGINT, signal.SIGTERM)
+  assert code in (130, 143) and said == ""
 
 
 def test_a_locale_without_a_letter_loses_no_text(monkeypatch):
