@@ -6,6 +6,7 @@ If it takes arguments that are no flags, its `ARGUMENTS` says what they are.
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import traceback
 from absl import app, flags, logging
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS  # which say nothing of the code
 _HELP = ("-h", "-help", "--help", "--helpshort")
 # What a person or a service asks a process to end by: a batch system, Ctrl-C, a terminal that went.
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
@@ -184,6 +186,10 @@ def one_line_errors():
   try:
     yield
   except (ValueError, OSError, FloatingPointError) as error:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+      raise SystemExit(
+        f"Error: {error}. Make room, or name another folder; what was written before is whole."
+      ) from None
     if traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE):
       raise SystemExit(f"Error: {error}") from None
     raise

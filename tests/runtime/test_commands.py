@@ -100,6 +100,14 @@ def test_a_second_signal_kills_where_python_has_not_heard_of_the_first(tmp_path)
   assert code in (130, 143) and said == ""
 
 
+def test_a_full_disk_is_one_line_wherever_it_was_met():
+  said = r"^Error: .*No space left on device\. Make room, or name an"
+  with pytest.raises(SystemExit, match=said), commands.one_line_errors():
+    pathlib.Path("/dev/full").write_bytes(b"x")
+  with pytest.raises(IsADirectoryError), commands.one_line_errors():
+    pathlib.Path("/dev").write_bytes(b"x")
+
+
 def test_a_locale_without_a_letter_loses_no_text(monkeypatch):
   stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
   monkeypatch.setattr(sys, "stdout", stdout)
