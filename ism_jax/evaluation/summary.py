@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import os
 
-from absl import logging
 import numpy as np
 
 from ism_jax import experiment
