@@ -219,7 +219,7 @@ def test_latents_are_not_decoded_by_other_weights_under_the_same_name():
 
 
 def test_latents_without_a_reference_say_how_to_make_one(mesh):
-  config = config_of(networks="inception", weights="random")
+  config = config_of(networks="inception", weights="random", enlarge=1)
   config.data.update({"name": "latents", "vae": "random-small", "channels": 4, "image_size": 32})
   with pytest.raises(ValueError, match=r"ism_jax statistics .*--config\.evaluation\.reference="):
     references.Reference(experiment.parse(config), mesh)
