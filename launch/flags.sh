@@ -9,7 +9,8 @@
 # xla_tpu_enable_async_collective_fusion, xla_tpu_overlap_compute_collective_tc,
 # xla_tpu_enable_data_parallel_all_reduce_opt and their like) left train_steps as it was, instruction
 # by instruction, when it was compiled ahead of time by libtpu 0.0.52 for a v5e:4x4 (sharded state)
-# and for two slices of v5e:2x2 (sharded and replicated).
+# and for two slices of v5e:2x2 (sharded and replicated). What was tried on SiT-XL/2 is in
+# ism_jax/performance/README.md.
 gpu_flags() {
   # XLA's default order of a GPU's operations lets collectives wait for what comes before them. This
   # scheduler starts them as early as it can, and computes meanwhile. How much that brings here has
