@@ -53,7 +53,7 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
   mesh = sharding.data_mesh(devices)
   trained = restore.read(files.local_path(source), tree, step=step, mesh=mesh)
   generate.check_decoder(trained)
-  return Model(trained.exp, trained.params, mesh, trained.about)
+  return Model(trained.exp, trained.params, mesh, trained.about, trained.names)
 
 
 def fit(config, workdir: str, devices=None) -> "Model":
@@ -87,12 +87,14 @@ class Model:
     params: nested dict of arrays, on every device of the mesh.
     mesh: the devices that sample.
     about: what the parameters are.
+    names: of the classes, in an export that has them.
   """
 
   experiment: Experiment
   params: dict
   mesh: jax.sharding.Mesh
   about: str
+  names: list[str] | None = None
 
   def __repr__(self):
     exp, count = self.experiment, sum(a.size for a in jax.tree.leaves(self.params))

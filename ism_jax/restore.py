@@ -38,6 +38,7 @@ class Trained:
     params: the tree, a nested dict of arrays.
     checksum: of the tree, see `checkpoints.tree_checksum`; two runs have other ones at one step.
     dataset: identity of the data that it was trained on, see `data.pipeline`; {} of older ones.
+    names: of the classes, in an export that has them.
   """
 
   exp: Experiment
@@ -47,6 +48,7 @@ class Trained:
   params: dict
   checksum: str = ""
   dataset: dict = dataclasses.field(default_factory=dict)
+  names: list[str] | None = None
 
   @property
   def about(self) -> str:
@@ -106,7 +108,17 @@ def read(
       exp = dataclasses.replace(exp, data=beside)
     params = sit.load(folder, exp.network(), exp.image_shape)
     params = jax.device_put(params, sharding.replicated(mesh))
-    return Trained(exp, details["config"], details["step"], details["tree"], params)
+    checksum = details.get("checksum") or files.sha256(sit.weights_of(folder))
+    labels = details.get("id2label")
+    return Trained(
+      exp,
+      details["config"],
+      details["step"],
+      details["tree"],
+      params,
+      checksum,
+      names=labels and [labels[str(i)] for i in range(len(labels))],
+    )
   with _open(source) as manager:
 
     def read_step(step):
@@ -141,6 +153,7 @@ def find_export(source: str) -> tuple[pathlib.Path, dict]:
   needed = {"what": "trained network", "remedy": _NEEDED}
   weights = (sit.WEIGHTS, sit.OLDER_WEIGHTS)
   path = hub.find(source, [sit.CONFIG, *weights, _VAE], **needed)
+  path = path.absolute()  # that of a file of weights names its folder
   above = [name.count("/") for name in weights if path.as_posix().endswith(f"/{name}")]
   folder = path.parents[above[0]] if above and path.is_file() else path
   files_needed = (folder / sit.CONFIG, sit.weights_of(folder))

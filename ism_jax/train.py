@@ -77,8 +77,7 @@ def watch_for_preemption(manager):
 
   def receive(stop):
     received.append(stop)
-    # No logging: the signal may have come in the middle of it.
-    os.write(2, f"{stop.name}: saving after the steps under way; another one kills.\n".encode())
+    commands.say(f"{stop.name}: saving after the steps under way; another one kills.")
 
   with commands.stops_received_by(receive):
     yield lambda first, last: received[0] if received else None

@@ -130,6 +130,27 @@ def test_an_export_is_read_as_its_workdir_is(export):
       restore.read(export, **asked)
 
 
+def test_exports_of_two_networks_are_told_apart_and_keep_the_names_of_classes(
+  workdir, export, tmp_path, monkeypatch
+):
+  other = tmp_path / "other"
+  pytorch.export(workdir, str(other), tree="ema", dtype="float32", step=4)
+  checksums = [restore.read(str(folder)).checksum for folder in (export, other)]
+  checksums.append(restore.read(workdir, "target_ema", step=4).checksum)
+  assert checksums[0] == checksums[2] != checksums[1]
+  config = json.loads((other / "config.json").read_text())
+  del config["checksum"]  # of an older version
+  names = [f"digit {i}" for i in range(10)]
+  config["id2label"] = {str(i): name for i, name in enumerate(names)}
+  (other / "config.json").write_text(json.dumps(config))
+  trained = restore.read(str(other))
+  assert trained.names == names and trained.checksum not in ("", *checksums)
+  pytorch.write(trained, str(tmp_path / "again"), dtype="float32")
+  assert restore.read(str(tmp_path / "again")).names == names
+  monkeypatch.chdir(other / "transformer")
+  assert restore.read("diffusion_pytorch_model.safetensors").names == names
+
+
 def run(command, *arguments):
   """Runs a command of `main` in this process."""
   with flags_of(command):

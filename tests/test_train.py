@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import types
 
 from examples import draw_samples, tiny_config
@@ -210,14 +211,38 @@ def test_a_run_that_a_signal_stops_saves_where_it_is_and_continues_as_the_same_r
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_second_signal_kills(stop, capfd):
+def test_a_second_signal_kills_unless_it_has_the_cause_of_the_first(stop, capfd, monkeypatch):
+  killed, now = [], time.monotonic()
+  monkeypatch.setattr(os, "kill", lambda process, number: killed.append((process, number)))
   with train.watch_for_preemption(None) as preempted:
     assert not preempted(1, 2)
-    os.kill(os.getpid(), stop)
+    signal.raise_signal(stop)
     assert preempted(3, 4) == stop
-    assert all(signal.getsignal(each) == signal.SIG_DFL for each in commands.STOPS)
+    for each in commands.STOPS:  # at once
+      signal.raise_signal(each)
+    assert preempted(3, 4) == stop and not killed
+    monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+    signal.raise_signal(signal.SIGTERM)
+    assert killed == [(os.getpid(), signal.SIGTERM)]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   said = f"{stop.name}: saving after the steps under way; another one kills.\n"
   assert capfd.readouterr().err == said
+
+
+def test_a_signal_saves_though_nobody_reads_what_is_said():
+  """As where Ctrl-C ends the `tee` behind the run, too."""
+  read, write = os.pipe()
+  os.close(read)
+  stderr = os.dup(2)
+  os.dup2(write, 2)
+  try:
+    with train.watch_for_preemption(None) as preempted:
+      signal.raise_signal(signal.SIGINT)
+      assert preempted(1, 2) == signal.SIGINT
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    os.close(write)
 
 
 def test_a_signal_that_the_process_ignores_stays_ignored():

@@ -225,13 +225,15 @@ def _open_folder(folder, num_threads) -> ImageSet:
 def _files_below(folder) -> list[str]:
   """The names of all that is no folder, in `folder` and in the folders inside it.
 
-  Links to folders are followed, to each folder once, and never to one that they lie in.
+  Links to folders elsewhere are followed, to each folder once. Those to folders in `folder`, whose
+  images are listed anyway, and to folders that they lie in are left out.
   """
 
   def fail(error):
     raise OSError(f"{error.filename} cannot be read ({error.strerror}): allow it, or remove it.")
 
-  names, entered, lies_in = [], set(), {folder: [os.path.realpath(folder)]}
+  top = os.path.realpath(folder)
+  names, entered, lies_in = [], set(), {folder: [top]}
   for root, folders, names_here in os.walk(folder, onerror=fail, followlinks=True):
     names += [os.path.relpath(os.path.join(root, name), folder) for name in names_here]
     kept, above = [], lies_in.pop(root)
@@ -240,7 +242,7 @@ def _files_below(folder) -> list[str]:
       target = os.path.realpath(path)
       if os.path.islink(path):
         loop = any(os.path.commonpath([target, outer]) == target for outer in above)
-        if loop or target in entered:
+        if loop or target in entered or os.path.commonpath([target, top]) == top:
           logging.warning("%s is left out: it leads to %s, which is read already.", path, target)
           continue
         entered.add(target)

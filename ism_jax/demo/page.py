@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
+import shutil
 import tempfile
 import time
 import zipfile
@@ -182,13 +184,23 @@ def _samples(sampler, steps, w, kind, seed, count, each):
   labels = _label(sampler, kind, len(strengths))
   images = _drawn(sampler, _noise(sampler, len(strengths), seed), labels, steps, strengths)
   names = [*sampler.classes, "no class"]
-  archive = pathlib.Path(tempfile.mkdtemp(), "samples.zip")
+  archive = _new_archive()
   with zipfile.ZipFile(archive, "w") as file:
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
       with file.open(f"{i:03}_{names[label].replace('/', '_')}.png", "w") as png:
         _pil(image).save(png, "png")
   about = f"{len(images)} images, classes {_in_words(names[k] for k in labels)}"
   return _grid(images, math.ceil(math.sqrt(len(images)))), f"{about}.", str(archive)
+
+
+def _new_archive() -> pathlib.Path:
+  """A file in a folder of its own; Gradio has copied those of a minute ago."""
+  folder = pathlib.Path(tempfile.gettempdir(), f"page_{os.getpid()}")
+  folder.mkdir(exist_ok=True)
+  for old in folder.iterdir():
+    if time.time() - old.stat().st_mtime > 60:
+      shutil.rmtree(old, ignore_errors=True)
+  return pathlib.Path(tempfile.mkdtemp(dir=folder), "samples.zip")
 
 
 def _in_words(names) -> str:
@@ -262,7 +274,7 @@ def of_export(folder) -> Sampler:
     noise=lambda count, seed: ism_pytorch.draw_noise(model, count, seed).cpu().numpy(),
     draw=draw,
     classes=class_labels(config.num_classes, names and [names[str(i)] for i in range(len(names))]),
-    w=0.5 if config.guided else config.fixed_w,
+    w=min(0.5, config.w_max) if config.guided else config.fixed_w,
     w_max=config.w_max if config.guided else config.fixed_w,
   )
 

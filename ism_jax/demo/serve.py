@@ -10,6 +10,7 @@ export` wrote, or the name of one on the Hugging Face hub. Needs Gradio (`pip in
 import importlib.util
 
 from absl import flags, logging
+import numpy as np
 
 from ism_jax import api
 from ism_jax.data import pipeline
@@ -27,18 +28,20 @@ def sampler(model: api.Model):
   from ism_jax.demo import page
 
   exp = model.experiment
-  guided = exp.objective.intrinsic
+  guided, names = exp.objective.intrinsic, pipeline.class_names(exp.data) or model.names
 
   def draw(noise, labels, steps, w):
-    enough = 1 << (len(noise) - 1).bit_length()  # few sizes, as each compiles
-    return model.sample(noise=noise, labels=labels, steps=steps, w=w, batch_size=enough)[0]
+    n = len(noise)
+    enough = 1 << (n - 1).bit_length()  # few sizes, as each compiles
+    noise, labels, w = (np.resize(a, (enough, *a.shape[1:])) for a in (noise, labels, w))
+    return model.sample(noise=noise, labels=labels, steps=steps, w=w, batch_size=enough)[0][:n]
 
   return page.Sampler(
     title=f"{exp.model.size} on {exp.data.name}",
     about=f"`{exp.variant}`, the {model.about} ({page.PAPER}).",
     noise=model.noise,
     draw=draw,
-    classes=page.class_labels(exp.data.num_classes, pipeline.class_names(exp.data)),
+    classes=page.class_labels(exp.data.num_classes, names),
     w=exp.sample.w if guided else exp.objective.fixed_w,
     w_max=exp.objective.w_max if guided else exp.objective.fixed_w,
   )

@@ -14,6 +14,7 @@ Needed is a token that may write: `hf auth login`, or $HF_TOKEN.
 """
 
 import contextlib
+import glob
 import json
 import os
 import pathlib
@@ -98,7 +99,7 @@ def publish(
       repo_id=name,
       folder_path=folder,
       commit_message=f"Upload the {about_it}",
-      ignore_patterns=list(_LEFT_HERE),
+      allow_patterns=[glob.escape(path.relative_to(folder).as_posix()) for path in uploaded],
     )
     api.create_tag(name, tag=f"step-{details['step']}", exist_ok=True)
   logging.info("Published: %s", repository.page)

@@ -95,8 +95,8 @@ def write(
     picture: its samples, as PNG.
     space: whether it is a Space too, see `export`.
   """
-  exp, vae = trained.exp, _autoencoder(trained.exp.data)
-  names = pipeline.class_names(exp.data)
+  exp, vae = trained.exp, _autoencoder(trained)
+  names = pipeline.class_names(exp.data) or trained.names
   state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
   with files.whole_folder(out) as folder:
@@ -114,9 +114,11 @@ def write(
       _make_space(folder)
 
 
-def _autoencoder(cfg: pipeline.DataConfig):
+def _autoencoder(trained: Trained):
   """The autoencoder of latents; None where there are none, or it is not to be had."""
+  cfg = trained.exp.data
   try:
+    generate.check_decoder(trained)
     return generate.autoencoder(cfg) if cfg.vae else None
   except FileNotFoundError as error:
     remedy = "whoever samples in PyTorch has to pass the autoencoder to to_pixels or the pipeline."
@@ -185,6 +187,7 @@ def describe(trained: Trained, dtype: str) -> dict:
     **{name: getattr(exp.data, name) for name in ("vae_scale", "vae_shift")},
     "step": trained.step,
     "tree": trained.tree,
+    "checksum": trained.checksum,
     "dtype": dtype,
     "config": _public_config(trained.config),
   }
@@ -197,7 +200,7 @@ def public_vae(name: str) -> str:
 
 def _network_config(settings: dict) -> dict:
   """transformer/config.json: what `ism_pytorch.Config` has, of `describe`'s."""
-  others = ("architecture", "step", "tree", "dtype", "config", "id2label")
+  others = ("architecture", "step", "tree", "checksum", "dtype", "config", "id2label")
   return (
     {"_class_name": _CLASS}
     | _AUTO_MAP
@@ -212,7 +215,7 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
     return None
   try:
     report = files.read_json(path, {}, "")
-    # Older reports have none, nor have those of an export.
+    # Older reports have none.
     checksum = report.get("parameters_checksum") or trained.checksum
     measured = report.get("step"), report.get("parameters"), checksum
     if measured == (trained.step, TREES[trained.tree], trained.checksum):
@@ -330,6 +333,9 @@ def for_others(report: dict) -> dict:
     reference = dict(network["reference"])
     if "file" in reference:
       reference["file"] = pathlib.PurePath(reference["file"]).name
+    if "protocol" in reference:  # of `statistics`: where the images lie, and which are damaged
+      of_here = ("source", "unreadable")
+      reference["protocol"] = {k: v for k, v in reference["protocol"].items() if k not in of_here}
     networks.append(network | {"reference": reference, "floor": None})
   plain = lambda values: {k: v for k, v in values.items() if k != "times_floor"}
   scores = lambda result: {name: plain(values) for name, values in result["scores"].items()}

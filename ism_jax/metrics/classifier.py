@@ -220,6 +220,8 @@ def _read(path, image_shape, num_classes, digest):
   expected = traverse_util.flatten_dict(expected, sep="/")
   expected |= {"held_out_accuracy": np.empty((), np.float64), "digest": np.asarray(digest)}
   held = arrays.headers(path)
+  if "digest" not in held:
+    raise ValueError("it is of an older version")
   for name, leaf in expected.items():
     if (held[name].shape, held[name].dtype) != (leaf.shape, leaf.dtype):
       raise ValueError(f"{name} is {held[name].dtype} {held[name].shape}, not {leaf.shape}")

@@ -13,6 +13,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 import traceback
 
 from absl import app, flags, logging
@@ -22,6 +23,7 @@ _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS  # which say nothing of the c
 _HELP = ("-h", "-help", "--help", "--helpshort")
 # What a person or a service asks a process to end by: a batch system, Ctrl-C, a terminal that went.
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+_ONE_CAUSE = 0.5  # seconds between signals that one cause sends
 
 
 def run(command, argv: list[str] | None = None, **options) -> None:
@@ -94,12 +96,23 @@ def quiet_libraries() -> None:
   sys.unraisablehook = lambda error: None if closed(error.exc_value) else report(error)
 
 
+def say(line: str) -> None:
+  """Writes a line to stderr, also within a signal's handler, and though nobody reads it any more.
+
+  No logging, in the middle of which the signal may have come. Ctrl-C ends the reader of a pipe too,
+  and a terminal that hangs up is gone.
+  """
+  with contextlib.suppress(OSError):
+    os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+
+
 @contextlib.contextmanager
 def stops_received_by(receive, stops=STOPS):
   """While the block lasts, receive(signal) is called for the first of these signals.
 
-  The second one kills. A signal that the process ignores, as under nohup, stays ignored. For the
-  main thread; in others nothing is received.
+  The second one kills, but not one that comes so soon that it has the same cause: systemd sends
+  SIGHUP after SIGTERM, and wrappers forward what the terminal has sent to all. A signal that is
+  ignored, as under nohup, stays ignored. For the main thread; in others nothing is received.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -108,8 +121,15 @@ def stops_received_by(receive, stops=STOPS):
   before = {stop: handler for stop, handler in before.items() if handler != signal.SIG_IGN}
 
   def first(number, _):
+    received = time.monotonic()
+
+    def again(number, _):
+      if time.monotonic() - received > _ONE_CAUSE:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
     for stop in before:
-      signal.signal(stop, signal.SIG_DFL)
+      signal.signal(stop, again)
     receive(signal.Signals(number))
 
   for stop in before:
@@ -139,13 +159,12 @@ def one_line_stops():
   except KeyboardInterrupt:
     if not received:
       raise
-    print(
+    say(
       f"Stopped by {received[0].name}: no file is half-written, and the same command begins again, "
-      "or goes on where it was.",
-      file=sys.stderr,
+      "or goes on where it was."
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+      sys.stdout.flush()
     signal.signal(received[0], signal.SIG_DFL)
     os.kill(os.getpid(), received[0])
     os._exit(128 + received[0])  # the first process of a container does not die of signals
@@ -164,11 +183,12 @@ def _killed_by_the_second():
   os.set_blocking(write, False)
 
   def watch():
-    seen = 0
+    first = None
     while number := os.read(read, 1):
-      seen += number[0] in STOPS
-      if seen == 2:
-        os._exit(128 + number[0])
+      if number[0] in STOPS:
+        first = time.monotonic() if first is None else first
+        if time.monotonic() - first > _ONE_CAUSE:
+          os._exit(128 + number[0])
     os.close(read)
 
   threading.Thread(target=watch, daemon=True).start()
@@ -187,8 +207,9 @@ def one_line_errors():
     yield
   except (ValueError, OSError, FloatingPointError) as error:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
+      remedy = "Name" if error.errno == errno.EROFS else "Make room, or name"
       raise SystemExit(
-        f"Error: {error}. Make room, or name another folder; what was written before is whole."
+        f"Error: {error}. {remedy} another folder; what was written before is whole."
       ) from None
     if traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE):
       raise SystemExit(f"Error: {error}") from None

@@ -289,10 +289,10 @@ class Writer:
 
   @contextlib.contextmanager
   def tolerance(self):
-    """Around what is logged: no OSError stops the run, and only the first is told."""
+    """Around what is logged: no error of writing stops the run, and only the first is told."""
     try:
       yield
-    except OSError as error:
+    except Exception as error:  # each storage has errors of its own
       if not self._warned:
         self._warned = True
         logging.warning(
@@ -358,7 +358,7 @@ class Profile:
       for path in glob.glob("plugins/profile/*/*.xplane.pb", root_dir=folder):
         with open(os.path.join(folder, path), "rb") as f:
           files.write_here(os.path.join(self._workdir, path), f.read())
-    except OSError as error:  # a log never stops a run
+    except Exception as error:  # a log never stops a run
       logging.warning("The profile cannot be written to %s (%s).", self._workdir, error)
       return
     logging.info("Profiled; `pip install xprof` and `xprof %s` show it.", self._workdir)

@@ -436,15 +436,15 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
   save_images(tmp_path / "elsewhere", {"2.png": images[2], "b/3.png": images[3]})
   (folder / "linked").symlink_to(tmp_path / "elsewhere")
   (folder / "twice").symlink_to(tmp_path / "elsewhere")
-  (folder / "again").symlink_to(folder / "a")  # a folder that is in it, under another name
+  (folder / "latest").symlink_to(folder / "a")  # whose images are listed already
   (folder / "loop").symlink_to(folder)
   (folder / "a" / "up").symlink_to(tmp_path)
   (tmp_path / "elsewhere" / "b" / "back").symlink_to(folder)
   (tmp_path / "elsewhere" / "nothing").symlink_to(tmp_path / "nowhere")
   image_set = samples.open(str(folder))
-  names = ["0.png", "a/1.png", "again/1.png", "linked/2.png", "linked/b/3.png"]
+  names = ["0.png", "a/1.png", "linked/2.png", "linked/b/3.png"]
   assert sorted(samples._files_below(str(folder))) == sorted([*names, "linked/nothing"])
-  np.testing.assert_array_equal(read(image_set), images[[0, 1, 1, 2, 3]])
+  np.testing.assert_array_equal(read(image_set), images)
 
 
 def test_jpeg_samples_are_warned_of(tmp_path):

@@ -352,7 +352,7 @@ def report(step, parameters="inference EMA"):
     "scores": {"classifier": {"frechet_distance": distance}},
   }
   return {
-    "config": {},
+    "config": files.as_dict(tiny_config()),
     "variant": "ism",
     "step": step,
     "parameters": parameters,
@@ -385,6 +385,9 @@ def test_the_card_has_the_evaluation_of_its_own_parameters_alone(workdir, tmp_pa
     ours = restore.read(str(folder)).checksum
     file.write_text(json.dumps(report(step=4) | {"parameters_checksum": ours}))
     assert "7.125" in card("of_the_same")
+    of_the_same, again = str(tmp_path / "of_the_same"), str(tmp_path / "again")
+    export.export(of_the_same, again, tree="ema", dtype="float32")
+    assert "7.125" in (tmp_path / "again" / "README.md").read_text()
     another_run = report(step=4) | {"parameters_checksum": "01234567"}
     samples = {"samples": "x.npz", "results": []}
     for i, other in enumerate((report(step=2), another_run, samples, {"step": 4})):
@@ -392,6 +395,16 @@ def test_the_card_has_the_evaluation_of_its_own_parameters_alone(workdir, tmp_pa
       assert "Not measured" in card(str(i))
   finally:
     file.unlink()
+
+
+def test_an_export_refuses_an_autoencoder_that_did_not_encode_the_data(workdir, tmp_path):
+  trained = restore.read(str(workdir[0]))
+  latents = {"name": "latents", "vae": "random-small", "channels": 4, "dir": str(tmp_path)}
+  data = dataclasses.replace(trained.exp.data, **latents)
+  exp = dataclasses.replace(trained.exp, data=data)
+  trained = dataclasses.replace(trained, exp=exp, dataset={"vae_sha256": "01234567"})
+  with pytest.raises(ValueError, match="encoded by those of 01234567"):
+    export.write(trained, str(tmp_path / "out"), dtype="float32")
 
 
 def test_an_export_replaces_nothing_and_leaves_nothing_half_written(workdir, tmp_path, monkeypatch):

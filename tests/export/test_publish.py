@@ -92,7 +92,14 @@ def test_what_is_published_loads_by_its_name(hub, export):
 def test_nothing_of_this_machine_goes_up(hub, export):
   judged = report()
   judged["config"]["data"]["dir"] = "/home/me/latents"
-  judged["networks"][0]["reference"] = {"file": "/home/me/statistics.npz", "sha256": "1"}
+  protocol = {"source": "/home/me/images", "unreadable": {"/home/me/1.png": "cut"}, "crop": "adm"}
+  judged["networks"][0]["reference"] = {
+    "file": "/home/me/statistics.npz",
+    "sha256": "1",
+    "protocol": protocol,
+  }
+  (export / "transformer" / "__pycache__").mkdir()
+  (export / "transformer" / "__pycache__" / "x.pyc").write_bytes(b"/home/me")
   (export / "evaluation.json").write_text(json.dumps(judged))
   (export / "evaluation.md").write_text("against /home/me/statistics.npz")
   publish(str(export), "someone/digits")

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 import types
 
 from absl import flags
@@ -67,8 +68,8 @@ commands.run(command, [sys.argv[0]])
 """
 
 
-def stopped(folder, what, *stops):
-  """(exit code, what it said) of such a command that gets these signals."""
+def stopped(folder, what, *stops, gap=commands._ONE_CAUSE + 0.2):
+  """(exit code, what it said) of such a command that gets these signals, `gap` seconds apart."""
   process = subprocess.Popen(
     [sys.executable, "-c", SAYS.format(folder=str(folder), what=what)],
     cwd=ROOT,
@@ -78,7 +79,9 @@ def stopped(folder, what, *stops):
   )
   try:
     assert process.stdout.readline() == "up\n"
-    for stop in stops:
+    time.sleep(0.2)  # it has begun what it does
+    for i, stop in enumerate(stops):
+      time.sleep(gap if i else 0)
       process.send_signal(stop)
     return process.wait(timeout=60), process.communicate()[1]
   finally:
@@ -98,6 +101,14 @@ def test_a_second_signal_kills_where_python_has_not_heard_of_the_first(tmp_path)
   endless = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
   code, said = stopped(tmp_path, endless, signal.SIGINT, signal.SIGTERM)
   assert code in (130, 143) and said == ""
+
+
+def test_two_signals_of_one_cause_are_one(tmp_path):
+  """As systemd sends them, here within one instruction of Python."""
+  slow = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**6)"
+  code, said = stopped(tmp_path, slow, signal.SIGTERM, signal.SIGHUP, gap=0)
+  assert code in (-signal.SIGTERM, -signal.SIGHUP) and said.startswith("Stopped by ")
+  assert said.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_wherever_it_was_met():
