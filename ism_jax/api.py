@@ -52,7 +52,10 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
   _log_as_commands_do()
   mesh = sharding.data_mesh(devices)
   trained = restore.read(files.local_path(source), tree, step=step, mesh=mesh)
-  generate.check_decoder(trained)
+  try:
+    generate.check_decoder(trained)
+  except FileNotFoundError as error:  # whoever wants no pixels needs no autoencoder
+    logging.warning("Latents cannot be decoded: %s", error)
   return Model(trained.exp, trained.params, mesh, trained.about, trained.names)
 
 

@@ -173,7 +173,7 @@ def class_names(cfg: DataConfig) -> list[str] | None:
       names = latents.read_manifest(cfg.dir)["classes"]
     else:
       names = tfds_builder(cfg.name, cfg.dir).info.features["label"].names
-  except (ValueError, KeyError):
+  except (OSError, ValueError, KeyError):
     return None
   if all(name.isdecimal() for name in names):
     return None

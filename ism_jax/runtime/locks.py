@@ -96,7 +96,13 @@ def _locked(workdir, path):
     yield None
     return
   os.makedirs(workdir, exist_ok=True)
-  file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+  try:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+  except PermissionError as error:
+    raise OSError(
+      f"{path} cannot be written ({error.strerror}): have its owner allow it (chmod g+w), or remove "
+      "it if no run is alive."
+    ) from error
   try:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
