@@ -100,8 +100,8 @@ def _locked(workdir, path):
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
   except PermissionError as error:
     raise OSError(
-      f"{path} cannot be written ({error.strerror}): have its owner allow it (chmod g+w), or remove "
-      "it if no run is alive."
+      f"{path} cannot be written ({error.strerror}): have its owner allow it (chmod g+w), or "
+      "remove it if no run is alive."
     ) from error
   try:
     try:
