@@ -100,8 +100,10 @@ def train(config, workdir: str, devices=None) -> TrainState:
   exp = experiment.parse(config)
   mesh = sharding.data_mesh(devices)
   experiment.check_devices(exp, mesh.size)
-  with locks.hold(checkpoints.check_workdir(workdir)):
-    state, stop = _train(exp, config, workdir, mesh)
+  held = checkpoints.check_workdir(workdir)
+  source = data.load_source(exp.data)
+  with locks.hold(held):
+    state, stop = _train(exp, config, workdir, mesh, source)
   if stop:
     stopped = "Stopped by %s after step %d of %d, which is saved; the same command continues."
     logging.warning(stopped, stop.name, int(state.step), exp.total_steps)
@@ -109,9 +111,8 @@ def train(config, workdir: str, devices=None) -> TrainState:
   return state
 
 
-def _train(exp: Experiment, config, workdir: str, mesh):
+def _train(exp: Experiment, config, workdir: str, mesh, source):
   """Trains in a workdir that is held; as `_loop`."""
-  source = data.load_source(exp.data)
   total, pool_size = exp.total_steps, exp.coupling.pool_size
   if total != exp.steps:
     logging.info("steps=%d rounds up to %d: whole pools of %d.", exp.steps, total, pool_size)

@@ -316,11 +316,11 @@ def test_a_second_run_in_a_workdir_is_refused_and_reading_it_is_not(
   before = sorted(path for path in workdir.rglob("*") if path.name != "training.lock")
   starts = []
 
-  def start_another(_):
+  def start_another(*_, **__):
     starts.append(str(workdir))
     train.train(tiny_config(), str(workdir), one_device)
 
-  monkeypatch.setattr(data, "load_source", start_another)
+  monkeypatch.setattr(data, "pools", start_another)
   with pytest.raises(OSError, match=f"work is being trained in by process {os.getpid()} on "):
     train.train(tiny_config(), str(workdir), one_device)
   assert len(starts) == 1
