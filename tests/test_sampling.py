@@ -123,7 +123,7 @@ def test_unit_range_maps_to_grey_values_as_the_data_does():
   ("variant", "steps", "w", "message"),
   [
     ("ism", 3, 0.5, "off the trained grid"),
-    ("ism", 4, -0.5, "negative"),
+    ("ism", 4, -0.5, r"w=-0\.5: give a number in \[0, 100\]"),
     ("sm", 4, 1.0, "fixed guidance w=0.5"),
   ],
 )

@@ -170,7 +170,8 @@ def class_names(cfg: DataConfig) -> list[str] | None:
   """
   try:
     if cfg.name == latents.NAME:
-      names = latents.read_manifest(cfg.dir)["classes"]
+      manifest = os.path.join(cfg.dir, latents.MANIFEST)
+      names = files.read_json(manifest, {"classes": [str]}, "")["classes"]
     else:
       names = tfds_builder(cfg.name, cfg.dir).info.features["label"].names
   except (OSError, ValueError, KeyError):

@@ -515,7 +515,7 @@ def command(tmp_path_factory):
 def test_a_topology_that_does_not_exist_is_reported_and_the_others_are_too(command):
   run, content, out = command["replicated"]
   missing, there = content["topologies"]
-  assert "'v5e:3x5' does not exist; libtpu says" in missing["error"]
+  assert "'v5e:3x5' does not exist; name another. libtpu says" in missing["error"]
   assert there["fits"] and there["chips"] == 4
   assert run.returncode == 1
   assert run.stderr.splitlines()[-1] == "Error: 1 of 2 topologies; see above."

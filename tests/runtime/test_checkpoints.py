@@ -467,7 +467,8 @@ def main(arguments):
 app.run(main)
 """
   command = [sys.executable, "-c", code, str(tmp_path)]
-  run = subprocess.run(command, timeout=120, check=False, capture_output=True, text=True)
+  env = os.environ | {"JAX_PLATFORMS": "cpu"}  # libtpu, where it is installed, says a lot
+  run = subprocess.run(command, env=env, timeout=120, check=False, capture_output=True, text=True)
   assert run.returncode == 1
   assert run.stderr == (
     f"Error: a checkpoint could not be written to {tmp_path}/checkpoints: File too large. "
