@@ -89,8 +89,8 @@ def encode(
   make_folder(out)
   shards = range(process_index, settings.shards, process_count)
   finished = latents.finished_shards(out, settings)
-  mine = {shard: finished[shard] for shard in shards if shard in finished}
-  _check_contents(source, out, settings, mine, num_threads)
+  own = {shard: finished[shard] for shard in shards if shard in finished}
+  _check_contents(source, out, settings, own, num_threads)
   source, contents = images.noting(source)
   todo = {shard: settings.images_of(shard) for shard in shards if shard not in finished}
   count = sum(map(len, todo.values()))

@@ -236,7 +236,7 @@ def _files_below(folder) -> list[str]:
   names, entered, lies_in = [], set(), {folder: [top]}
   for root, folders, names_here in os.walk(folder, onerror=fail, followlinks=True):
     names += [os.path.relpath(os.path.join(root, name), folder) for name in names_here]
-    kept, above = [], lies_in.pop(root)
+    entries, above = [], lies_in.pop(root)
     for name in sorted(name for name in folders if not name.startswith(".")):
       path = os.path.join(root, name)
       target = os.path.realpath(path)
@@ -246,9 +246,9 @@ def _files_below(folder) -> list[str]:
           logging.warning("%s is left out: it leads to %s, which is read already.", path, target)
           continue
         entered.add(target)
-      kept.append(name)
+      entries.append(name)
       lies_in[path] = [*above, target]
-    folders[:] = kept
+    folders[:] = entries
   return names
 
 

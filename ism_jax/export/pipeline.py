@@ -55,12 +55,12 @@ class ISMPipeline(DiffusionPipeline):
     """The numbers of classes by name, such as "tabby"."""
     numbers = []
     for name in [label] if isinstance(label, str) else label:
-      found = self.labels.get(name, [])
-      if len(found) != 1:
+      classes = self.labels.get(name, [])
+      if len(classes) != 1:
         known = ", ".join(self.labels) or "none: the classes of this model have numbers alone"
-        is_not = f"is of the classes {found}" if found else "is the name of no class"
+        is_not = f"is of the classes {classes}" if classes else "is the name of no class"
         raise ValueError(f"{name!r} {is_not}: pass a number. Names are {known}.")
-      numbers += found
+      numbers += classes
     return numbers
 
   @torch.no_grad()

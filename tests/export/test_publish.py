@@ -143,8 +143,8 @@ def test_what_the_card_says_already_stays(export):
   card = huggingface_hub.ModelCard(publish_lib.card(*restore.find_export(str(export))))
   assert (card.data.license, card.data.language) == ("cc-by-4.0", "en")
   assert card.data.eval_results is None and "More of mine." in card.text
-  told = publish_lib.card(*restore.find_export(str(export)), license="mit")
-  assert huggingface_hub.ModelCard(told).data.license == "mit"
+  text = publish_lib.card(*restore.find_export(str(export)), license="mit")
+  assert huggingface_hub.ModelCard(text).data.license == "mit"
 
 
 def test_the_hubs_names_of_what_it_was_trained_on_and_from_are_known(export):
