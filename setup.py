@@ -73,5 +73,6 @@ setuptools.setup(
     "tpu": ["jax[tpu]>=0.10.2,<0.13", "etils[epath-gcs]>=1.9"],  # workdirs on gs:// besides
     "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
     "tensorboard": ["tensorboard>=2.18"],
+    "wandb": ["wandb>=0.22,<0.32"],
   },
 )

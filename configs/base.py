@@ -99,7 +99,7 @@ def get_base() -> ml_collections.ConfigDict:
         "target_decay": 0.95,  # paper
         "warmup": False,
       },
-      "log": {"every": 100, "gradients_every": 1_000},
+      "log": {"every": 100, "gradients_every": 1_000, "wandb": ""},
       "checkpoint": {"every": 10_000, "keep": 3, "keep_every": 0},
       "sample": {
         "num_images": 64,

@@ -32,10 +32,12 @@ class LogConfig:
     every: steps between entries of metrics.jsonl, TensorBoard and the progress line.
     gradients_every: steps between measurements of the gradient norm of each single loss, each of
       which costs about three steps; 0 for none.
+    wandb: PROJECT or ENTITY/PROJECT of Weights & Biases that is written too; "" for none.
   """
 
   every: Count
   gradients_every: CountOrNone
+  wandb: str = ""
 
   def __post_init__(self):
     ranges.check_fields(self, "log")

@@ -193,8 +193,19 @@ def _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preem
   second = (step // pool_size + 1) * pool_size  # from the second pool on everything is compiled
   if exp.profile_steps and second >= total:
     logging.warning("Nothing is profiled: that begins with the second pool, at step %d.", second)
+  values = experiment.flatten(files.as_dict(config))
   with (
-    logs.Writer(workdir, start=step, state=log, total=total, every=exp.log.every) as writer,
+    logs.Writer(
+      workdir,
+      start=step,
+      state=log,
+      total=total,
+      every=exp.log.every,
+      config={key: values[key] for key in experiment.MARKS},
+      hyperparameters=[key for key, marks in experiment.MARKS.items() if marks.learnt],
+      compared=[*(monitor.distances if monitor else ()), "loss"],
+      wandb=exp.log.wandb,
+    ) as writer,
     logs.Profile(workdir, first=second, steps=exp.profile_steps) as profile,
   ):
     while step < total:

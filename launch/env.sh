@@ -31,7 +31,7 @@ ensure_env() {
 }
 
 ensure_all() {
-  ensure_env test,interop,aot,check,notebooks,demo,browser
+  ensure_env test,interop,aot,check,notebooks,demo,browser,tensorboard,wandb
   [ -z "$(type -P chromium chromium-browser google-chrome)" ] || return 0
   if [ "$(id -u)" = 0 ] && type -P apt-get > /dev/null; then
     echo "Installing chromium ..."

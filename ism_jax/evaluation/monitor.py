@@ -44,6 +44,12 @@ class Monitor:
     self._labels = generate.class_labels(exp, self._count)
     self._thread = futures.ThreadPoolExecutor(1)
     self._scored = []
+    networks = exp.evaluation.network_names() if exp.monitor.score else ()
+    self.distances = [
+      _entry(steps, network, "frechet_distance")
+      for steps in exp.monitor.steps
+      for network in networks
+    ]
 
   def start(self, params) -> dict:
     """Starts drawing: {steps: (images, finite)} on the device."""
@@ -75,7 +81,7 @@ class Monitor:
       images = images[: self._exp.monitor.num_images]
       if self._reference:
         for network, metrics in self._reference.score(images, self._labels[: len(images)]).items():
-          values |= {f"monitor/steps_{steps}/{network}_{k}": v for k, v in metrics.items()}
+          values |= {_entry(steps, network, name): v for name, v in metrics.items()}
       png = generate.grid_png(images, self._exp.evaluation.enlarge)
       path = os.path.join(self._workdir, "grids", f"steps{steps}_{step:08d}.png")
       with writer.tolerance():
@@ -85,3 +91,7 @@ class Monitor:
     logging.info("Samples of step %d: %s", step, grids)
     if values:
       writer.write(step, values)
+
+
+def _entry(steps, network: str, metric: str) -> str:
+  return f"monitor/steps_{steps}/{network}_{metric}"

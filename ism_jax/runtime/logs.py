@@ -1,6 +1,10 @@
-"""What a run says: a progress line, metrics.jsonl and TensorBoard events, of the same values."""
+"""What a run says: a progress line, metrics.jsonl, TensorBoard events and perhaps Weights & Biases.
+
+All of the same values.
+"""
 
 import collections
+from collections.abc import Sequence
 from concurrent import futures
 import contextlib
 import datetime
@@ -27,7 +31,7 @@ from tensorboardX.record_writer import masked_crc32c
 import tqdm
 
 from ism_jax import paths
-from ism_jax.runtime import files
+from ism_jax.runtime import files, wandb_run
 
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_EVENTS = 30.0
@@ -177,14 +181,32 @@ class Writer:
     state: of the writer then, as `state` returns it; None at the beginning.
     total: steps of the whole run.
     every: steps between entries.
+    config: {key: value} of the run, which TensorBoard shows as text.
+    hyperparameters: its keys in which TensorBoard compares runs.
+    compared: names of the entries that are compared.
+    wandb: project of Weights & Biases that has everything too, "" for none; see `wandb_run`.
+  Raises:
+    ValueError: `wandb` cannot be used.
   """
 
-  def __init__(self, workdir: str, *, start: int, state: dict | None, total: int, every: int):
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    start: int,
+    state: dict | None,
+    total: int,
+    every: int,
+    config: dict | None = None,
+    hyperparameters: Sequence[str] = (),
+    compared: Sequence[str] = (),
+    wandb: str = "",
+  ):
     self._step, self._total, self._every = start, total, every
     self._sums = dict(state or {})
     self._pace = _Pace(total, "steps")
     self._start_clock()
-    self._bar = self._events = self._copies = None
+    self._bar = self._events = self._copies = self._wandb = None
     self._closing = contextlib.ExitStack()
     if jax.process_index() != 0:
       return
@@ -211,6 +233,10 @@ class Writer:
     self._log(self._events, _record(file_version="brain.Event:2"))
     self._log(self._events, _record(step=start + 1, session_log=begun))
     self._closing.callback(self._write_waiting)
+    if config:
+      self._write_config(start, config, hyperparameters, compared)
+    if wandb:
+      self._wandb = self._closing.enter_context(wandb_run.start(wandb, self._workdir, config))
     if sys.stderr.isatty():
       bar = tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
       self._bar = self._closing.enter_context(bar)
@@ -276,16 +302,34 @@ class Writer:
       return
     entry = {name: float(value) for name, value in entry.items()}
     self._log(self._lines, _line({"step": step} | entry).encode())
-    for name, value in entry.items():
+    grouped = {in_group(name): value for name, value in entry.items()}
+    for name, value in grouped.items():
       self._add_event(step, summary.scalar(name, value))
+    self._mirror(step, grouped)
     if self._copies is not None:
       self._copies.start()
 
   def image(self, step: int, name: str, png: bytes) -> None:
-    """Writes a picture to the event file."""
+    """Writes a picture to the event file, and W&B."""
     if self._events is not None:
-      pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-      self._add_event(step, summary.image(name, pixels, dataformats="HWC"))
+      picture = Image.open(io.BytesIO(png)).convert("RGB")
+      self._add_event(step, summary.image(name, np.asarray(picture), dataformats="HWC"))
+      self._mirror(step, {name: picture})
+
+  def _write_config(self, step: int, config: dict, hyperparameters, compared) -> None:
+    cell = lambda value: f"`{value!r}`".replace("|", "\\|")
+    table = ["| key | value |", "| --- | --- |"]
+    table += [f"| {key} | {cell(value)} |" for key, value in config.items()]
+    self._add_event(step, summary.text("config", "\n".join(table)))
+    plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in config.items()}
+    plain = {key: plain[key] for key in hyperparameters}
+    for part in summary.hparams(plain, dict.fromkeys(map(in_group, compared)))[:2]:  # no end yet
+      self._add_event(step, part)
+
+  def _mirror(self, step: int, values: dict) -> None:
+    if self._wandb is not None:
+      with self.tolerance(), self._lock:
+        self._wandb.add(step, values)
 
   @contextlib.contextmanager
   def tolerance(self):
@@ -311,6 +355,15 @@ class Writer:
     for file in (self._lines, self._events) if self._events is not None else ():
       with self.tolerance(), self._lock:
         file.write()
+
+
+def in_group(name: str) -> str:
+  """The name of an entry in TensorBoard and W&B, which show those of one "GROUP/" together."""
+  if "/" in name:
+    return name
+  if name.endswith("_norm"):
+    return f"norms/{name}"
+  return f"{'speed' if name in ('steps_per_second', 'data_wait') else 'losses'}/{name}"
 
 
 def _line(entry: dict[str, float]) -> str:

@@ -144,7 +144,7 @@ def test_event_files_are_those_of_tensorboardx(tmp_path):
     writer.write(8, {"loss": 0.5, "coupling/gain": 2.0})
     writer.image(8, "samples/steps_1", png.getvalue())
   with tensorboardX.SummaryWriter(str(tmp_path / "b"), purge_step=5) as theirs:
-    theirs.add_scalar("loss", 0.5, 8)
+    theirs.add_scalar("losses/loss", 0.5, 8)
     theirs.add_scalar("coupling/gain", 2.0, 8)
     theirs.add_image("samples/steps_1", pixels, 8, dataformats="HWC")
   (_, *ours), (_, _, *expected) = events(tmp_path / "a"), events(tmp_path / "b")
