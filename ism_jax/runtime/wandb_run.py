@@ -59,7 +59,7 @@ def start(project: str, workdir: str, config: dict | None) -> Iterator[Run | Non
     run = wandb.init(
       project=name,
       entity=entity or None,
-      id=path.read_text().strip(),
+      id=path.read_text(encoding="utf-8").strip(),
       resume="allow",
       name=os.path.basename(os.path.normpath(workdir)),
       dir=None if "://" in workdir else workdir,
