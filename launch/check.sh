@@ -29,28 +29,7 @@ ensure_env "check${EXTRAS:+,$EXTRAS}"
 
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-python - "$scratch/photographs" << 'PYTHON'
-import pathlib
-import sys
-
-import numpy as np
-from PIL import Image
-from skimage import data
-from sklearn.datasets import load_sample_image
-
-names = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field"
-names += " immunohistochemistry moon retina rocket"
-photographs = {name: getattr(data, name)() for name in names.split()}
-photographs |= {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
-rng = np.random.default_rng(0)
-for name, photograph in photographs.items():
-  folder = pathlib.Path(sys.argv[1]) / name
-  folder.mkdir(parents=True)
-  for i in range(4):
-    side = rng.integers(200, 1 + min(photograph.shape[:2]))
-    y, x = (rng.integers(1 + n - side) for n in photograph.shape[:2])
-    Image.fromarray(photograph[y : y + side, x : x + side]).save(folder / f"{i}.jpg", quality=95)
-PYTHON
+python launch/photographs.py "$scratch/photographs"
 
 # Of several machines each sees all of it for itself, without the devices that start together.
 alone=(--coordinator=localhost:1 --processes=1 --process=0)
