@@ -43,6 +43,7 @@ setuptools.setup(
   ],
   extras_require={
     "test": [
+      "build>=1.2",
       "hypothesis>=6.170,<7",
       "pytest>=9",
       "pytest-xdist>=3.6",

@@ -20,8 +20,8 @@ def wheel(tmp_path_factory):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
   for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, source)
-  build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source]
-  subprocess.run(build, check=True)
+  # The wheel is built from the source distribution, which has to hold all of it.
+  subprocess.run([sys.executable, "-m", "build", "--outdir", out, source], check=True)
   (path,) = out.glob("*.whl")
   return path
 

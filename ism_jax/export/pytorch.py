@@ -39,6 +39,7 @@ CODE = "ism_pytorch.py"
 PIPELINE = "pipeline.py"
 CARD = "README.md"
 _GRADIO = "6.31.0"  # that a Space gets; the tests run the page on it
+_NEEDED = "torch>=2.13\ndiffusers>=0.38,<0.43\n"  # by a Space besides; the extra "torch"
 EVALUATION, PICTURE = "evaluation.json", "samples.png"  # where there was an evaluation
 _VAE = "vae"  # the folder, and what names an autoencoder that is known on one machine only
 _CLASS = "ISMTransformer2DModel"
@@ -143,7 +144,7 @@ def _make_space(folder) -> None:
   """Adds the page, what it needs, and the header by which the hub knows a Space."""
   page = pathlib.Path(__file__).parent.parent / "demo" / "page.py"
   (folder / "app.py").write_bytes(page.read_bytes())
-  (folder / "requirements.txt").write_text("torch\ndiffusers\n", encoding="utf-8")
+  (folder / "requirements.txt").write_text(_NEEDED, encoding="utf-8")
   header, body = "---\n", (folder / CARD).read_text(encoding="utf-8")
   space = f"title: Few-step samples\nsdk: gradio\nsdk_version: {_GRADIO}\napp_file: app.py\n"
   (folder / CARD).write_text(header + space + body.removeprefix(header), encoding="utf-8")

@@ -19,6 +19,8 @@ from ism_jax.demo import serve
 from ism_jax.export import pytorch as torch_export
 from ism_jax.runtime import checkpoints, files
 
+ROOT = pathlib.Path(__file__).parents[2]
+
 pytestmark = pytest.mark.slow
 
 
@@ -49,7 +51,9 @@ def test_a_space_draws_in_pytorch_what_the_network_samples(workdir, tmp_path, mo
   torch_export.export(str(workdir), str(space), tree="ema", dtype="float32", space=True)
   header = (space / "README.md").read_text(encoding="utf-8").split("---")[1]
   assert "\nsdk: gradio\n" in header and "\napp_file: app.py\n" in header
-  assert "\nlibrary_name: diffusers\n" in header and (space / "requirements.txt").is_file()
+  assert "\nlibrary_name: diffusers\n" in header
+  needed = (space / "requirements.txt").read_text().splitlines()
+  assert all(f'"{requirement}"' in (ROOT / "setup.py").read_text() for requirement in needed)
   monkeypatch.syspath_prepend(space)
   import app
 
