@@ -31,7 +31,8 @@ def get_base() -> ml_collections.ConfigDict:
       "data": {
         "name": "latents",
         "dir": "",  # that `ism_jax encode` made; of TFDS's datasets "" is TFDS's default
-        "image_size": 32,  # latents of sd-vae-ft-mse
+        # Latents of sd-vae-ft-mse. (height, width) where they differ: of any type.
+        "image_size": ml_collections.FieldReference(32, field_type=object),
         "channels": 4,
         "num_classes": 1000,
         "flip": True,

@@ -7,10 +7,12 @@ is an error here, before anything is compiled or written.
 
 import dataclasses
 import math
+import typing
 from typing import Annotated
 
 from absl import logging
 from flax import traverse_util
+import ml_collections
 
 from ism_jax import couplings, objectives, paths, protocol, ranges, state, wavelets
 from ism_jax import model as model_lib
@@ -191,7 +193,7 @@ class Experiment:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """[H, W, C] of what the network sees."""
-    return (self.data.image_size, self.data.image_size, self.data.channels)
+    return self.data.image_shape
 
   @property
   def null_class(self) -> int:
@@ -267,12 +269,12 @@ def parse(config) -> Experiment:
     )
   check_pairs(exp.coupling.pool_size, exp.batch_size)
   model_lib.check_image_size(exp.model, exp.image_shape[:2])
-  pixels = exp.data.image_size * (latents.DOWNSAMPLING if exp.data.vae else 1)
+  pixels = max(exp.image_shape[:2]) * (latents.DOWNSAMPLING if exp.data.vae else 1)
   if exp.evaluation.enlarge * pixels > max(pixels, MAX_ENLARGED):
     raise ValueError(
-      f"evaluation.enlarge={exp.evaluation.enlarge} makes {pixels} pixels of an image "
-      f"{exp.evaluation.enlarge * pixels} in a grid, and {MAX_ENLARGED} are the most: set it to "
-      f"{max(1, MAX_ENLARGED // pixels)} or less."
+      f"evaluation.enlarge={exp.evaluation.enlarge} makes {pixels} pixels of an image (data."
+      f"image_size={exp.data.image_size}) {exp.evaluation.enlarge * pixels} in a grid, and "
+      f"{MAX_ENLARGED} are the most: set it to {max(1, MAX_ENLARGED // pixels)} or less."
     )
   wavelets.depth(exp.wavelet, exp.image_shape[:2])
   if not -1 <= exp.sample.label < exp.data.num_classes:
@@ -289,6 +291,18 @@ def parse(config) -> Experiment:
     except ValueError as error:
       raise ValueError(f"config.{section}: {error}") from None
   return exp
+
+
+def as_config(saved: dict) -> ml_collections.ConfigDict:
+  """The ConfigDict of a checkpoint's nested dict, as configs/ make it.
+
+  What may be a number or several numbers has any type there, so that a flag sets either.
+  """
+  flat = {k: _as_tuples(v) for k, v in traverse_util.flatten_dict(saved, sep=".").items()}
+  for key in flat.keys() & MARKS.keys():
+    if typing.get_origin(MARKS[key].kind) is typing.Union:
+      flat[key] = ml_collections.FieldReference(flat[key], field_type=object)
+  return ml_collections.ConfigDict(traverse_util.unflatten_dict(flat, sep="."))
 
 
 def check_guidance(exp: Experiment, schedule, w: float) -> None:

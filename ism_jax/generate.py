@@ -111,8 +111,8 @@ def decoded_shape(exp: Experiment) -> tuple[int, int, int]:
   """(H, W, C) of a sample as an image."""
   if not exp.data.vae:
     return exp.image_shape
-  size = exp.data.image_size * autoencoder(exp.data).cfg.factor
-  return size, size, 3
+  factor = autoencoder(exp.data).cfg.factor
+  return exp.image_shape[0] * factor, exp.image_shape[1] * factor, 3
 
 
 @functools.lru_cache

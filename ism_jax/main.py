@@ -124,12 +124,12 @@ def default_results(export: str) -> str:
 
 def override(saved: dict, arguments) -> ml_collections.ConfigDict:
   """A checkpoint's config with the --config.KEY=VALUE of the arguments, as --config holds one."""
-  as_tuples = lambda v: tuple(map(as_tuples, v)) if isinstance(v, list) else v  # JSON has lists
-  nested = lambda d: {k: nested(v) if isinstance(v, dict) else as_tuples(v) for k, v in d.items()}
+  from ism_jax import experiment  # imports JAX
+
   values = flags.FlagValues()
   with commands.one_line_flag_errors():
     config = config_flags.DEFINE_config_dict(
-      "config", ml_collections.ConfigDict(nested(saved)), flag_values=values, sys_argv=arguments
+      "config", experiment.as_config(saved), flag_values=values, sys_argv=arguments
     )
     if rest := values(arguments)[1:]:
       raise flags.Error(f"Unknown arguments: {' '.join(rest)}.")

@@ -2,7 +2,8 @@
 
 A field has its range in its type: `Annotated[float, "[0, 1)"]` is an interval,
 `Annotated[str, ("constant", "cosine")]` a choice, and `Annotated[tuple[int, ...], DISTINCT]` holds
-one value or more, each once. A bound may be a power: 2^32.
+one value or more, each once. A bound may be a power: 2^32. Of a union, `One | tuple[One, One]`, a
+tuple is the second kind and everything else the first.
 """
 
 import dataclasses
@@ -21,6 +22,20 @@ _KINDS = {  # the types whose values each may have, and its name
 # A JAX key has 32 bits of its seed: larger ones would be seeds of the same numbers.
 Seed = Annotated[int, "[0, 2^32)"]
 Guidance = Annotated[float, "[0, 100]"]
+Side = Annotated[int, "[1, 1024]"]
+Size = Side | tuple[Side, Side]  # of squares, or (height, width)
+
+
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+  """(height, width) of images of a size: of squares one number, or both."""
+  height, width = (size, size) if isinstance(size, int) else size
+  return height, width
+
+
+def size_as_json(size: int | tuple[int, int]) -> int | list[int]:
+  """A size as files have it: one number of squares, or [height, width]."""
+  height, width = sides(size)
+  return height if height == width else [height, width]
 
 
 def check_fields(config, section: str = "") -> None:
@@ -40,6 +55,9 @@ def check_fields(config, section: str = "") -> None:
 def check(name: str, value, kind) -> None:
   """Raises ValueError as `check_fields` does unless a value is of a kind: a type and its range."""
   kind, declared = split(kind)
+  if typing.get_origin(kind) is typing.Union:
+    _check_union(name, value, *typing.get_args(kind))
+    return
   if typing.get_origin(kind) is tuple:
     _check_tuple(name, value, typing.get_args(kind), declared)
     return
@@ -68,6 +86,17 @@ def contains(interval: str, value) -> bool:
   least, most = bounds(interval)
   inside = least <= value <= most
   return inside and (interval[0] == "[" or value > least) and (interval[-1] == "]" or value < most)
+
+
+def _check_union(name, value, one, several):
+  if isinstance(value, tuple):
+    check(name, value, several)
+    return
+  try:
+    check(name, value, one)
+  except ValueError as error:
+    count = len(typing.get_args(several))
+    raise ValueError(f"{str(error).removesuffix('.')}, or {count} of them: (24, 32).") from None
 
 
 def _check_tuple(name, values, kinds, declared):

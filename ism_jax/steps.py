@@ -9,6 +9,7 @@ Axes: K batches of a pool, M rows of a global batch.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import NamedTuple
 
 from absl import logging
@@ -184,7 +185,7 @@ def replicated_bytes(exp: Experiment, devices: int) -> float:
   """
   parameters = sum(a.size for a in jax.tree.leaves(_shapes(exp).params))
   depth, width, _ = exp.model.dimensions
-  tokens = (exp.data.image_size // exp.model.patch) ** 2
+  tokens = math.prod(exp.image_shape[:2]) // exp.model.patch**2
   rows = exp.batch_size / devices / exp.micro_batches
   per_unit = {"none": 100, "names": 30, "dots": 30, "full": 4}[exp.model.remat]
   per_unit *= np.dtype(exp.model.dtype).itemsize / 2

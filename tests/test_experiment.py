@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import pathlib
 import re
 import subprocess
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 
 from configs import base, digits, imagenet256, imagenet512
-from ism_jax import experiment, protocol, state, steps, wavelets
+from ism_jax import experiment, main, protocol, state, steps, wavelets
 from ism_jax.evaluation import summary
 from ism_jax.metrics import features
-from ism_jax.runtime import sharding
+from ism_jax.runtime import files, sharding
 
 # Those less one technique take what the cumulative rows take.
 VARIANTS = [
@@ -160,6 +161,11 @@ def test_a_config_from_a_checkpoint_is_the_same_experiment():
     ({"placement": "zero1"}, "known are auto, replicated, sharded"),
     ({"wavelet": {"levels": 4}}, "at most 3"),
     ({"data": {"image_size": 10}}, "do not split into the 4x4 patches"),
+    ({"data": {"image_size": (8, 10)}}, "8x10 images do not split into the 4x4 patches"),
+    ({"data": {"image_size": (8, 0)}}, r"data.image_size\[1\]=0: give a whole number in \[1, 1024"),
+    ({"data": {"image_size": (8, 8, 1)}}, r"data.image_size=\(8, 8, 1\): give 2 values"),
+    ({"data": {"image_size": -1}}, r"image_size=-1: .* in \[1, 1024\], or 2 of them: \(24, 32\)\."),
+    ({"data": {"image_size": "8x4"}}, "image_size='8x4': give a whole number"),
     ({"evaluation": {"steps": (1, 3)}}, "off the trained grid"),
     ({"evaluation": {"w": (-1.0,)}}, r"evaluation.w\[0\]=-1.0: give a number in \[0, 100\]"),
     ({"sample": {"label": 10}}, "classes are 0..9"),
@@ -174,6 +180,22 @@ def test_what_is_wrong_with_a_config_is_said_with_the_remedy(change, message):
   config.update(change)
   with pytest.raises(ValueError, match=message):
     experiment.parse(config)
+
+
+@pytest.mark.parametrize(
+  ("size", "shape"), [(8, (8, 8, 1)), ((8, 16), (8, 16, 1)), ([16, 8], (16, 8, 1))]
+)
+def test_a_size_is_one_number_or_height_and_width(size, shape):
+  """Also as a checkpoint's JSON has it, and set by a flag."""
+  saved = json.loads(json.dumps(tiny_config().to_dict()))
+  saved["data"]["image_size"] = size
+  assert experiment.parse(saved).image_shape == shape
+  config = experiment.as_config(saved)
+  assert experiment.parse(config).image_shape == shape
+  experiment.check_continues(saved, files.as_dict(config))
+  for text, expected in (("16", (16, 16, 1)), ("(24, 8)", (24, 8, 1))):
+    flag = main.override(saved, ["ism_jax", f"--config.data.image_size={text}"])
+    assert experiment.parse(flag).image_shape == expected
 
 
 def test_paths_of_a_config_are_what_their_user_means(monkeypatch):

@@ -24,8 +24,8 @@ def shapes_of(cfg, shape=(32, 32, 4), num_classes=1000, guided=True):
   return jax.eval_shape(lambda: model.init_params(jax.random.key(0), network, shape))
 
 
-def inputs(key, n=3, size=8):
-  x = jax.random.normal(key, (n, size, size, 1))
+def inputs(key, n=3, size=(8, 8)):
+  x = jax.random.normal(key, (n, *size, 1))
   t = jnp.linspace(0.1, 0.8, n)
   return x, t, jnp.arange(n), jnp.full(n, 0.25), jnp.full(n, 0.5)
 
@@ -56,15 +56,15 @@ def numpy_sit(params, x, t, c, d, w, *, patch, heads):
   level = np.where(np.asarray(d) == 0, 0, np.log2(np.maximum(d, 1 / 128) * 128))
   condition = embed(p["t_embedder"], t) + p["y_embedder"]["embedding"][np.asarray(c)]
   condition = silu(condition + embed(p["d_embedder"], level) + embed(p["w_embedder"], w))
-  n, size, _, channels = x.shape
-  side = size // patch
+  n, *size, channels = x.shape
+  rows, columns = (side // patch for side in size)
   width = p["x_embedder"]["bias"].size
   omega = 10_000 ** (-np.arange(width // 4) / (width / 4))
-  out = np.zeros((n, size, size, channels))
+  out = np.zeros((n, *size, channels))
   for b in range(n):
     tokens = []
-    for i in range(side):
-      for j in range(side):
+    for i in range(rows):
+      for j in range(columns):
         pixels = np.asarray(x[b, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch])
         sinusoids = [f(k * omega) for k in (j, i) for f in (np.sin, np.cos)]
         tokens.append(dense(p["x_embedder"], pixels.ravel()) + np.concatenate(sinusoids))
@@ -88,21 +88,35 @@ def numpy_sit(params, x, t, c, d, w, *, patch, heads):
       h = h + gate_m * dense(q["fc2"], gelu(dense(q["fc1"], m)))
     shift, scale = np.split(dense(p["final_adaLN_modulation"], condition[b]), 2)
     h = dense(p["final_linear"], norm(h) * (1 + scale) + shift)
-    for i in range(side):
-      for j in range(side):
-        pixels = h[i * side + j].reshape(patch, patch, channels)
+    for i in range(rows):
+      for j in range(columns):
+        pixels = h[i * columns + j].reshape(patch, patch, channels)
         out[b, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] = pixels
   return out
 
 
-def test_the_network_is_sit_written_out_in_numpy(key):
+@pytest.mark.parametrize("size", [(8, 8), (4, 10), (6, 2)])
+def test_the_network_is_sit_written_out_in_numpy(key, size):
   network = model.SiT(config(), 10, True)
-  params = random_params(network, (8, 8, 1))
-  x, t, c, d, w = inputs(key)
+  params = random_params(network, (*size, 1))
+  x, t, c, d, w = inputs(key, size=size)
   d = jnp.array([0.0, 1 / 64, 1.0])
   out = model.velocity_function(network, params)(x, t, c, d, w)
   expected = numpy_sit(params, np.asarray(x, np.float64), t, c, d, w, patch=2, heads=3)
   np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (5, 3)])
+def test_positions_are_those_of_sits_code_on_a_grid_of_rows_and_columns(grid):
+  """SiT's get_2d_sincos_pos_embed, with one count each of rows and columns."""
+  one_axis = lambda positions, omega: np.einsum("m,d->md", positions.reshape(-1), omega)
+  omega = 1.0 / 10_000 ** (np.arange(12, dtype=np.float64) / 12.0)  # of width 48
+  across, down = np.meshgrid(np.arange(grid[1]), np.arange(grid[0]))  # columns first
+  angles = one_axis(across, omega), one_axis(down, omega)
+  expected = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+  actual = model.position_embedding(48, grid)
+  assert actual.dtype == np.float32 and actual.shape == (np.prod(grid), 48)
+  np.testing.assert_array_equal(actual, expected.astype(np.float32))
 
 
 def test_a_new_network_predicts_zero_and_its_gates_are_closed(key):

@@ -3,7 +3,7 @@
 import importlib
 import math
 import pathlib
-from typing import get_args, get_origin
+from typing import Union, get_args, get_origin
 
 from examples import tiny_config
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
@@ -31,6 +31,8 @@ def examples(count: int):
 def inside(kind):
   """Values of a declared kind, often at the ends of its range."""
   kind, declared = ranges.split(kind)
+  if get_origin(kind) is Union:
+    return st.one_of(*map(inside, get_args(kind)))
   if get_origin(kind) is tuple:
     first, *_ = kinds = get_args(kind)
     if kinds[-1] is not Ellipsis:
@@ -81,7 +83,7 @@ def test_every_number_of_every_config_has_a_declared_range(name):
     elements = value if isinstance(value, tuple) else (value,)
     if any(isinstance(v, int | float) and not isinstance(v, bool) for v in elements):
       kind, _ = ranges.split(NUMBERS[key])
-      for element in get_args(kind)[:1] if get_origin(kind) is tuple else (NUMBERS[key],):
+      for element in get_args(kind)[:1] if get_args(kind) else (NUMBERS[key],):
         least, most = ranges.bounds(ranges.split(element)[1])
         assert math.isfinite(least) and math.isfinite(most), key
   experiment.parse(config)

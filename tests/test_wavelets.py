@@ -20,10 +20,12 @@ def distance(cfg, e, loss="consistency"):
 
 
 @pytest.mark.parametrize(
-  ("family", "levels", "size"), [("haar", 5, 32), ("haar", 3, 8), ("db2", 3, 32)]
+  ("family", "levels", "size"),
+  [("haar", 5, (32, 32)), ("haar", 3, (8, 8)), ("db2", 3, (32, 32)), ("haar", 4, (24, 40))],
 )
 def test_the_bands_are_those_of_pywavelets(key, family, levels, size):
-  e = jax.random.normal(key, (2, size, size, 3))
+  e = jax.random.normal(key, (2, *size, 3))
+  assert wavelets.depth(dataclasses.replace(NORM, family=family), size) == levels
   bands = jax.jit(lambda e: [b for _, b in wavelets.bands(e, family, levels)])(e)
   expected = pywt.wavedec2(np.moveaxis(e, -1, 1), family, mode="symmetric", level=levels)
   flat = [expected[0]] + [band for triple in expected[1:] for band in triple]

@@ -4,9 +4,10 @@
 
 IMAGES is a folder of class folders, a folder of class tar files, ImageNet's
 ILSVRC2012_img_train.tar, or tfds:NAME with --tfds_dir, a dataset of TFDS prepared as ArrayRecord.
-Classes are numbered by their names' order. Each image is cropped as ADM does; it and its mirror
-image become float16 moments in ArrayRecord shards, see `data/latents.py`, and `manifest.json` says
-what is there. Training reads DIR by data.name=latents, data.dir=DIR, data.vae and the sizes.
+Classes are numbered by their names' order. Each image is cropped as ADM does, to a square or to
+--size=HEIGHTxWIDTH; it and its mirror image become float16 moments in ArrayRecord shards, see
+`data/latents.py`, and `manifest.json` says what is there. Training reads DIR by data.name=latents,
+data.dir=DIR, data.vae and the sizes.
 
 The same command goes on where one that was stopped or killed was: whole shards are kept, and the
 files end up the same byte for byte, as far as the devices compute the same numbers twice. With
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import data
+from ism_jax import data, ranges
 from ism_jax.data import images, latents
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.pretrained import weights
@@ -49,7 +50,7 @@ def encode(
   vae: weights.Pretrained,
   out: str,
   *,
-  size: int,
+  size: int | tuple[int, int],
   batch_size: int,
   images_per_shard: int,
   num_threads: int,
@@ -61,7 +62,7 @@ def encode(
 
   Args:
     out: folder of the shards.
-    size: height and width of the crops.
+    size: of the crops, see `images.centre_crop`.
     batch_size: images at a time on each device; each shard has batches of its own, padded to this
       size, so that its bytes do not depend on where a run was stopped.
     images_per_shard: listed ones, readable or not.
@@ -171,7 +172,7 @@ def _encoded(source, vae, size, batches, rows, mesh, num_threads) -> Iterator:
 
   def start(batch):
     read = [next(crops) for _ in batch]
-    pixels = np.zeros((rows, size, size, 3), np.uint8)
+    pixels = np.zeros((rows, *ranges.sides(size), 3), np.uint8)
     for row, image in enumerate(read):
       if image.pixels is not None:
         pixels[row] = image.pixels
@@ -244,7 +245,7 @@ def define_flags() -> None:
   flags.DEFINE_string("images", None, "Where the images are, see above.")
   flags.DEFINE_string("out", None, "Folder of the latents.")
   positive = functools.partial(flags.DEFINE_integer, lower_bound=1, upper_bound=2**20)
-  positive("size", 256, "Height and width of the crops, in pixels.", upper_bound=8192)
+  flags.DEFINE(images.SizeParser(), "size", "256", "Of the crops, in pixels, or HEIGHTxWIDTH.")
   flags.DEFINE_string("vae", vae_lib.PUBLISHED, "A hub name, or a file of weights.")
   flags.DEFINE_string("tfds_dir", "", "With tfds:NAME: its folder; TFDS's default.")
   positive("batch_size", 16, "Images at a time, on each device.")

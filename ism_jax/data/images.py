@@ -1,4 +1,4 @@
-"""Classified images as they are published, read at random, and cropped to squares.
+"""Classified images as they are published, read at random, and cropped to one size.
 
 A source is a list of images in a fixed order, by class and then by name. Nothing is unpacked: a
 member of a tar file, also of one that lies inside another, is read where it is.
@@ -19,11 +19,12 @@ import tarfile
 from typing import Any, NamedTuple
 import zlib
 
-from absl import logging
+from absl import flags, logging
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
+from ism_jax import ranges
 from ism_jax.data import pipeline
 from ism_jax.runtime import files
 
@@ -33,7 +34,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL has some that run programs
 _LEVELS_PER_LEVEL = 257  # 65535 / 255: 16-bit levels in one of 8 bits
 _LARGEST = 2**30  # bytes of a file: of more no image has come that PIL's limit of pixels allows
-_LONGEST = 32  # short sides in a long one
+_LONGEST = 32  # times the length that is kept
+_LARGEST_SIDE = 8192  # of a crop
 # What is wrong with one file, and not with the storage that it is on.
 _OF_ONE_FILE = {errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT}
 _OF_ONE_FILE |= {errno.ENOTDIR, errno.ENXIO}
@@ -354,38 +356,57 @@ def open_image(file) -> Image.Image:
   return Image.open(file, formats=_FORMATS)
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-  """The centre square, uint8 [size, size, 3], by the recipe of ADM (Dhariwal and Nichol 2021).
+class SizeParser(flags.ArgumentParser):
+  """Of a flag that is the size of crops, see `centre_crop`: "256", or "192x256"."""
 
-  Halved by box filters while the short side has at least twice the pixels, then resized
-  bicubically, so that the short side has `size`; smaller images are enlarged. The recipe decides
-  what FIDs are compared with. Of images that are longer than 32 short sides only the middle is
-  resized: ADM would make 5 million columns of a line of 20,000 pixels, to keep 256.
+  def parse(self, argument: str) -> int | tuple[int, int]:
+    numbers = [int(n) if n.isdecimal() and len(n) < 9 else 0 for n in argument.split("x")]
+    if len(numbers) > 2 or not all(1 <= n <= _LARGEST_SIDE for n in numbers):
+      raise ValueError(
+        f"give pixels in [1, {_LARGEST_SIDE}], such as 256, or HEIGHTxWIDTH, such as 192x256."
+      )
+    return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
+
+
+def centre_crop(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+  """The centre, uint8 [H, W, 3], by the recipe of ADM (Dhariwal and Nichol 2021), whose is square.
+
+  Halved by box filters while both sides have at least twice the pixels, then resized bicubically,
+  so that it just covers H x W; smaller images are enlarged. The recipe decides what FIDs are
+  compared with. Of images that are 32 times too long only the middle is resized: ADM would make 5
+  million columns of a line of 20,000 pixels, to keep 256.
+
+  Args:
+    size: (H, W), or both in one.
   """
-  longest = _LONGEST * min(image.size)
-  if max(image.size) > longest:
-    # As much on both sides, so that the centre stays where it is.
-    left, top = (max(0, side - longest) // 2 for side in image.size)
+  height, width = ranges.sides(size)
+  longest = (
+    _LONGEST * -(-image.height * width // height),
+    _LONGEST * -(-image.width * height // width),
+  )
+  # As much on both sides, so that the centre stays where it is.
+  left, top = (max(0, n - most) // 2 for n, most in zip(image.size, longest, strict=True))
+  if left or top:
     image = image.crop((left, top, image.width - left, image.height - top))
-  while min(image.size) >= 2 * size:
+  while image.width >= 2 * width and image.height >= 2 * height:
     image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-  scale = size / min(image.size)
+  scale = max(width / image.width, height / image.height)
   shape = round(image.width * scale), round(image.height * scale)
   image = image.resize(shape, Image.Resampling.BICUBIC)
-  left, top = (image.width - size) // 2, (image.height - size) // 2
-  return np.asarray(image.crop((left, top, left + size, top + size)))
+  left, top = (image.width - width) // 2, (image.height - height) // 2
+  return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 class Crop(NamedTuple):
   """A decoded image, or why there is none."""
 
   index: int
-  pixels: np.ndarray | None  # uint8 [size, size, 3]
+  pixels: np.ndarray | None  # uint8 [H, W, 3]
   label: int | None
   reason: str | None
 
 
-def read_crop(source: Source, size: int, index: int) -> Crop:
+def read_crop(source: Source, size, index: int) -> Crop:
   """Reads and crops an image, or says why it cannot be; raises as `attempt` does."""
   crop = lambda content, label: (centre_crop(decode(content), size), label)
   read = functools.partial(source.read, index)

@@ -24,6 +24,7 @@ from array_record.python import array_record_module
 import grain
 import numpy as np
 
+from ism_jax import ranges
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.runtime import files, logs
 
@@ -47,9 +48,10 @@ class Settings:
   Attributes:
     vae: name of the VAE's weights.
     vae_sha256: checksum of the file of them.
-    size: height and width in pixels of the images that were encoded.
+    size: height and width in pixels of the images that were encoded; (height, width) where they
+      differ.
     latent_channels: C; moments have twice as many.
-    crop: how images were made square.
+    crop: how images came to that size.
     listing: checksum of the source's list of images, see `images.Source`.
     listed: images in the source, readable or not.
     images_per_shard: listed ones in each shard but the last.
@@ -60,7 +62,7 @@ class Settings:
 
   vae: str
   vae_sha256: str
-  size: int
+  size: int | tuple[int, int]
   latent_channels: int
   crop: str
   listing: str
@@ -83,7 +85,12 @@ class Settings:
   @property
   def moments_shape(self) -> tuple[int, int, int]:
     """[h, w, 2 C]."""
-    return (self.size // DOWNSAMPLING, self.size // DOWNSAMPLING, 2 * self.latent_channels)
+    height, width = ranges.sides(self.size)
+    return (height // DOWNSAMPLING, width // DOWNSAMPLING, 2 * self.latent_channels)
+
+  def as_json(self) -> dict:
+    """The settings as a file of JSON has them."""
+    return dataclasses.asdict(self) | {"size": ranges.size_as_json(self.size)}
 
   def images_of(self, shard: int) -> range:
     """The places in the source's list of the images of a shard."""
@@ -98,6 +105,7 @@ class Settings:
 # Older files, which lack the factors, were trained on with these.
 _FACTORS = {"scaling_factor": vae_lib.SD_VAE.scale, "shift_factor": vae_lib.SD_VAE.shift}
 _SETTINGS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name not in _FACTORS}
+_SETTINGS["size"] = int | list
 # Shapes of JSON, see `files.parse_json`.
 _COUNTED = {"images": int, "unreadable": {str: str}}
 _TRAILER = _SETTINGS | _COUNTED | {"shard": int, "counts": {str: int}}
@@ -105,14 +113,15 @@ _NEEDED = _SETTINGS | _COUNTED | {"moments": [int], "classes": [str], "counts": 
 _NEEDED |= {"unreadable_count": int, "shards": [int]}
 
 
-def check_size(size: int) -> None:
+def check_size(size: int | tuple[int, int]) -> None:
   """Raises ValueError for a size of images that a VAE does not take."""
-  if size < 1 or size % DOWNSAMPLING:
-    nearest = max(1, round(size / DOWNSAMPLING)) * DOWNSAMPLING
-    raise ValueError(
-      f"size={size} must be a multiple of {DOWNSAMPLING}, by which the VAE divides it; the nearest "
-      f"is {nearest}."
-    )
+  for n in ranges.sides(size):
+    if n < 1 or n % DOWNSAMPLING:
+      nearest = max(1, round(n / DOWNSAMPLING)) * DOWNSAMPLING
+      raise ValueError(
+        f"size={n} must be a multiple of {DOWNSAMPLING}, by which the VAE divides it; the nearest "
+        f"is {nearest}."
+      )
 
 
 def record_type(moments_shape) -> np.dtype:
@@ -146,7 +155,7 @@ class ShardWriter:
     try:
       if kind is None:
         trailer = (
-          dataclasses.asdict(self._settings)
+          self._settings.as_json()
           | {
             "shard": self._shard,
             "images": self._counts.total(),
@@ -230,7 +239,7 @@ def finished_shards(directory: str, settings: Settings) -> dict[int, dict]:
     if trailer is None:  # damaged since: made again
       continue
     shard = int(match[1])
-    if differ := _differences(trailer, dataclasses.asdict(settings) | {"shard": shard}):
+    if differ := _differences(trailer, settings.as_json() | {"shard": shard}):
       raise ValueError(
         f"{directory} holds shards of another encoding: {match[0]} has {differ}. Choose another "
         "folder for --out, or the images and flags that this one was made with."
@@ -260,7 +269,7 @@ def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
       f"none of the {len(unreadable)} images could be read; the first is {name}: {reason}. "
       "Replace them."
     )
-  content = dataclasses.asdict(settings) | totals
+  content = settings.as_json() | totals
   content |= {
     "moments": settings.moments_shape,
     "classes": list(classes),
@@ -326,7 +335,11 @@ def _contradiction(content: dict) -> str:
 
 
 def _settings(content: dict) -> Settings:
-  return Settings(**{f.name: content[f.name] for f in dataclasses.fields(Settings)})
+  values = {f.name: content[f.name] for f in dataclasses.fields(Settings)}
+  if isinstance(values["size"], list):
+    files.check_shape(values["size"], [int], "size")
+    values["size"] = tuple(values["size"])
+  return Settings(**values)
 
 
 def check_vae(directory: str, vae) -> None:
@@ -350,9 +363,9 @@ class Latents:
   def __init__(self, cfg):
     """Opens `cfg.dir`; raises ValueError for what is absent, damaged, or not as the DataConfig."""
     content = read_manifest(cfg.dir)
-    side, _, channels = content["moments"]
-    encoded = (side, side, channels // 2, len(content["classes"]))
-    wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
+    height, width, channels = content["moments"]
+    encoded = (height, width, channels // 2, len(content["classes"]))
+    wanted = (*cfg.image_shape, cfg.num_classes)
     encoded += (content["scaling_factor"], content["shift_factor"], content["vae"])
     wanted += (cfg.vae_scale, cfg.vae_shift, cfg.vae)
     # Another name may be that of the same weights, if they are here to be compared.
@@ -362,9 +375,9 @@ class Latents:
         "{}x{} latents of {} channels in {} classes, of scaling factor {} and shift factor {}, of "
         "the VAE {!r}"
       ).format
-      size = content["size"]
+      size = "{}x{}".format(*ranges.sides(content["size"]))
       raise ValueError(
-        f"data.dir={cfg.dir} holds {describe(*encoded)} ({size}x{size} images), but the config is "
+        f"data.dir={cfg.dir} holds {describe(*encoded)} ({size} images), but the config is "
         f"for {describe(*wanted)}. Set data.image_size, data.channels, data.num_classes, "
         "data.vae_scale, data.vae_shift and data.vae to the dataset's, or data.dir to another."
       )
@@ -459,7 +472,7 @@ def _checked_shards(directory: str, content: dict) -> list[str]:
       )
   num_classes = len(content["classes"])
   for shard, (path, trailer) in enumerate(trailers.items()):
-    if differ := _differences(trailer, dataclasses.asdict(settings) | {"shard": shard}):
+    if differ := _differences(trailer, settings.as_json() | {"shard": shard}):
       raise ValueError(
         f"{path} does not belong to the other shards and their {MANIFEST}: it has {differ}. Delete "
         "it; the encoding command makes it again."

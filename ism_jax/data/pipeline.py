@@ -50,7 +50,7 @@ class DataConfig:
       `python -m ism_jax encode` makes.
     dir: of latents, their folder. Otherwise where TFDS datasets are kept; "" for TFDS's default,
       TFDS_DATA_DIR or else ~/tensorflow_datasets.
-    image_size: height and width, in pixels, or of a latent.
+    image_size: height and width, in pixels, or of a latent; (height, width) where they differ.
     channels: of an image or latent.
     num_classes: of the labels, the null class not counted.
     flip: whether training mirrors every other image, left to right, at random.
@@ -66,7 +66,7 @@ class DataConfig:
 
   name: str = dataclasses.field(metadata={"fixed": True})
   dir: str = dataclasses.field(metadata={"learnt": False, "path": True})
-  image_size: Annotated[int, "[1, 1024]"] = dataclasses.field(metadata={"fixed": True})
+  image_size: ranges.Size = dataclasses.field(metadata={"fixed": True})
   channels: Annotated[int, "[1, 64]"] = dataclasses.field(metadata={"fixed": True})
   num_classes: Annotated[int, "[1, 100000]"] = dataclasses.field(metadata={"fixed": True})
   flip: bool = dataclasses.field(metadata={"fixed": True})
@@ -89,6 +89,11 @@ class DataConfig:
         f"data.vae={self.vae!r} does not go with data.name={self.name!r}: {latents.NAME!r} needs "
         'the name of their VAE, such as "stabilityai/sd-vae-ft-mse", and images need "".'
       )
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of what the network sees."""
+    return (*ranges.sides(self.image_size), self.channels)
 
 
 class Images:
@@ -217,7 +222,7 @@ def load_source(cfg: DataConfig, split="train"):
   builder = tfds_builder(cfg.name, cfg.dir)
   image, label = image_and_label(cfg.name, builder.info.features, one_size=True)
   sizes = (*image.shape, label.num_classes)
-  wanted = (cfg.image_size, cfg.image_size, cfg.channels, cfg.num_classes)
+  wanted = (*cfg.image_shape, cfg.num_classes)
   if sizes != wanted:
     describe = "{}x{} images of {} channel(s) in {} classes".format
     raise ValueError(

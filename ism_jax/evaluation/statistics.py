@@ -29,7 +29,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from ism_jax import data, experiment
+from ism_jax import data, experiment, ranges
 from ism_jax.data import images as images_lib
 from ism_jax.data import pipeline, samples
 from ism_jax.data.samples import ImageSet
@@ -43,8 +43,8 @@ _BATCHES_AHEAD = 4  # cropped while the devices work
 _DESCRIPTIONS = ("source", "features", "images", "unreadable", "jax")
 
 
-def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSet:
-  """ADM's centre crops, [size, size, 3], of a source, see `images.open_source`."""
+def of_images(named: str, tfds_dir: str, size, num_threads: int) -> ImageSet:
+  """ADM's centre crops of a size, see `images.centre_crop`, of a source, see `open_source`."""
   source, contents = images_lib.noting(images_lib.open_source(named, tfds_dir))
   crop, unreadable = functools.partial(images_lib.read_crop, source, size), {}
 
@@ -69,10 +69,10 @@ def of_images(named: str, tfds_dir: str, size: int, num_threads: int) -> ImageSe
       "listed": source.size,
       "contents": hashlib.sha256(contents.tobytes()).hexdigest(),
       "crop": images_lib.CROP,
-      "size": size,
+      "size": ranges.size_as_json(size),
     }
 
-  shape = (size, size, 3)
+  shape = (*ranges.sides(size), 3)
   return ImageSet(named, source.size, shape, batches, protocol, unreadable=unreadable)
 
 
@@ -92,8 +92,7 @@ def of_dataset(cfg: pipeline.DataConfig, split: str) -> ImageSet:
     for start in range(0, len(source), batch_size):
       yield source.stored(range(start, min(start + batch_size, len(source))))[0]
 
-  image_shape = (cfg.image_size, cfg.image_size, cfg.channels)
-  return ImageSet(dataset, len(source), image_shape, batches, lambda: protocol)
+  return ImageSet(dataset, len(source), cfg.image_shape, batches, lambda: protocol)
 
 
 def compute(
@@ -214,8 +213,8 @@ def define_flags() -> None:
   text = "Config file that names a dataset of images, taken as they are."
   config_flags.DEFINE_config_file("config", None, text, lock_config=True)
   positive = functools.partial(flags.DEFINE_integer, lower_bound=1, upper_bound=2**20)
-  text = "With --images: height and width of the crops, in pixels."
-  positive("size", 256, text, upper_bound=8192)
+  text = "With --images: of the crops, in pixels, or HEIGHTxWIDTH."
+  flags.DEFINE(images_lib.SizeParser(), "size", "256", text)
   flags.DEFINE_string("tfds_dir", "", "With --images=tfds:NAME: its folder; TFDS's default.")
   flags.DEFINE_string("split", "train", "With --config: the dataset's split.")
   flags.DEFINE_string("out", None, "Folder of the files.")

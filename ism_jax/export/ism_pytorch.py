@@ -41,6 +41,7 @@ __all__ = [
   "check_samples",
   "decode",
   "draw_noise",
+  "image_shape",
   "load",
   "parse_schedule",
   "prepare",
@@ -71,7 +72,8 @@ class Config:
   Attributes:
     depth, width, heads: of the transformer.
     patch: side of a patch in pixels.
-    image_size, channels: of what the network sees: pixels in [-1, 1], or latents.
+    image_size, channels: of what the network sees: pixels in [-1, 1], or latents. [H, W] where
+      they are not square.
     num_classes: classes 0, 1, ...; label `num_classes` is "no class".
     guided: whether w is an input of the network.
     w_max: of a guided network, the largest w it was trained at.
@@ -86,7 +88,7 @@ class Config:
   width: int
   heads: int
   patch: int
-  image_size: int
+  image_size: int | list[int]
   channels: int
   num_classes: int
   guided: bool
@@ -96,6 +98,13 @@ class Config:
   vae: str
   vae_scale: float
   vae_shift: float = 0.0
+
+
+def image_shape(config) -> tuple[int, int, int]:
+  """(C, H, W) of what the network of a `Config` sees."""
+  size = config.image_size
+  height, width = (size, size) if isinstance(size, int) else size
+  return config.channels, height, width
 
 
 def _float32(layer, x):
@@ -200,7 +209,8 @@ class SiT(nn.Module):
   def __init__(self, config: Config):
     super().__init__()
     self._config, width = config, config.width
-    tokens = (config.image_size // config.patch) ** 2
+    _, height, wide = image_shape(config)
+    tokens = (height // config.patch) * (wide // config.patch)
     self.x_embedder = PatchEmbedder(config.channels, config.patch, width)
     self.t_embedder = ScalarEmbedder(width)
     # The last row is the null class.
@@ -240,9 +250,9 @@ class SiT(nn.Module):
     for block in self.blocks:
       x = block(x, condition)
     x = self.final_layer(x, condition)
-    patch, side = config.patch, config.image_size // config.patch
-    x = x.reshape(-1, side, side, patch, patch, config.channels).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(-1, config.channels, side * patch, side * patch).float()
+    patch, (channels, height, wide) = config.patch, image_shape(config)
+    x = x.reshape(-1, height // patch, wide // patch, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, wide).float()
 
 
 def load(folder, device="cpu", dtype=None) -> SiT:
@@ -376,7 +386,8 @@ def draw_noise(model, count: int, seed: int) -> torch.Tensor:
     raise ValueError(f"count={count} must be at least 1.")
   if not 0 <= seed < 2**32:  # PyTorch's generator takes 32 bits of it
     raise ValueError(f"seed={seed} would draw the noise of seed {seed % 2**32}: give [0, 2^32).")
-  noise = torch.randn((count, *_shape(model)), generator=torch.Generator().manual_seed(seed))
+  shape = (count, *image_shape(model.config))
+  noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
   return noise.to(model.pos_embed.device)
 
 
@@ -411,8 +422,8 @@ def prepare(model, x0, c, w, steps):
   """
   config, schedule = model.config, parse_schedule(steps)
   x = as_tensor("x0", x0, model.pos_embed.device).float()
-  if x.ndim != 4 or tuple(x.shape[1:]) != _shape(model) or not len(x):
-    shape = ", ".join(map(str, _shape(model)))
+  if x.ndim != 4 or tuple(x.shape[1:]) != image_shape(config) or not len(x):
+    shape = ", ".join(map(str, image_shape(config)))
     raise ValueError(f"x0 has shape {tuple(x.shape)}; the network needs [B, {shape}], B >= 1.")
   c, w = (_one_each(name, a, x) for name, a in (("c", c), ("w", w)))
   if c.dtype == torch.bool or c.is_floating_point():
@@ -521,12 +532,6 @@ def _autoencoder(name: str):
     ) from error
 
 
-def _shape(model) -> tuple[int, int, int]:
-  """(C, H, W) of what the network sees."""
-  config = model.config
-  return config.channels, config.image_size, config.image_size
-
-
 def as_tensor(name: str, values, device) -> torch.Tensor:
   """A tensor of numbers, an array or nested lists; a ValueError names the argument."""
   if isinstance(values, torch.Tensor):
@@ -567,7 +572,7 @@ def _in_diffusers():
       width: int,
       heads: int,
       patch: int,
-      image_size: int,
+      image_size: int | list[int],
       channels: int,
       num_classes: int,
       guided: bool,

@@ -108,7 +108,7 @@ class ISMPipeline(DiffusionPipeline):
     if isinstance(generator, list) and len(generator) != len(c):
       raise ValueError(f"{len(generator)} generators are given for {len(c)} images: one for each.")
     if latents is None:
-      shape = len(c), config.channels, config.image_size, config.image_size
+      shape = len(c), *ism.image_shape(config)
       latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     if guidance_scale is None:
       guidance_scale = 1.5 if config.guided else 1 + config.fixed_w

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import generate, restore
+from ism_jax import generate, ranges, restore
 from ism_jax.data import pipeline
 from ism_jax.evaluation import summary
 from ism_jax.evaluation.report import as_markdown
@@ -181,7 +181,8 @@ def describe(trained: Trained, dtype: str) -> dict:
     "architecture": exp.model.size,
     **dict(zip(("depth", "width", "heads"), exp.model.dimensions, strict=True)),
     "patch": exp.model.patch,
-    **{name: getattr(exp.data, name) for name in ("image_size", "channels", "num_classes")},
+    "image_size": ranges.size_as_json(exp.data.image_size),
+    **{name: getattr(exp.data, name) for name in ("channels", "num_classes")},
     "guided": exp.objective.intrinsic,
     **{name: getattr(exp.objective, name) for name in ("w_max", "fixed_w", "t_interval")},
     "vae": vae,

@@ -264,7 +264,7 @@ def write_random_latents(cfg: data.DataConfig, folder: str) -> None:
   settings = latents.Settings(
     vae=cfg.vae,
     vae_sha256="",
-    size=cfg.image_size * latents.DOWNSAMPLING,
+    size=tuple(n * latents.DOWNSAMPLING for n in cfg.image_shape[:2]),
     latent_channels=cfg.channels,
     crop="",
     listing="",

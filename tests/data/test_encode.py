@@ -332,23 +332,23 @@ def resized(array, size, kind):
 
 def reference_crop(photo, size):
   array = photo.astype(float)
-  while min(array.shape[:2]) >= 2 * size:
+  ratios = lambda: np.divide(array.shape[:2], size)
+  while min(ratios()) >= 2:
     array = resized(array, (array.shape[1] // 2, array.shape[0] // 2), "box")
-  scale = size / min(array.shape[:2])
-  height, width = (round(n * scale) for n in array.shape[:2])
+  height, width = (round(n / min(ratios())) for n in array.shape[:2])
   array = resized(array, (width, height), "bicubic")
-  top, left = (height - size) // 2, (width - size) // 2
-  return array[top : top + size, left : left + size]
+  top, left = (height - size[0]) // 2, (width - size[1]) // 2
+  return array[top : top + size[0], left : left + size[1]]
 
 
 @pytest.mark.parametrize("photo", PHOTOS)
 @pytest.mark.parametrize("shape", [(427, 640), (640, 427), (100, 30), (64, 64), (31, 90)])
-@pytest.mark.parametrize("size", [32, 64, 256])
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (256, 256), (48, 64), (96, 24)])
 def test_the_crop_is_adms_against_a_reference_in_numpy(photo, shape, size):
   whole = PHOTOS[photo].swapaxes(0, 1) if shape == (640, 427) else PHOTOS[photo]
   pixels = np.ascontiguousarray(whole[: shape[0], : shape[1]])
   crop = images.centre_crop(Image.fromarray(pixels), size)
-  assert crop.dtype == np.uint8 and crop.shape == (size, size, 3)
+  assert crop.dtype == np.uint8 and crop.shape == (*size, 3)
   assert np.abs(crop - reference_crop(pixels, size)).max() <= 1
 
 
@@ -440,6 +440,25 @@ def test_records_are_the_vaes_moments_of_the_crop_and_of_its_mirror_image(photos
   assert np.std(np.diff(expected.reshape(-1, 2, 32), axis=1)) > 0.02, "views differ"
   labels = np.repeat([source.read(i)[1] for i in readable], 2)
   np.testing.assert_array_equal(records["label"], labels)
+
+
+def test_rectangles_are_encoded_as_they_are_cropped_and_read_back(photos, vae, encoded, tmp_path):
+  source = images.open_source(photos, "")
+  settings = run(source, vae, tmp_path, size=(16, 24))
+  run(source, vae, tmp_path, size=(16, 24))  # whole already
+  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  assert manifest["size"] == [16, 24] and manifest["moments"] == [2, 3, 8]
+  cfg = data.DataConfig("latents", str(tmp_path), (2, 3), 4, 2, True, 0, 0, "random-small")
+  read, _ = data.load_source(cfg).read([0], np.array([True]))
+  first = images.decode(source.read(1)[0])  # before it lies the broken one
+  mirrored = images.centre_crop(first, (16, 24))[None, :, ::-1]
+  expected = vae_lib.encode(vae.cfg, vae.params, np.float32(mirrored / 127.5 - 1))
+  np.testing.assert_allclose(read["moments"], expected, rtol=2e-3, atol=2e-3)
+  assert settings.moments_shape == expected.shape[1:]
+  with pytest.raises(ValueError, match=r"size=16, not \[16, 24\]"):
+    run(source, vae, encoded[0], size=(16, 24))
+  with pytest.raises(ValueError, match=r"2x3 latents .*\(16x24 images\).* for 3x2 latents"):
+    data.load_source(dataclasses.replace(cfg, image_size=(3, 2)))
 
 
 def test_unreadable_images_are_counted_and_named_with_the_reason(encoded, vae):
@@ -803,6 +822,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     (("--verify",), "it has no manifest.json"),
     ((f"--images={photos}", "--sise=256"), "--sise is no flag of this command"),
     ((f"--images={photos}", "--size=large"), "flag --size=large"),
+    ((f"--images={photos}", "--size=64x36", "--vae=random-small"), "size=36 must be a multiple"),
   ):
     process = command(*arguments, f"--out={tmp_path / 'out'}")
     _, stderr = process.communicate(timeout=100)

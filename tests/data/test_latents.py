@@ -179,6 +179,7 @@ def test_a_resumed_iterator_continues_bit_exactly_and_processes_share_the_rows(s
 @pytest.mark.parametrize(
   ("change", "message"),
   [
+    ({"image_size": (2, 4)}, r"2x2 latents of 4 .* for 2x4 latents"),
     ({"image_size": 4}, r"2x2 latents of 4 channels in 3 .*\(16x16 images\).* 4x4 latents"),
     ({"channels": 8}, "for 2x2 latents of 8 channels"),
     ({"num_classes": 1000}, "in 3 classes.* in 1000 classes"),
@@ -286,6 +287,9 @@ def test_a_manifest_that_cannot_be_understood_is_refused(copy, content, message)
     ({"images_per_shard": 0}, "images_per_shard=0 must be at least 1"),
     ({"size": 10**9}, r"moments=\[.*\], not \[125000000, 125000000, "),
     ({"size": -8}, "size=-8 must be a multiple of 8"),
+    ({"size": [16, 24]}, r"moments=\[2, 2, 8\], not \[2, 3, 8\]"),
+    ({"size": [16, "16"]}, r"size\[1\] is str, not int"),
+    ({"size": [16]}, "damaged: "),
     ({"shards": "many"}, "shards is str, not list"),
     ({"counts": [1, 2.5]}, r"counts\[1\] is float, not int"),
     ({"unreadable": {"a.png": 1}}, r"unreadable\['a.png'\] is int, not str"),
@@ -484,7 +488,8 @@ def test_latents_are_no_images_and_have_one_split(folder, source):
   assert data.directory(config(folder)) == str(folder)
 
 
-@pytest.mark.parametrize(("size", "nearest"), [(250, 248), (3, 8), (-8, 8)])
+@pytest.mark.parametrize(("size", "nearest"), [(250, 248), (3, 8), (-8, 8), ((64, 37), 40)])
 def test_a_size_that_the_vae_does_not_divide_names_the_nearest_that_it_does(size, nearest):
-  with pytest.raises(ValueError, match=f"size={size} must be a multiple of 8.* is {nearest}"):
+  side = size if isinstance(size, int) else size[1]
+  with pytest.raises(ValueError, match=f"size={side} must be a multiple of 8.* is {nearest}"):
     latents.check_size(size)

@@ -31,10 +31,13 @@ def write(out, config):
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-  """Exports: of an ism and of an sm network, and of latents whose classes have names."""
+  """Exports: of an ism, an sm and an oblong network, and of latents whose classes have names."""
   folder = tmp_path_factory.mktemp("exports")
   for variant in ("ism", "sm"):
     write(folder / variant, tiny_config(variant))
+  config = tiny_config()
+  config.data.update({"image_size": (8, 16), "channels": 3})
+  write(folder / "oblong", config)
   (folder / "data").mkdir()
   manifest = {"format": 1, "classes": CLASSES}
   (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
@@ -89,20 +92,22 @@ def pipe(load, exports):
   return load(exports / "ism")
 
 
-@pytest.mark.parametrize("variant", ["ism", "sm"])
+@pytest.mark.parametrize("variant", ["ism", "sm", "oblong"])
 def test_samples_are_those_of_the_pytorch_module_in_any_number_of_steps(
   load, ours, exports, variant
 ):
   pipe, model = load(exports / variant), ours.load(exports / variant)
   x0, c = ours.draw_noise(model, 3, seed=0), [3, 10, 7]
   for steps in (1, 2, 4, 8, 128, "1/2,1/4,1/4"):
-    w = [0, 1.5, 3] if variant == "ism" else [2.0] * 3 if steps == 128 else [0.5] * 3
+    w = [0, 1.5, 3] if variant != "sm" else [2.0] * 3 if steps == 128 else [0.5] * 3
     expected = ours.sample(model, x0, c, w, steps)
     scale = [1 + a for a in w]
     options = {"num_inference_steps": steps, "latents": x0, "output_type": "latent"}
     actual = pipe(c, guidance_scale=scale, **options).images
     assert expected.std() > 0.1 and (actual - expected).abs().max() < 1e-5
   assert {float(p.scheduler.config.shift) for p in (pipe,)} == {1.0}
+  height, width = (8, 16) if variant == "oblong" else (8, 8)
+  assert pipe(1, num_inference_steps=1).images[0].size == (width, height)
 
 
 def test_each_image_has_its_own_guidance_and_generator(pytorch, pipe):

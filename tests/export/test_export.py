@@ -18,6 +18,8 @@ import safetensors.numpy
 from configs import imagenet256
 from ism_jax import experiment, generate, model, paths, restore, sampling, train
 from ism_jax.export import pytorch as export
+from ism_jax.export import stablehlo
+from ism_jax.performance import benchmark
 from ism_jax.pretrained import sit, torch_files, vae
 from ism_jax.runtime import checkpoints, files, sharding
 from ism_jax.steps import abstract_state, init_function
@@ -468,6 +470,43 @@ def trained(workdirs, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_latents_that_are_not_square_are_trained_sampled_and_exported(
+  pytorch, ours, tmp_path, monkeypatch
+):
+  """32x48 images of 4x6 latents, from their folder to pixels in JAX, PyTorch and StableHLO."""
+  monkeypatch.setattr(vae, "SD_VAE", vae.load("random-small").cfg)  # of the export's folder
+  config = tiny_config()
+  config.data.update({"name": "latents", "vae": "random-small", "dir": str(tmp_path / "data")})
+  config.data.update({"channels": 4, "image_size": (4, 6)})
+  config.model.size = "SiT-XXS/2"
+  config.update({"steps": 4, "sample": {"num_images": 3, "steps": "2"}})
+  (tmp_path / "data").mkdir()
+  benchmark.write_random_latents(experiment.parse(config).data, str(tmp_path / "data"))
+  state = train.train(config, str(tmp_path / "run"), jax.devices()[:1])
+  generate.write_samples(config, str(tmp_path / "run"), str(tmp_path / "x.npz"), jax.devices()[:1])
+  drawn = np.load(tmp_path / "x.npz")["arr_0"]
+  assert drawn.shape == (3, 32, 48, 3)
+
+  export.export(str(tmp_path / "run"), str(tmp_path / "out"), tree="ema", dtype="float32")
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["image_size"] == [4, 6]
+  trained = restore.read(str(tmp_path / "out"))
+  assert_equal(trained.params, state.ema)
+  x0 = np.asarray(sampling.draw_noise(jax.random.key(0), np.arange(3), trained.exp.image_shape))
+  x1 = ours.sample(ours.load(tmp_path / "out"), to_torch(pytorch, x0), [0, 1, 2], 0.5, 2)
+  expected = jax_samples(trained.exp, state.ema, x0, np.arange(3), np.full(3, 0.5), 2)
+  assert relative(to_numpy(x1), np.asarray(expected)) < 1e-4
+
+  stablehlo.write(trained.exp, state.ema, str(tmp_path / "hlo"), (2,), about="it")
+  program = lambda name: jax.export.deserialize(bytearray((tmp_path / "hlo" / name).read_bytes()))
+  arrays = lambda name: dict(np.load(tmp_path / "hlo" / name))
+  x1 = program("sampler_2.stablehlo").call(
+    arrays("parameters.npz"), x0, np.arange(3, dtype=np.int32), np.full(3, 0.5, np.float32)
+  )
+  pixels = np.asarray(program("decoder.stablehlo").call(arrays("decoder.npz"), x1))
+  assert np.abs(pixels.astype(int) - drawn).max() <= 1
+
+
+@pytest.mark.slow
 def test_training_imports_when_it_begins_and_not_when_it_continues(workdir, trained, tmp_path):
   _, run, state, _ = trained
   for (path, a), (_, b) in zip(leaves(state.params), leaves(workdir[2].ema), strict=True):
@@ -499,7 +538,7 @@ def pytorch_network(torch, ours, net, params, shape):
     width=width,
     heads=heads,
     patch=net.cfg.patch,
-    image_size=shape[0],
+    image_size=shape[0] if shape[0] == shape[1] else list(shape[:2]),
     channels=shape[2],
     num_classes=net.num_classes,
     guided=net.guided,
@@ -528,10 +567,13 @@ def relative(actual, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "depth"), [("SiT-S/2", 12), ("SiT-XL/2", 2)])
-def test_the_networks_agree(pytorch, ours, monkeypatch, size, depth):
+@pytest.mark.parametrize(
+  ("size", "depth", "shape"),
+  [("SiT-S/2", 12, (32, 32, 4)), ("SiT-XL/2", 2, (32, 32, 4)), ("SiT-XS/4", 6, (12, 40, 3))],
+)
+def test_the_networks_agree(pytorch, ours, monkeypatch, size, depth, shape):
   monkeypatch.setitem(model._SIZES, "XL", (2, 1152, 16))
-  net, shape = network(size, classes=1000), (32, 32, 4)
+  net = network(size, classes=1000)
   assert net.cfg.dimensions[0] == depth
   params = random_params(net, shape)
   x, *conditions = inputs(shape, 1000)
