@@ -24,7 +24,7 @@ def get_base() -> ml_collections.ConfigDict:
       "batch_size": 256,  # open; SiT, DiT and SM
       "micro_batches": 1,
       "scan_steps": 8,
-      "init_from": "",  # a state dict of SiT, or an export; also by its name on the hub
+      "init_from": "",  # a workdir; a state dict of SiT or an export, also by its name on the hub
       "placement": "auto",
       "gradient_dtype": "float32",
       "profile_steps": 0,

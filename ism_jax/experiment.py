@@ -151,9 +151,9 @@ class Experiment:
     batch_size: M, images per step over all devices.
     micro_batches: pieces of each device's rows, one after the other, to save memory.
     scan_steps: steps per compiled call; divides the pool size.
-    init_from: a state dict with which a run begins, SiT's or one of ours, by its path or its name
-      on the Hugging Face hub (see `pretrained.sit.read`); "" is a new network. A run that continues
-      does not read it.
+    init_from: the network with which a run begins: a state dict of SiT's or an export, by its path
+      or its name on the Hugging Face hub, or the workdir of a run; see `restore.read_start`. "" is
+      a new network. A run that continues does not read it.
     placement: of the train state: "replicated" (all of it on every device), "sharded" (split over
       the devices of a slice; a step gathers the parameters) or "auto" (sharded where several
       accelerators share the work, but for `steps.placement`'s exceptions).

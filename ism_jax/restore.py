@@ -4,10 +4,14 @@ Only the parameters are read: no optimizer is built, and nothing depends on wher
 state.
 """
 
+import collections
+from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 import pathlib
 
+from absl import logging
 from etils import epath
 import jax
 
@@ -109,7 +113,6 @@ def read(
     params = sit.load(folder, exp.network(), exp.image_shape)
     params = jax.device_put(params, sharding.replicated(mesh))
     checksum = details.get("checksum") or files.sha256(sit.weights_of(folder))
-    labels = details.get("id2label")
     return Trained(
       exp,
       details["config"],
@@ -117,7 +120,7 @@ def read(
       details["tree"],
       params,
       checksum,
-      names=labels and [labels[str(i)] for i in range(len(labels))],
+      names=_names(details),
     )
   with _open(source) as manager:
 
@@ -135,6 +138,72 @@ def read(
     return checkpoints.restore_newest(manager, read_step)[1] if step is None else read_step(step)
 
 
+def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
+  """The parameters with which a training of `exp` begins, NumPy's in host memory.
+
+  Those of another network may be of other classes: each class takes the row of the label table that
+  has its name, and a new one that of "no class", whose own row always comes along. Where names are
+  unknown, as many classes are the same by number. Positions are fixed, so that another size of
+  images fits. Embedders that a network of SiT's lacks are left out, see `sit.complete`.
+
+  Args:
+    source: the workdir of a run, of which the inference EMA is taken; an export; or what `sit.read`
+      takes.
+    names: of the classes of the data, by label; None where it has numbers alone.
+  Raises:
+    FileNotFoundError: nothing of the kind is at `source`.
+    ValueError: it is damaged, or no network of this model and as many channels.
+  """
+  if is_run(source):
+    trained = read(source)
+    state = sit.from_params(
+      jax.device_get(trained.params), trained.exp.network(), trained.exp.image_shape
+    )
+    about, known = f"the {trained.about} of {source}", trained.names
+  else:
+    (state, about), known = sit.read(source), None
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a state dict alone
+      known = _names(find_export(source, beside=())[1])
+  network = exp.network()
+  params = sit.to_own_params(state, network, exp.image_shape, about)
+  table, count = params["y_embedder"]["embedding"], exp.data.num_classes
+  if names and known and len(known) == len(table) - 1:
+    rows, how = match_names(names, known), "by name"
+  elif count == len(table) - 1:
+    rows, how = list(range(count)), "by number"
+  else:
+    rows, how = [-1] * count, f"(of its {len(table) - 1} or of these the names are unknown)"
+  params["y_embedder"]["embedding"] = table[[*rows, -1]]  # the last is that of no class
+  new, embedders = rows.count(-1), sit.EMBEDDERS if network.guided else sit.EMBEDDERS[:1]
+  absent = [name for name in embedders if name not in params]
+  remark = f"; it has no {' and no '.join(absent)}: new ones add nothing at first"
+  logging.info(
+    f"Training begins with {about}: {count - new} of {count} classes {how}, {new} new, which begin "
+    f"as no class{remark if absent else ''}."
+  )
+  return params
+
+
+def match_names(names: Sequence[str], known: Sequence[str]) -> list[int]:
+  """The place of each name in `known`, or -1.
+
+  Names may have several words for a class, such as "tabby, tabby cat": the whole or else any of
+  them is a match, if it stands for one class alone.
+  """
+  places = collections.defaultdict(set)
+  for i, name in enumerate(known):
+    for word in _words(name):
+      places[word].add(i)
+  matches = lambda name: (min(places[w]) for w in _words(name) if len(places.get(w, ())) == 1)
+  return [next(matches(name), -1) for name in names]
+
+
+def _words(name: str) -> list[str]:
+  """The whole name and its parts, in one spelling."""
+  words = (" ".join(w.casefold().replace("_", " ").split()) for w in (name, *name.split(",")))
+  return [word for word in words if word]
+
+
 def read_config(source: str) -> dict:
   """The config of the newest checkpoint whose config is whole, or of an export; as `read`."""
   if not is_run(source):
@@ -148,11 +217,21 @@ def _open(workdir: str):
   return checkpoints.open_manager(epath.Path(workdir).expanduser(), keep=1, read_only=True)
 
 
-def find_export(source: str) -> tuple[pathlib.Path, dict]:
-  """(the folder of an export, its config.json); source and errors as of `read`."""
+def _names(details: dict) -> list[str] | None:
+  """Those of the classes in an export's config.json, if it has them."""
+  labels = details.get("id2label")
+  names = [labels.get(str(i)) for i in range(len(labels))] if isinstance(labels, dict) else []
+  return names if names and all(isinstance(name, str) for name in names) else None
+
+
+def find_export(source: str, beside=(_VAE,)) -> tuple[pathlib.Path, dict]:
+  """(the folder of an export, its config.json); source and errors as of `read`.
+
+  Of a repository, the files `beside` are fetched too.
+  """
   needed = {"what": "trained network", "remedy": _NEEDED}
   weights = (sit.WEIGHTS, sit.OLDER_WEIGHTS)
-  path = hub.find(source, [sit.CONFIG, *weights, _VAE], **needed)
+  path = hub.find(source, [sit.CONFIG, *weights, *beside], **needed)
   path = path.absolute()  # that of a file of weights names its folder
   above = [name.count("/") for name in weights if path.as_posix().endswith(f"/{name}")]
   folder = path.parents[above[0]] if above and path.is_file() else path

@@ -11,10 +11,9 @@ from clu import parameter_overview
 import jax
 import numpy as np
 
-from ism_jax import data, experiment, steps
+from ism_jax import data, experiment, restore, steps
 from ism_jax.evaluation.monitor import Monitor
 from ism_jax.experiment import Experiment
-from ism_jax.pretrained import sit
 from ism_jax.runtime import checkpoints, commands, files, locks, logs, sharding
 from ism_jax.state import TrainState
 
@@ -154,7 +153,7 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
   """
   if manager.latest_step() is None:
     path = exp.init_from
-    imported = sit.load(path, exp.network(), exp.image_shape) if path else None
+    imported = restore.read_start(path, exp, data.class_names(exp.data)) if path else None
     return steps.init_function(exp, mesh)(steps.base_keys(exp.seed).init, imported), None
   like = steps.abstract_state(exp, mesh)
 

@@ -8,6 +8,7 @@ import sys
 from examples import flags_of, random_params, tiny_config
 import hub_stand_in
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from ism_jax import experiment, generate, main, restore, steps
 from ism_jax import state as state_lib
 from ism_jax.evaluation import evaluate
 from ism_jax.export import pytorch
+from ism_jax.pretrained import sit
 from ism_jax.runtime import checkpoints, files, sharding
 
 TREES = {"params": 1.0, "ema": 2.0, "target_ema": 3.0}  # times the random parameters
@@ -149,6 +151,85 @@ def test_exports_of_two_networks_are_told_apart_and_keep_the_names_of_classes(
   assert restore.read(str(tmp_path / "again")).names == names
   monkeypatch.chdir(other / "transformer")
   assert restore.read("diffusion_pytorch_model.safetensors").names == names
+
+
+def of_data(count=10, size=8, channels=1, model=None):
+  """The experiment of a training on other data."""
+  config = tiny_config()
+  config.data.update({"num_classes": count, "image_size": size, "channels": channels})
+  config.model.size = model or config.model.size
+  config.sample.label = -1
+  return experiment.parse(config)
+
+
+def label_rows(params) -> np.ndarray:
+  return params["y_embedder"]["embedding"]
+
+
+def all_but_labels(params) -> dict:
+  return {key: value for key, value in params.items() if key != "y_embedder"}
+
+
+ANIMALS = ["tench, Tinca tinca", "tabby, tabby cat", "crane, bird", "crane, machine", *"efghij"]
+
+
+def test_classes_are_matched_by_any_name_that_is_of_one_class_alone():
+  names = ["Tabby", "crane", "crane,  Bird", "tinca_tinca", "tabby cat", "ox", "E", ""]
+  assert restore.match_names(names, ANIMALS) == [1, -1, 2, 0, 1, -1, 4, -1]
+  assert restore.match_names(ANIMALS, ANIMALS) == list(range(10))
+  assert restore.match_names(["a"], ["a", "A"]) == [-1]
+
+
+def test_a_training_begins_with_the_rows_of_classes_of_the_same_name(workdir, tmp_path, caplog):
+  caplog.set_level("INFO", "absl")
+  folder, before = tmp_path / "named", expected(4, "ema")
+  pytorch.export(workdir, str(folder), tree="ema", dtype="float32", step=4)
+  config = json.loads((folder / "config.json").read_text())
+  config["id2label"] = {str(i): name for i, name in enumerate(ANIMALS)}
+  (folder / "config.json").write_text(json.dumps(config))
+  for count, names, rows, said in (
+    (4, ["ox", "tabby", "e", "crane"], [-1, 1, 4, -1], "2 of 4 classes by name, 2 new"),
+    (10, ANIMALS[::-1], range(9, -1, -1), "10 of 10 classes by name, 0 new"),
+    (10, None, range(10), "10 of 10 classes by number, 0 new"),
+    (3, None, [-1] * 3, "0 of 3 classes (of its 10 or of these the names are unknown), 3 new"),
+  ):
+    begun = restore.read_start(str(folder), of_data(count), names)
+    np.testing.assert_array_equal(label_rows(begun), label_rows(before)[[*rows, 10]])
+    jax.tree.map(np.testing.assert_array_equal, all_but_labels(begun), all_but_labels(before))
+    assert said in caplog.text
+  state = steps.init_function(of_data(3), sharding.data_mesh())(jax.random.key(0), begun)
+  assert label_rows(state.ema).shape == (4, label_rows(before).shape[1])
+
+
+@pytest.mark.parametrize("size", [12, (8, 16), (16, 4)])
+def test_a_training_begins_with_a_run_of_another_size_of_images(workdir, export, size):
+  begun = restore.read_start(workdir, of_data(size=size), None)  # as of the newest checkpoint
+  jax.tree.map(np.testing.assert_array_equal, begun, expected(8, "ema"))
+  begun = restore.read_start(export, of_data(size=size), None)
+  jax.tree.map(np.testing.assert_array_equal, begun, expected(4, "target_ema"))
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (5, 1), (3, 5), (4, 4)])
+def test_the_positions_of_a_state_dict_tell_its_rows_and_columns(grid):
+  exp = of_data(size=tuple(4 * n for n in grid))
+  params = random_params(exp.network(), exp.image_shape)
+  state = sit.from_params(params, exp.network(), exp.image_shape)
+  state["pos_embed"] = state["pos_embed"].astype(ml_dtypes.bfloat16)
+  read = sit.to_own_params(state, of_data(3).network(), (8, 8, 1), "it")
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+def test_a_training_begins_with_no_network_of_other_channels_or_blocks(workdir, export, tmp_path):
+  for source in (workdir, export):
+    with pytest.raises(ValueError, match=r"of 1 channels, and the data has 3: .* Set init_from"):
+      restore.read_start(source, of_data(channels=3), None)
+    with pytest.raises(ValueError, match=r"(?s)'SiT-XS/4' for 8x8x1 .*\nIt has 3 blocks"):
+      restore.read_start(source, of_data(size=16, model="SiT-XS/4"), None)
+  with pytest.raises(FileNotFoundError, match=r"no weights under .*Name a state dict"):
+    restore.read_start(str(tmp_path / "nosuch"), of_data(), None)
+  (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    restore.read_start(str(tmp_path / "empty"), of_data(), None)
 
 
 def run(command, *arguments):

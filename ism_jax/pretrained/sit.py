@@ -26,7 +26,7 @@ WEIGHTS, OLDER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors", "mod
 CONFIG = "config.json"
 EMBEDDERS = ("d_embedder", "w_embedder")  # which SiT's own code does not have
 
-_POSITIONS = "pos_embed"
+_POSITIONS, _LABELS = "pos_embed", "y_embedder.embedding_table.weight"
 _MODULES = {  # of ours: SiT's name, with the number of the block
   "x_embedder": "x_embedder.proj",
   "y_embedder": "y_embedder.embedding_table",
@@ -94,6 +94,39 @@ def to_params(state: dict[str, Any], model: SiT, shape: tuple[int, int, int], so
   return weights.stack_layers(state, {path: layers(_key(path)) for path in shapes}, shapes)
 
 
+def to_own_params(state: dict[str, Any], model: SiT, shape: tuple[int, int, int], source: str):
+  """`to_params` of a state dict of any classes and any size of images, with which others begin.
+
+  Its label table comes with the rows that it has. Positions are fixed: they tell the size, and
+  those of another are none of the parameters.
+
+  Raises:
+    ValueError: also for another number of channels.
+  """
+  patches, table = state.get("x_embedder.proj.weight"), state.get(_LABELS)
+  if getattr(patches, "ndim", 0) == 4 and patches.shape[1] != shape[-1]:
+    raise ValueError(
+      f"{source} is a network of {patches.shape[1]} channels, and the data has {shape[-1]}: its "
+      f"patches would mean nothing. Set init_from to weights of {shape[-1]} channels, or data.dir "
+      f"to data of {patches.shape[1]}."
+    )
+  if getattr(table, "ndim", 0) == 2 and len(table) > 1:
+    model = model.clone(num_classes=len(table) - 1)
+  if grid := _grid(state.get(_POSITIONS)):
+    shape = (*(n * model.cfg.patch for n in grid), shape[-1])
+  return to_params(state, model, shape, source)
+
+
+def _grid(positions) -> tuple[int, int] | None:
+  """Rows and columns of `position_embedding` [1, T, D]; None where it is none."""
+  if not isinstance(positions, np.ndarray) or positions.ndim != 3 or not positions.size:
+    return None
+  of_rows = positions[0, :, positions.shape[2] // 2 :]
+  others = np.flatnonzero((of_rows != of_rows[0]).any(axis=1))  # tokens below the first row
+  columns = int(others[0]) if others.size else len(of_rows)
+  return (len(of_rows) // columns, columns) if len(of_rows) % columns == 0 else None
+
+
 def complete(imported, fresh):
   """`imported`, with the embedders that it lacks.
 
@@ -124,8 +157,8 @@ def read(path) -> tuple[dict[str, Any], str]:
     ValueError: it is damaged, or no file of tensors; see `torch_files.read_state_dict`.
   """
   remedy = (
-    "Name a state dict of SiT (.pt or .safetensors), the folder of an export, or the repository of "
-    "either on the Hugging Face hub."
+    "Name a state dict of SiT (.pt or .safetensors), the folder of an export, the repository of "
+    "either on the Hugging Face hub, or the workdir of a run."
   )
   needed = {"what": "weights", "remedy": remedy}
   source, path = str(path), hub.find(str(path), [WEIGHTS, OLDER_WEIGHTS], **needed)
@@ -144,10 +177,7 @@ def load(path, model: SiT, shape: tuple[int, int, int]):
   """`to_params` of what `read` finds."""
   state, source = read(path)
   params = to_params(state, model, shape, source)
-  embedders = EMBEDDERS if model.guided else EMBEDDERS[:1]
-  absent = [name for name in embedders if name not in params]
-  remark = f", which has no {' and no '.join(absent)}: new ones add nothing at first"
-  logging.info(f"Parameters are {source}{remark if absent else ''}.")
+  logging.info("Parameters are %s.", source)
   return params
 
 
