@@ -43,6 +43,12 @@ def get_base() -> ml_collections.ConfigDict:
         "vae_scale": 0.18215,  # of sd-vae-ft-mse; SDXL's has 0.13025
         "vae_shift": 0.0,
         "may_change": False,
+        # Of the images of a folder.
+        "crop": "centre",
+        "orient": True,
+        "background": "white",
+        "max_pixels": 178_956_970,  # where PIL stops
+        "held_out": 0.1,
       },
       "model": {
         "size": "SiT-XL/2",  # paper

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ism_jax import data, generate, model, paths, ranges, restore, sampling, train
 from ism_jax import experiment as experiment_lib
-from ism_jax import generate, model, paths, ranges, restore, sampling, train
 from ism_jax.experiment import Experiment
 from ism_jax.export import stablehlo
 from ism_jax.runtime import commands, files, sharding
@@ -74,7 +74,7 @@ def fit(config, workdir: str, devices=None) -> "Model":
       checkpoint is written, as of the command.
   """
   _log_as_commands_do()
-  workdir = files.local_path(workdir)
+  workdir, config = files.local_path(workdir), data.resolve(config)
   state = train.train(config, workdir, devices)
   mesh = sharding.data_mesh(devices)
   params = jax.device_put(state.ema, sharding.replicated(mesh))

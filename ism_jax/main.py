@@ -78,7 +78,7 @@ def main(arguments):
   source = workdir if args["workdir"].present else os.path.abspath(workdir)  # no name of the hub
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
-  from ism_jax import generate, restore, train
+  from ism_jax import data, generate, restore, train
   from ism_jax.evaluation import evaluate
 
   with multihost.shared_fate(), commands.one_line_errors():
@@ -92,6 +92,8 @@ def main(arguments):
         logging.info("Results: %s", out)
     if config is None:
       config = override(restore.read_config(source), arguments)
+    else:
+      config = data.resolve(config)
     if mode == "train":
       if config.evaluation.at_end:
         evaluate.check(config)  # what is missing is missed now

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ism_jax import couplings, experiment, generate, objectives, paths, ranges, state, steps
+from ism_jax.data import recipe
 from ism_jax.runtime import sharding
 
 CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("[!_]*.py"))
@@ -78,7 +79,11 @@ def changes(values, most: int, of=("",)):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_number_of_every_config_has_a_declared_range(name):
-  config = importlib.import_module(f"configs.{name}").get_config().to_dict()
+  config = importlib.import_module(f"configs.{name}").get_config()
+  sizes = {"image_size": (32, 48), "channels": 3, "num_classes": 2}
+  autoencoder = {"vae": "random-small", "vae_scale": 1.0, "vae_shift": 0.0}
+  values = {f"data.{key}": value for key, value in (sizes | autoencoder).items()}
+  config = recipe.fill(config, recipe.Facts(20_000, (32, 48, 3), 2, values)).to_dict()
   for key, value in experiment.flatten(config).items():
     elements = value if isinstance(value, tuple) else (value,)
     if any(isinstance(v, int | float) and not isinstance(v, bool) for v in elements):

@@ -10,6 +10,7 @@ from ism_jax.data.pipeline import (
   pools,
   to_unit_range,
 )
+from ism_jax.data.recipe import resolve
 
 __all__ = [
   "DataConfig",
@@ -19,5 +20,6 @@ __all__ = [
   "directory",
   "load_source",
   "pools",
+  "resolve",
   "to_unit_range",
 ]

@@ -1,7 +1,7 @@
 """Classified images as they are published, read at random, and cropped to one size.
 
 A source is a list of images in a fixed order, by class and then by name. Nothing is unpacked: a
-member of a tar file, also of one that lies inside another, is read where it is.
+member of a zip or tar file, also of a tar file that lies inside another, is read where it is.
 """
 
 import collections
@@ -16,22 +16,28 @@ import os
 import pathlib
 import re
 import tarfile
+import threading
 from typing import Any, NamedTuple
+import zipfile
 import zlib
 
 from absl import flags, logging
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import features as pil_features
 import tensorflow_datasets as tfds
 
 from ism_jax import ranges
-from ism_jax.data import pipeline
+from ism_jax.data import published
 from ism_jax.runtime import files
 
 CROP = "ADM centre crop"
 TFDS = "tfds:"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PIL has some that run programs
+SUFFIXES += (".avif", ".jfif", ".jp2")
+# PIL has some that run programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 _LEVELS_PER_LEVEL = 257  # 65535 / 255: 16-bit levels in one of 8 bits
 _LARGEST = 2**30  # bytes of a file: of more no image has come that PIL's limit of pixels allows
 _LONGEST = 32  # times the length that is kept
@@ -68,23 +74,29 @@ class Source:
 
 
 class _File(NamedTuple):
-  """`size` bytes at `offset` of `path`, -1 for all to its end; or why they are no image."""
+  """`size` bytes at `offset` of `path`, -1 for all to its end; or why they are no image.
+
+  Of a zip file, `unzip` gives the bytes.
+  """
 
   name: str
   path: str
   offset: int = 0
   size: int = -1
   reason: str = ""
+  unzip: Callable[[], bytes] | None = None
 
 
 def open_source(images: str, tfds_dir: str) -> Source:
   """Finds all images, and reads none.
 
   Args:
-    images: a folder of class folders; a folder of tar files, one for each class; a tar file of such
-      tar files (ImageNet's ILSVRC2012_img_train.tar); or "tfds:NAME", a dataset of TFDS prepared as
-      ArrayRecord, whose training split is taken. Classes are named by their folders or tar files.
-      Files that are hidden or have no suffix of an image are left out, which is logged.
+    images: a folder of class folders, whose images may lie in folders of their own; a folder of
+      images, which are one class; a folder of tar files, one for each class; a zip or tar file of
+      class folders or of images; a tar file of class tar files (ImageNet's
+      ILSVRC2012_img_train.tar); or "tfds:NAME", a dataset of TFDS prepared as ArrayRecord, whose
+      training split is taken. Classes are named by their folders or tar files. Files that are
+      hidden or have no suffix of an image are left out, which is logged.
     tfds_dir: where TFDS datasets are; "" for TFDS's default.
   Raises:
     ValueError: there is no such source, it holds no images, or a class is empty.
@@ -94,11 +106,12 @@ def open_source(images: str, tfds_dir: str) -> Source:
   if os.path.isdir(images):
     listings = _classes_of_folder(images)
   elif os.path.isfile(images):
-    listings = _classes_of_tar_of_tars(images)
+    listings = _classes_of_archive(images)
   else:
     raise ValueError(
-      f"--images={images}: there is no such file or folder. Needed is a folder of class folders, "
-      "a folder of class tar files, ILSVRC2012_img_train.tar, or tfds:NAME."
+      f"{images}: there is no such file or folder. Needed is a folder of class folders or of "
+      "images, a zip or tar file of them, a folder of class tar files, ILSVRC2012_img_train.tar, "
+      "or tfds:NAME."
     )
   # In threads: on network storage nearly all of the time is waiting for one header after another.
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -110,13 +123,17 @@ def open_source(images: str, tfds_dir: str) -> Source:
       f"Remove them, or add their images (files with one of the suffixes {' '.join(SUFFIXES)})."
     )
   classes = tuple(sorted(listed))
-  flat = [(file, label) for label, name in enumerate(classes) for file in sorted(listed[name])]
+  flat = [
+    (file, label) for label, name in enumerate(classes) for file in sorted(listed[name], key=_place)
+  ]
   names = "\n".join((*classes, "", *(file.name for file, _ in flat)))
 
   def read(i):
     file, label = flat[i]
     if file.reason:
       raise OSError(errno.EINVAL, file.reason, file.path)
+    if file.unzip is not None:
+      return file.unzip(), label
     return read_file(file.path, file.offset, file.size), label
 
   def stat(i):
@@ -133,6 +150,10 @@ def open_source(images: str, tfds_dir: str) -> Source:
     fingerprint=lambda i: fingerprint(read(i)[0]),
     stat=stat,
   )
+
+
+def _place(file: _File) -> tuple:
+  return file.name, file.path, file.offset
 
 
 def fingerprint(content: bytes | np.ndarray) -> tuple[int, int]:
@@ -191,17 +212,24 @@ def only_images(names, where):
   images = [name for name in visible if name.lower().endswith(SUFFIXES)]
   if others := sorted(set(visible) - set(images)):
     logging.warning(
-      f"{where}: {len(others)} files that are no images by their suffix are left out, such as "
-      f"{others[0]}."
+      f"{where}: {len(others)} files that are no images by their suffix are left out: "
+      f"{_first(others)}."
     )
   return images
+
+
+def _first(names: list[str]) -> str:
+  """The first few of sorted names, in words."""
+  return ", ".join(names[:5]) + (", ..." if names[5:] else "")
 
 
 def _classes_of_folder(folder) -> dict[str, Callable[[], list[_File]]]:
   """Of each class, what lists its files."""
   entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
   kinds = {entry.name: _kind(entry) for entry in entries}
-  if odd := [name for name, kind in kinds.items() if kind == "other"]:
+  loose = [name for name, kind in kinds.items() if kind != "folder" and not name.endswith(".tar")]
+  odd = [name for name in loose if kinds[name] == "other" and not name.lower().endswith(SUFFIXES)]
+  if odd:
     raise ValueError(
       f"{folder} holds {len(odd)} entries that are neither folders nor files, such as {min(odd)}: "
       "without the class that a broken link stood for, the others would have other labels. Mend or "
@@ -214,15 +242,41 @@ def _classes_of_folder(folder) -> dict[str, Callable[[], list[_File]]]:
       f"{folder} holds both {len(classes)} folders, such as {min(classes)}, and {len(tars)} tar "
       f"files, such as {min(tars)}: keep those that are the classes and move the others away."
     )
-  if not classes and not tars:
-    raise ValueError(
-      f"{folder} holds neither class folders nor tar files of classes; needed is a folder like "
-      f"{folder}/CLASS/IMAGE.jpg or {folder}/CLASS.tar."
+  loose = only_images(loose, folder)
+  if loose and (classes or tars):
+    logging.warning(
+      f"{folder}: {len(loose)} images that lie beside the classes are left out: "
+      f"{_first(sorted(loose))}."
     )
   if classes:
+    _check_no_splits(folder, classes)
     return {name: functools.partial(_files_of_class_folder, folder, name) for name in classes}
+  if not tars:
+    listed = [_File(name, os.path.join(folder, name)) for name in loose]
+    return {_one_class(folder, listed): lambda: listed}
   path = lambda tar: os.path.join(folder, tar)
   return {tar[:-4]: functools.partial(_members, path(tar), tar[:-4]) for tar in tars}
+
+
+def _check_no_splits(where, classes) -> None:
+  """Raises ValueError where what would be taken for classes are the splits of a dataset."""
+  if len(classes) > 1 and {name.lower() for name in classes} <= _SPLITS:
+    raise ValueError(
+      f"{where} holds {', '.join(sorted(classes))}, which are splits and no classes: name the "
+      f"folder of one of them, such as {os.path.join(where, max(classes))}."
+    )
+
+
+def _one_class(where, files: list[_File]) -> str:
+  """The class of images that have no class folders; a ValueError if there are none."""
+  if not files:
+    raise ValueError(
+      f"{where} holds no image that is read here (files with one of the suffixes "
+      f"{' '.join(SUFFIXES)}), nor class folders or class tar files of them: convert other formats "
+      "to PNG first, or name another folder."
+    )
+  name = os.path.basename(os.path.abspath(where)) or "images"
+  return name if os.path.isdir(where) else os.path.splitext(name)[0]
 
 
 def _kind(entry: os.DirEntry) -> str:
@@ -235,44 +289,101 @@ def _kind(entry: os.DirEntry) -> str:
 
 
 def _files_of_class_folder(folder, name) -> list[_File]:
-  path = os.path.join(folder, name)
-  with os.scandir(path) as entries:
-    kinds = {entry.name: _kind(entry) for entry in entries}
-  if folders := [entry for entry, kind in kinds.items() if kind == "folder"]:
-    logging.warning(
-      f"Folders inside class folder {name} are left out, such as {folders[0]}; images must lie in "
-      f"{name} itself."
-    )
-  names = [entry for entry, kind in kinds.items() if kind != "folder"]  # broken links, too
-  return [_File(f"{name}/{file}", os.path.join(path, file)) for file in only_images(names, path)]
+  """The images in a class folder and the folders in it."""
+  top, names, linked = os.path.join(folder, name), [], []
+
+  def fail(error):
+    raise error
+
+  for path, folders, entries in os.walk(top, onerror=fail):
+    linked += [f for f in folders if os.path.islink(os.path.join(path, f))]  # not entered: circles
+    folders[:] = sorted(f for f in folders if not f.startswith("."))
+    below = "" if path == top else os.path.relpath(path, top) + "/"
+    names += [below + entry for entry in entries]  # with broken links
+  if linked:
+    logging.warning(f"Links to folders inside {top} are left out: {_first(sorted(linked))}.")
+  return [_File(f"{name}/{file}", os.path.join(top, file)) for file in only_images(names, top)]
 
 
-def _classes_of_tar_of_tars(path) -> dict[str, Callable[[], list[_File]]]:
-  tars = _members_of_tar(path)
-  others = [m.name for m in tars if not (m.isfile() and m.name.endswith(".tar"))]
-  if others or not tars:
+def _classes_of_archive(path) -> dict[str, Callable[[], list[_File]]]:
+  """Of each class in a zip or tar file, what lists its files."""
+  if zipfile.is_zipfile(path):
+    return _classes_by_folder(path, _members_of_zip(path))
+  members = _members_of_tar(path)
+  tars = [m for m in members if m.isfile() and m.name.endswith(".tar")]
+  if not tars:
+    return _classes_by_folder(path, _members(path, "", members=members))
+  if others := [m.name for m in members if m not in tars]:
     raise ValueError(
-      f"{path} is no tar file of class tar files such as ILSVRC2012_img_train.tar: it holds "
-      f"{others[0] if others else 'nothing'}. Images in class folders are read from the folder, "
-      "unpacked."
+      f"{path} holds both {len(tars)} tar files, such as {tars[0].name}, and {len(others)} other "
+      f"files, such as {others[0]}: keep those that are the classes."
     )
   names = [os.path.basename(member.name)[:-4] for member in tars]
   listing = lambda name, tar: functools.partial(_members, path, name, tar.offset_data, tar.size)
   return dict(zip(names, map(listing, names, tars), strict=True))
 
 
-def _members(path, class_name, start=0, size=None) -> list[_File]:
+def _classes_by_folder(path, listed: list[_File]) -> dict[str, Callable[[], list[_File]]]:
+  """Images of an archive by their first folder that they do not all lie in."""
+  is_hidden = lambda part: part.startswith((".", "__MACOSX"))
+  listed = [file for file in listed if not any(map(is_hidden, file.name.split("/")))]
+  names = [file.name.split("/") for file in listed]
+  while names and all(len(n) > 1 and n[0] == names[0][0] for n in names):
+    names = [n[1:] for n in names]
+  classes = collections.defaultdict(list)
+  for file, name in zip(listed, names, strict=True):
+    classes[name[0] if name[1:] else ""].append(file._replace(name="/".join(name)))
+  loose = classes.pop("", [])
+  if not classes:
+    return {_one_class(path, loose): lambda: loose}
+  if loose:
+    first = _first(sorted(file.name for file in loose))
+    logging.warning(
+      f"{path}: {len(loose)} images that lie beside the classes are left out: {first}."
+    )
+  _check_no_splits(path, classes)
+  return {name: functools.partial(list, files) for name, files in classes.items()}
+
+
+def _members_of_zip(path) -> list[_File]:
+  try:
+    archive = zipfile.ZipFile(path)
+  except (zipfile.BadZipFile, OSError, ValueError) as error:
+    raise ValueError(f"{path} is a damaged zip file, {error}. Fetch it again.") from error
+  members = {m.filename: m for m in archive.infolist() if not m.is_dir()}
+  if locked := [name for name, member in members.items() if member.flag_bits & 1]:
+    raise ValueError(f"{path} is encrypted, {locked[0]} for one: unpack it, and name the folder.")
+  lock = threading.Lock()  # ZipFile counts who reads it without one
+
+  def unzip(member):
+    if member.file_size > _LARGEST:
+      raise OSError(errno.EINVAL, f"{member.file_size} bytes are too many for an image", path)
+    try:
+      with lock:
+        return archive.read(member)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+      raise OSError(errno.EINVAL, str(error), path) from error
+
+  names = only_images(members, path)
+  return [
+    _File(n, path, size=members[n].file_size, unzip=functools.partial(unzip, members[n]))
+    for n in names
+  ]
+
+
+def _members(path, class_name, start=0, size=None, members=None) -> list[_File]:
   """The images in the tar file of a class, which begins at byte `start` of `path`."""
-  members = {m.name.removeprefix("./"): m for m in _members_of_tar(path, start, size)}
-  listed = []
-  for name in only_images(members, f"{class_name}.tar"):
+  members = _members_of_tar(path, start, size) if members is None else members
+  members = {m.name.removeprefix("./"): m for m in members}
+  listed, above = [], f"{class_name}/" if class_name else ""
+  for name in only_images(members, f"{class_name}.tar" if class_name else path):
     member, reason = members[name], ""
     if member.islnk():  # a file that is in the archive under another name
       member = members.get(member.linkname.removeprefix("./"), member)
     if not member.isfile() or member.issparse():
       reason = "a link, a device or a file with holes in the tar file"
     place = member.offset_data, member.size
-    listed.append(_File(f"{class_name}/{name}", path, *place, reason))
+    listed.append(_File(above + name, path, *place, reason))
   return listed
 
 
@@ -299,12 +410,12 @@ def _members_of_tar(path, start=0, size=None) -> list[tarfile.TarInfo]:
 
 
 def _from_tfds(name, tfds_dir) -> Source:
-  builder = pipeline.tfds_builder(name, tfds_dir)
-  image, label = pipeline.image_and_label(name, builder.info.features)
+  builder = published.tfds_builder(name, tfds_dir)
+  image, label = published.image_and_label(name, builder.info.features)
   # As it lies in the file, so that all sources are decoded alike.
   as_file = isinstance(image, tfds.features.Image)
   decoders = {"image": tfds.decode.SkipDecoding()} if as_file else None
-  records = pipeline.open_split(builder, "train", decoders)
+  records = published.open_split(builder, "train", decoders)
 
   def read(i):
     record = records[i]
@@ -324,12 +435,17 @@ def _from_tfds(name, tfds_dir) -> Source:
   )
 
 
-def decode(content: bytes | np.ndarray) -> Image.Image:
-  """An image as RGB, as ADM and DiT have it, but for 16 bits.
+def decode(
+  content: bytes | np.ndarray, *, orient: bool = False, background: str = ""
+) -> Image.Image:
+  """An image as RGB, by default as ADM and DiT have it, but for 16 bits.
 
-  Alpha is dropped without blending, CMYK is converted as PIL does, of an animation the first frame
-  is taken, and an EXIF orientation is not applied. PIL would clip grey levels of 16 bits to 255:
-  here they are scaled.
+  CMYK is converted as PIL does, and of an animation the first frame is taken. PIL would clip grey
+  levels of 16 bits to 255: here they are scaled.
+
+  Args:
+    orient: whether an EXIF orientation is applied.
+    background: the colour that shows through what is transparent; "" drops alpha without blending.
 
   Raises:
     Exception: of any type, as PIL does for files that are damaged, of no known format, or of more
@@ -340,6 +456,7 @@ def decode(content: bytes | np.ndarray) -> Image.Image:
     return Image.fromarray(content).convert("RGB")
   with open_image(io.BytesIO(content)) as image:
     image.load()
+    image = ImageOps.exif_transpose(image) if orient else image
     if image.mode == "I" or image.mode.startswith("I;16"):
       levels = np.asarray(image).astype(np.int64)
       if levels.min() < 0 or levels.max() > 65535:
@@ -348,12 +465,27 @@ def decode(content: bytes | np.ndarray) -> Image.Image:
       return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
       raise ValueError("grey levels that are floating point numbers, of no known range")
+    if background and image.has_transparency_data:
+      behind = Image.new("RGBA", image.size, background)
+      image = Image.alpha_composite(behind, image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def open_image(file) -> Image.Image:
   """An image file of a known format, of which PIL has read the header."""
-  return Image.open(file, formats=_FORMATS)
+  try:
+    return Image.open(file, formats=_known_formats())
+  except UnidentifiedImageError:
+    file.seek(0)
+    if file.read(12)[4:] == b"ftypavif" and not pil_features.check("avif"):
+      raise ValueError("this Pillow reads no AVIF: pip install 'pillow>=11.3'") from None
+    raise
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+  Image.init()
+  return [name for name in _FORMATS if name in Image.OPEN]  # older Pillows have no AVIF
 
 
 class SizeParser(flags.ArgumentParser):

@@ -385,6 +385,7 @@ class Latents:
       _check_weights(cfg.dir, content, cfg.vae, sha256)
     self._paths = _checked_shards(cfg.dir, content)
     self.identity = {key: content[key] for key in _IDENTITY if key in content}
+    self.classes, self.class_counts = content["classes"], content["counts"]
     _allow_open_files(len(self._paths) + _SPARE_FILES)
     self._type, self._classes = record_type(content["moments"]), len(content["classes"])
     self._ends = np.cumsum(content["shards"])  # of each shard, in the dataset's images

@@ -1,12 +1,14 @@
 """From a dataset's name to pools of batches, the unit of work of training.
 
-A dataset is ArrayRecord files, prepared once by a TFDS builder and read at random; no TensorFlow
-anywhere. Our own datasets are prepared here, on first use; TFDS's are only read, because preparing
-them (encoding an image, for one) does need TensorFlow. Latents are made by `ism_jax encode`.
+A dataset is ArrayRecord files, prepared once and read at random; no TensorFlow anywhere. Images of
+a folder and our own datasets are prepared here, on first use; TFDS's are only read. Latents are
+made by `ism_jax encode`.
 
 A source is what the stream is drawn from: `len(source)` images, of which source.read(keys, mirror)
 gives ({name: array [N, ...]}, labels int32 [N]) for int keys [N] and, bool [N], which of them are
-mirrored left to right. Its `identity`, a dict of JSON, says which data it is, wherever it lies.
+mirrored left to right. Its `identity`, a dict of JSON, says which data it is, wherever it lies;
+`classes` are their names, or None where they have numbers alone, and `class_counts` how many of the
+N images each class has, or None where nothing says so.
 
 The stream is a function of the seed: epoch e is a permutation and one coin per position, drawn from
 (seed, e), epochs follow each other without a gap, and batch b is the positions [b * B, (b + 1) * B)
@@ -16,7 +18,6 @@ Axes: K batches in a pool, M rows of one process, H/W image size, C channels.
 """
 
 import dataclasses
-import difflib
 import functools
 import os
 import sys
@@ -26,18 +27,14 @@ from typing import Annotated
 from absl import logging
 import grain
 import numpy as np
+from PIL import ImageColor
 import tensorflow_datasets as tfds
 from tensorflow_datasets.datasets.siscore import labels as imagenet_labels
 
 from ism_jax import ranges
-from ism_jax.data import latents
-from ism_jax.data.digits import Digits
-from ism_jax.data.photos import Photos
+from ism_jax.data import folders, images, latents, published
 from ism_jax.pretrained.vae import SD_VAE
 from ism_jax.runtime import files
-
-_OWN = (Digits, Photos)  # TFDS finds them by name, as all builders that are imported
-_OWN_NAMES = "digits, photos/crops16, photos/crops32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +43,10 @@ class DataConfig:
 
   Attributes:
     name: of the dataset: one of ours, or any of TFDS's ("cifar10", "imagenet_resized/32x32") that
-      has uint8 images of one size in "image" and classes in "label"; or "latents", which
-      `python -m ism_jax encode` makes.
-    dir: of latents, their folder. Otherwise where TFDS datasets are kept; "" for TFDS's default,
+      has uint8 images of one size in "image" and classes in "label"; "images", those of a folder;
+      or "latents", which `python -m ism_jax encode` makes.
+    dir: of images, what `images.open_source` takes, or a folder of them that was prepared. Of
+      latents, their folder. Otherwise where TFDS datasets are kept; "" for TFDS's default,
       TFDS_DATA_DIR or else ~/tensorflow_datasets.
     image_size: height and width, in pixels, or of a latent; (height, width) where they differ.
     channels: of an image or latent.
@@ -62,6 +60,12 @@ class DataConfig:
     vae_scale, vae_shift: what the network sees are `vae_scale` times the latents less `vae_shift`:
       the scaling_factor and shift_factor of the VAE's config.json, which the manifest has, too.
     may_change: whether a run may continue on other data than that of its checkpoint.
+    crop: of a folder's images, "centre", which is ADM's, or "resize", which distorts them.
+    orient: whether the EXIF orientation of a folder's images is applied.
+    background: the colour behind what is transparent in a folder's images, a name or "#rrggbb";
+      "" drops alpha without blending, as ADM.
+    max_pixels: of an image in a folder; images of more are left out.
+    held_out: share of a folder's images that are the split "test", see `folders.split`.
   """
 
   name: str = dataclasses.field(metadata={"fixed": True})
@@ -81,9 +85,25 @@ class DataConfig:
     default=SD_VAE.shift, metadata={"fixed": True}
   )
   may_change: bool = False
+  crop: Annotated[str, folders.CROPS] = dataclasses.field(
+    default="centre", metadata={"fixed": True}
+  )
+  orient: bool = dataclasses.field(default=True, metadata={"fixed": True})
+  background: str = dataclasses.field(default="white", metadata={"fixed": True})
+  max_pixels: Annotated[int, "[1, 2^33]"] = dataclasses.field(
+    default=folders.MAX_PIXELS, metadata={"learnt": False}
+  )
+  held_out: Annotated[float, "[0, 0.9]"] = dataclasses.field(default=0.1, metadata={"fixed": True})
 
   def __post_init__(self):
     ranges.check_fields(self, "data")
+    try:
+      _ = self.background and ImageColor.getrgb(self.background)
+    except ValueError:
+      raise ValueError(
+        f"data.background={self.background!r} is no colour: give its name, such as white, or "
+        '"#rrggbb", or "" to drop alpha.'
+      ) from None
     if (self.name == latents.NAME) != bool(self.vae):
       raise ValueError(
         f"data.vae={self.vae!r} does not go with data.name={self.name!r}: {latents.NAME!r} needs "
@@ -97,10 +117,11 @@ class DataConfig:
 
 
 class Images:
-  """The images of a TFDS dataset, as a source."""
+  """Images of one size, as a source; records are {"image", "label"} each."""
 
-  def __init__(self, records, identity: dict):
+  def __init__(self, records, identity: dict, classes, class_counts=None):
     self._records, self.identity = records, identity
+    self.classes, self.class_counts = names_of(classes), class_counts
 
   def __len__(self):
     return len(self._records)
@@ -118,72 +139,42 @@ class Images:
     return np.stack([record["image"] for record in records]), labels
 
 
-def tfds_builder(name, directory):
-  """The TFDS builder of a dataset, `directory` as in a DataConfig; a ValueError if unknown."""
-  default = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-  if not directory and default.startswith("~"):  # which TFDS would make a folder of, here
-    raise ValueError(
-      "there is no home folder, in which TFDS keeps its datasets by default: set data.dir, "
-      "TFDS_DATA_DIR or HOME."
-    )
-  files.check_utf8("data.dir", directory or default)
-  try:
-    return tfds.builder(name, data_dir=directory or None)
-  # Of the name, config, version or code; files of JSON that are damaged raise yet others.
-  except Exception as error:
-    family = name.partition("/")[0]
-    close = difflib.get_close_matches(family, tfds.list_builders(with_community_datasets=False))
-    raise ValueError(
-      f"data.name={name!r} is not a dataset that can be read; known: {_OWN_NAMES}, and TFDS's "
-      f"by name or name/config, such as {', '.join(close or ['cifar10', 'mnist'])}. TFDS says: "
-      f"{str(error).partition(chr(10))[0]}"
-    ) from error
-
-
-def open_split(builder, split, decoders=None):
-  """A split of a TFDS dataset that is prepared: a random access source of its records.
-
-  The split is as TFDS writes it: "test", "train[:90%]"; a ValueError if there is none.
-  """
-  try:
-    return builder.as_data_source(split=split, decoders=decoders)
-  # TFDS raises this for files in another format, and it assumes one where there are none.
-  except NotImplementedError as error:
-    name = builder.info.full_name.rpartition("/")[0]
-    raise ValueError(
-      f"dataset {name!r} is not at {builder.data_path} as ArrayRecord, and preparing it takes "
-      "TensorFlow, which this project does without. In an environment of its own, `pip install "
-      'tensorflow-cpu tensorflow-datasets importlib_resources` and `python -c "import '
-      f"tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir='DIR')"
-      ".download_and_prepare(file_format='array_record')\"`, with a DIR that does not have it in "
-      f"another format. Then set data.dir=DIR, or copy DIR/{builder.name} to "
-      f"{builder.data_dir_root}."
-    ) from error
-
-
 def directory(cfg):
   """The folder of the dataset, with all its versions; what is derived from the data goes there."""
   if cfg.name == latents.NAME:
     return cfg.dir
-  return os.path.dirname(os.fspath(tfds_builder(cfg.name, cfg.dir).data_path))
+  if cfg.name == folders.NAME:
+    return folders.prepare(cfg.dir, folders.settings_of(cfg))
+  return os.path.dirname(os.fspath(published.tfds_builder(cfg.name, cfg.dir).data_path))
+
+
+def full_name(cfg: DataConfig, source) -> str:
+  """The name of a dataset of images with its version: of a folder's, what they show."""
+  if cfg.name == folders.NAME:
+    return f"{cfg.name}/{source.identity['contents'][:16]}"
+  return published.tfds_builder(cfg.name, cfg.dir).info.full_name
 
 
 def class_names(cfg: DataConfig) -> list[str] | None:
-  """The names of the classes by label; None where they have numbers alone or the data is not here.
+  """`names_of` the classes of a dataset; None, too, where the data is not here."""
+  try:
+    if cfg.name in (latents.NAME, folders.NAME):
+      manifest = os.path.join(cfg.dir, latents.MANIFEST)
+      return names_of(files.read_json(manifest, {"classes": [str]}, "")["classes"])
+    return names_of(published.tfds_builder(cfg.name, cfg.dir).info.features["label"].names)
+  except (OSError, ValueError, KeyError):
+    return None
+
+
+def names_of(classes) -> list[str] | None:
+  """The names of classes for people, by label; None where they have numbers alone.
 
   ImageNet's are in words, such as "tabby, tabby cat".
   """
-  try:
-    if cfg.name == latents.NAME:
-      manifest = os.path.join(cfg.dir, latents.MANIFEST)
-      names = files.read_json(manifest, {"classes": [str]}, "")["classes"]
-    else:
-      names = tfds_builder(cfg.name, cfg.dir).info.features["label"].names
-  except (OSError, ValueError, KeyError):
+  names = [images.as_bytes(name).decode(errors="backslashreplace") for name in classes]
+  if names == list(map(str, range(len(names)))):
     return None
-  if all(name.isdecimal() for name in names):
-    return None
-  return list(imagenet_labels.IMAGENET_LABELS_LIST) if names == _imagenet_ids() else list(names)
+  return list(imagenet_labels.IMAGENET_LABELS_LIST) if names == _imagenet_ids() else names
 
 
 def _imagenet_ids() -> list[str]:
@@ -210,7 +201,8 @@ def load_source(cfg: DataConfig, split="train"):
   one process.
 
   Args:
-    split: as TFDS writes it: "test", "train[:90%]". Latents only have "train".
+    split: as TFDS writes it: "test", "train[:90%]". Latents only have "train", and a folder's
+      images "train" and "test".
   Raises:
     ValueError: the dataset is unknown, not of classified images, not what the model is built for,
       TFDS's and not prepared, or without such a split; latents that are not whole.
@@ -218,9 +210,13 @@ def load_source(cfg: DataConfig, split="train"):
   if cfg.name == latents.NAME:
     if split != "train":
       raise ValueError(f"latents have no split {split!r}: set evaluation.reference_split=train.")
-    return latents.Latents(cfg)
-  builder = tfds_builder(cfg.name, cfg.dir)
-  image, label = image_and_label(cfg.name, builder.info.features, one_size=True)
+    source = latents.Latents(cfg)
+    source.classes = names_of(source.classes)
+    return source
+  if cfg.name == folders.NAME:
+    return _load_folder(cfg, split)
+  builder = published.tfds_builder(cfg.name, cfg.dir)
+  image, label = published.image_and_label(cfg.name, builder.info.features, one_size=True)
   sizes = (*image.shape, label.num_classes)
   wanted = (*cfg.image_shape, cfg.num_classes)
   if sizes != wanted:
@@ -230,22 +226,37 @@ def load_source(cfg: DataConfig, split="train"):
       f"{describe(*wanted)}; set data.image_size, data.channels and data.num_classes to the "
       "dataset's, or name another dataset."
     )
-  if isinstance(builder, _OWN):
+  if isinstance(builder, published.OWN):
     try:
       builder.download_and_prepare(file_format="array_record")
     except OSError as error:
-      builder = tfds_builder(cfg.name, cfg.dir)  # knows what lies on the disk now
+      builder = published.tfds_builder(cfg.name, cfg.dir)  # knows what lies on the disk now
       if not builder.data_path.exists():
         raise OSError(
           f"dataset {cfg.name!r} is not in {builder.data_dir_root}, where it cannot be prepared "
           f"either ({error}). Set data.dir, or TFDS_DATA_DIR, to a folder that has it or that can "
           "be written."
         ) from error
-  records = open_split(builder, split)
+  records = published.open_split(builder, split)
   # Ours are the same everywhere.
-  is_ours = isinstance(builder, _OWN)
+  is_ours = isinstance(builder, published.OWN)
   identity = {} if is_ours else {"dataset": builder.info.full_name, "images": len(records)}
-  return Images(records, identity)
+  return Images(records, identity, label.names)
+
+
+def _load_folder(cfg: DataConfig, split: str) -> Images:
+  settings = folders.settings_of(cfg)
+  path = folders.prepare(cfg.dir, settings)
+  content = folders.read_manifest(path)
+  folders.check_settings(content, settings, path)
+  if len(content["classes"]) != cfg.num_classes:
+    raise ValueError(
+      f"data.dir={cfg.dir} has images of {len(content['classes'])} classes, but data.num_classes="
+      f"{cfg.num_classes}. Set it to that, or to -1 in --config, or name another data.dir."
+    )
+  records = folders.Records(path, content, split, cfg.channels)
+  identity = {key: content[key] for key in ("contents", "images", "counts")}
+  return Images(records, identity, content["classes"], content["counts"][split])
 
 
 def check_same(trained_on: dict | None, now: dict, may_change: bool) -> None:
@@ -330,18 +341,3 @@ def all_images(source):
       "samples with images: it takes a dataset of images."
     )
   return source.stored(range(len(source)))
-
-
-def image_and_label(name, features, one_size=False):
-  """TFDS's features "image" and "label" of a dataset; a ValueError if it is of other things."""
-  image, label = (dict(features.items()).get(key) for key in ("image", "label"))
-  # TFDS's `dtype` needs TensorFlow.
-  is_image = image is not None and image.np_dtype == np.uint8 and len(image.shape) == 3
-  fits = is_image and not (one_size and None in image.shape)
-  if not fits or not isinstance(label, tfds.features.ClassLabel):
-    raise ValueError(
-      f"dataset {name!r} {'does not fit' if one_size else 'is not one of classified images'}: "
-      f"needed are 'image', uint8 [H, W, C]{' of one size' if one_size else ''}, and 'label', a "
-      f"ClassLabel. It has {textwrap.shorten(str(features), 500)}. Name another dataset."
-    )
-  return image, label

@@ -85,7 +85,7 @@ def of_dataset(cfg: pipeline.DataConfig, split: str) -> ImageSet:
       "encoded by --images, and --size as it was then."
     )
   # With its version, which the config need not name.
-  dataset = pipeline.tfds_builder(cfg.name, cfg.dir).info.full_name
+  dataset = pipeline.full_name(cfg, source)
   protocol = {"source": dataset, "dataset": dataset, "split": split, "listed": len(source)}
 
   def batches(batch_size):
