@@ -75,10 +75,8 @@ def fit(config, workdir: str, devices=None) -> "Model":
   """
   _log_as_commands_do()
   workdir, config = files.local_path(workdir), data.resolve(config)
-  state = train.train(config, workdir, devices)
-  mesh = sharding.data_mesh(devices)
-  params = jax.device_put(state.ema, sharding.replicated(mesh))
-  return Model(experiment_lib.parse(config), params, mesh, restore.describe("ema", int(state.step)))
+  train.train(config, workdir, devices)
+  return load(workdir, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +88,7 @@ class Model:
     params: nested dict of arrays, on every device of the mesh.
     mesh: the devices that sample.
     about: what the parameters are.
-    names: of the classes, in an export that has them.
+    names: of the classes; None where they have numbers alone.
   """
 
   experiment: Experiment

@@ -42,7 +42,8 @@ class Trained:
     params: the tree, a nested dict of arrays.
     checksum: of the tree, see `checkpoints.tree_checksum`; two runs have other ones at one step.
     dataset: identity of the data that it was trained on, see `data.pipeline`; {} of older ones.
-    names: of the classes, in an export that has them.
+    names: of the classes; None of older runs, and where they have numbers alone.
+    class_counts: images of each class that it was trained on; None where nothing says so.
   """
 
   exp: Experiment
@@ -53,6 +54,7 @@ class Trained:
   checksum: str = ""
   dataset: dict = dataclasses.field(default_factory=dict)
   names: list[str] | None = None
+  class_counts: list[int] | None = None
 
   @property
   def about(self) -> str:
@@ -132,8 +134,9 @@ def read(
       abstract = jax.tree.map(on_mesh, jax.eval_shape(create))
       params = checkpoints.restore_tree(manager, tree, abstract, step)
       checksum = checkpoints.tree_checksum(manager, tree, step)
-      dataset = checkpoints.read_position(manager, step).get("dataset") or {}
-      return Trained(exp, saved, step, tree, params, checksum, dataset)
+      position = checkpoints.read_position(manager, step)
+      about = [position.get(key) for key in ("dataset", "classes", "class_counts")]
+      return Trained(exp, saved, step, tree, params, checksum, about[0] or {}, *about[1:])
 
     return checkpoints.restore_newest(manager, read_step)[1] if step is None else read_step(step)
 

@@ -135,25 +135,27 @@ def _train(exp: Experiment, config, workdir: str, mesh, source):
       rows=sharding.local_rows(mesh, exp.batch_size),
       num_threads=exp.data.num_threads,
     )
-    dataset = source.identity
-    state, log = start_or_continue(exp, config, workdir, mesh, manager, pools, dataset)
+    about = {"dataset": source.identity, "classes": source.classes}
+    about["class_counts"] = source.class_counts
+    state, log = start_or_continue(exp, config, workdir, mesh, manager, pools, about)
     if int(state.step) >= total:
       logging.info("%s has all %d steps already.", workdir, total)
       return state, None
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     logging.info("\n%s", overview)
-    return _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preempted)
+    return _loop(exp, config, workdir, mesh, manager, pools, about, state, log, preempted)
 
 
-def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pools, dataset: dict):
+def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pools, about: dict):
   """(TrainState, state of the log) of the newest whole checkpoint; `pools` is set to where it was.
 
-  Of a new run: (a new state, None). `dataset` is the identity of the data, see `data.pipeline`; a
-  ValueError if the checkpoint was trained on other data.
+  Of a new run: (a new state, None). `about` is what a checkpoint says of the data, by the names of
+  a source's attributes, see `data.pipeline`; its "dataset" is the identity. A ValueError if the
+  checkpoint was trained on other data.
   """
   if manager.latest_step() is None:
     path = exp.init_from
-    imported = restore.read_start(path, exp, data.class_names(exp.data)) if path else None
+    imported = restore.read_start(path, exp, about["classes"]) if path else None
     return steps.init_function(exp, mesh)(steps.base_keys(exp.seed).init, imported), None
   like = steps.abstract_state(exp, mesh)
 
@@ -169,7 +171,7 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
       raise checkpoints.DamagedError(
         f"{manager.directory}/{step} is damaged: it holds step {saved}"
       )
-    data.check_same(position.get("dataset"), dataset, exp.data.may_change)
+    data.check_same(position.get("dataset"), about["dataset"], exp.data.may_change)
     return restored, position
 
   step, (state, position) = checkpoints.restore_newest(manager, read, move_damaged=True)
@@ -178,7 +180,7 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
   return state, position["log"]
 
 
-def _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preempted):
+def _loop(exp, config, workdir, mesh, manager, pools, about, state, log, preempted):
   """Trains from `state` to the end, or until preempted(..); see `watch_for_preemption`.
 
   Returns:
@@ -231,7 +233,7 @@ def _loop(exp, config, workdir, mesh, manager, pools, dataset, state, log, preem
           pending = None
           # A pool that is not finished is read and paired again on resumption.
           pools_state = pools_before if step % pool_size else pools.get_state()
-          position = {"pools": pools_state, "log": writer.state(), "dataset": dataset}
+          position = {"pools": pools_state, "log": writer.state()} | about
           writing = checkpoints.save(manager, step, state, position, files.as_dict(config))
         if stop:
           return state, stop

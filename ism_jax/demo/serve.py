@@ -28,7 +28,7 @@ def sampler(model: api.Model):
   from ism_jax.demo import page
 
   exp = model.experiment
-  guided, names = exp.objective.intrinsic, pipeline.class_names(exp.data) or model.names
+  guided, names = exp.objective.intrinsic, model.names or pipeline.class_names(exp.data)
 
   def draw(noise, labels, steps, w):
     n = len(noise)

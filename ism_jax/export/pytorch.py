@@ -97,7 +97,7 @@ def write(
     space: whether it is a Space too, see `export`.
   """
   exp, vae = trained.exp, _autoencoder(trained)
-  names = pipeline.class_names(exp.data) or trained.names
+  names = trained.names or pipeline.class_names(exp.data)
   state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
   state = {k: np.ascontiguousarray(a, DTYPES[dtype]) for k, a in state.items()}
   with files.whole_folder(out) as folder:
