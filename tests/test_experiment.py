@@ -288,6 +288,7 @@ def test_every_key_says_what_it_means_to_a_run():
     *("data.name", "data.seed", "data.flip"),
     *("data.image_size", "data.channels", "data.num_classes"),
     *("data.vae_scale", "data.vae_shift"),
+    *("data.crop", "data.orient", "data.background", "data.held_out"),
   }
   assert keys_marked("path") == {
     *("init_from", "data.dir", "evaluation.weights", "evaluation.reference"),
@@ -300,6 +301,7 @@ def test_every_key_says_what_it_means_to_a_run():
       "data.dir",
       "data.title",
       "data.num_threads",
+      "data.max_pixels",
       "model.remat",
       "model.unroll",
       "model.attention",

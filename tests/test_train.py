@@ -12,9 +12,11 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+import sklearn.datasets
 
 from ism_jax import data, experiment, generate, ranges, restore, steps, train
 from ism_jax.evaluation import evaluate, monitor, reference
+from ism_jax.export import pytorch
 from ism_jax.runtime import checkpoints, commands, files, locks, logs, sharding
 
 
@@ -499,3 +501,33 @@ def test_a_run_does_not_continue_on_other_data_unless_that_is_meant(
   assert "Continuing on other data: images was 1797" in caplog.text
   config.data.may_change = False
   train_to(8)  # this is its data now
+
+
+def test_a_run_on_a_folder_knows_its_classes_and_continues_without_the_folder(
+  tmp_path, one_device, monkeypatch
+):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "prepared"))
+  digits = sklearn.datasets.load_digits()
+  for i in range(60):
+    path = tmp_path / "ink" / f"digit {digits.target[i]}" / f"{i}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((digits.images[i] * 15).astype(np.uint8)).save(path)
+  config = tiny_config()
+  config.data.update({"name": "images", "dir": str(tmp_path / "ink"), "channels": -1})
+  config.data.num_classes = -1
+  config = data.resolve(config)
+  config.steps = 4
+  train.train(config, str(tmp_path / "run"), one_device)
+  trained = restore.read(str(tmp_path / "run"))
+  assert trained.names == [f"digit {i}" for i in range(10)]
+  assert sum(trained.class_counts) == 52 and len(trained.class_counts) == 10  # 8 are held out
+  shutil.rmtree(tmp_path / "ink")
+  config.steps = 8
+  with pytest.raises(ValueError, match=r"ink: there is no such .* that was prepared of them"):
+    train.train(config, str(tmp_path / "run"), one_device)
+  (config.data.dir,) = map(str, (tmp_path / "prepared" / "images").iterdir())
+  train.train(config, str(tmp_path / "run"), one_device)
+  trained = restore.read(str(tmp_path / "run"))
+  assert trained.step == 8 and trained.exp.data.title == "ink"
+  card = pytorch.card(trained, "float32", None, trained.names)
+  assert "sampler of the 10 classes of ink" in card and '"digit 0"' in card

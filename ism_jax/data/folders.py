@@ -63,6 +63,7 @@ _NEEDED = {f.name: f.type for f in dataclasses.fields(Settings)} | {
   "format": int,
   "channels": int,
   "images": int,
+  "title": str,
   "classes": [str],
   "counts": {"train": [int], "test": [int]},
   "held_out_images": str,
@@ -114,14 +115,21 @@ def prepare(directory: str, settings: Settings) -> str:
     )
   if is_prepared(directory):
     return directory
+  prepared = os.path.join(published.root(""), NAME)
+  if not (directory.startswith(images.TFDS) or os.path.exists(directory)):
+    raise ValueError(
+      f"data.dir={directory}: there is no such file or folder. Set it to a folder or archive of "
+      f"images, or to the folder in {prepared} that was prepared of them."
+    )
   source = images.open_source(directory, "")
-  name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(directory)), flags=re.ASCII)
-  folder = f"{name.strip('-.') or NAME}-{_key(source, settings)[:16]}"
-  path = os.path.join(published.root(""), NAME, folder)
+  title = images.printable(images.title(directory))
+  name = re.sub(r"[^\w.-]+", "-", title, flags=re.ASCII).strip("-.") or NAME
+  folder = f"{name}-{_key(source, settings)[:16]}"
+  path = os.path.join(prepared, folder)
   if not is_prepared(path):
     try:
       with _pixel_limit(settings.max_pixels):
-        _write(source, settings, path)
+        _write(source, settings, title, path)
     except OSError:
       if not is_prepared(path):  # by another process
         raise
@@ -174,7 +182,7 @@ def _read(source: images.Source, settings: Settings, i: int) -> tuple[_Image | N
   return images.attempt(source.name(i), functools.partial(source.read, i), convert)
 
 
-def _write(source: images.Source, settings: Settings, path: str) -> None:
+def _write(source: images.Source, settings: Settings, title: str, path: str) -> None:
   """Writes a prepared folder to `path`, whole or not at all."""
   count, threads = source.size, os.cpu_count()
   logging.info(
@@ -217,13 +225,14 @@ def _write(source: images.Source, settings: Settings, path: str) -> None:
       for name in SPLITS
     }
     content = dataclasses.asdict(settings) | {
+      "title": title,
       "kind": KIND,
       "format": FORMAT,
       "channels": channels,
       "images": len(labels),
       "duplicates": len(labels) - len(set(digests)),
       "enlarged": enlarged,
-      "classes": [images.as_bytes(n).decode(errors="backslashreplace") for n in source.classes],
+      "classes": list(map(images.printable, source.classes)),
       "counts": of_split,
       "shards": shards,
       "listing": source.listing,

@@ -192,6 +192,11 @@ def as_bytes(names: str) -> bytes:
   return names.encode(errors="surrogateescape")
 
 
+def printable(name: str) -> str:
+  """A name with escapes for the bytes that are no UTF-8."""
+  return as_bytes(name).decode(errors="backslashreplace")
+
+
 def read_file(path, offset: int = 0, size: int = -1) -> bytes:
   """The bytes of an image: those of a regular file, or `size` of them at an offset.
 
@@ -275,8 +280,13 @@ def _one_class(where, files: list[_File]) -> str:
       f"{' '.join(SUFFIXES)}), nor class folders or class tar files of them: convert other formats "
       "to PNG first, or name another folder."
     )
-  name = os.path.basename(os.path.abspath(where)) or "images"
-  return name if os.path.isdir(where) else os.path.splitext(name)[0]
+  return title(where)
+
+
+def title(where) -> str:
+  """The name of a folder, or of an archive without its suffix."""
+  name = os.path.basename(os.path.abspath(where))
+  return (name if os.path.isdir(where) else os.path.splitext(name)[0]) or "images"
 
 
 def _kind(entry: os.DirEntry) -> str:

@@ -171,7 +171,7 @@ def names_of(classes) -> list[str] | None:
 
   ImageNet's are in words, such as "tabby, tabby cat".
   """
-  names = [images.as_bytes(name).decode(errors="backslashreplace") for name in classes]
+  names = list(map(images.printable, classes))
   if names == list(map(str, range(len(names)))):
     return None
   return list(imagenet_labels.IMAGENET_LABELS_LIST) if names == _imagenet_ids() else names

@@ -140,6 +140,8 @@ def fill(config: ml_collections.ConfigDict, facts: Facts) -> ml_collections.Conf
   chosen = {k: v for k, v in values.items() if k not in left or str(v).startswith("SiT-")}
   if "data.vae_scale" in left:  # of the same autoencoder; -1 is a value of a shift
     left.append("data.vae_shift")
+  if "data.title" in facts.values:
+    left.append("data.title")
   filled = rule(facts.images, facts.shape, chosen) | facts.values
   config = config.copy_and_resolve_references()
   with config.ignore_type():
@@ -182,6 +184,7 @@ def _of_data(section) -> Facts:
     content = folders.read_manifest(folders.prepare(data.dir, folders.settings_of(data)))
     images, shape = sum(content["counts"]["train"]), folders.image_shape(content)
     classes = content["classes"]
+    values["title"] = section.title or content["title"]
   else:
     builder = published.tfds_builder(data.name, data.dir)
     image, label = published.image_and_label(data.name, builder.info.features, one_size=True)

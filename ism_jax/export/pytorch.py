@@ -262,6 +262,7 @@ def card(
     if vae
     else "Images come from the network as they are: `to_pixels` only rounds them."
   )
+  of = f"the {exp.data.num_classes} classes of {title}" if null > 1 else f"{title}, of one class"
   embedders = "`d_embedder.*` and `w_embedder.*`" if guided else "`d_embedder.*`"
   lines = [
     "---",
@@ -270,7 +271,7 @@ def card(
     "---",
     f"# {exp.model.size} on {title}, {exp.variant}",
     "",
-    f"A few-step sampler of the {exp.data.num_classes} classes of {title}. The network, "
+    f"A few-step sampler of {of}. The network, "
     f"{exp.model.size}, sees {sees}. It was trained for {trained.step:,} steps of "
     f"{exp.batch_size} images with ism_jax, a "
     'JAX implementation of "Improved Training Technique for Shortcut Models" '
