@@ -32,12 +32,13 @@
 #                                     tpu-ubuntu2204-base (v4); for create and watch
 #   --slices=      SLICES             default 1
 #   --spot, --reserved                for create and watch
+#   --mount=BUCKET:FOLDER             for run and watch: before the command starts, gcsfuse mounts the
+#                                     bucket there on all machines, e.g. --mount=my-data:/mnt/data
 #   --dry-run                         prints the commands, and runs none
 #                  CREATE_FLAGS       more flags for creating, such as "--internal-ips --network=N"
 #                  SSH_FLAGS          more flags for ssh and scp, such as "--internal-ip"
 #
-# LATENTS is on every machine: a copy, or a bucket that the command mounts first, as in
-# -- bash -c 'mkdir -p ~/latents && gcsfuse BUCKET ~/latents && exec python -m ism_jax train ...'.
+# LATENTS is on every machine: a copy, or a folder in a bucket that --mount mounts.
 # The workdir is to be on gs://: a TPU that was preempted comes back with empty disks. The same
 # command then continues from the newest checkpoint. ssh to several machines takes the key from the
 # agent: ssh-add ~/.ssh/google_compute_engine.
@@ -58,6 +59,7 @@ action="${1-}"
 take_command "$@"
 name="${TPU_NAME-}" zone="${ZONE-}" project="${PROJECT-}" type="${ACCELERATOR_TYPE-}"
 version="${RUNTIME_VERSION-}" slices="${SLICES:-1}" provisioning=() worker=0 slice=0 lines=100
+bucket="" folder=""
 for option in ${options[@]+"${options[@]}"}; do
   case "$option" in
     --name=*) name="${option#*=}" ;;
@@ -69,6 +71,11 @@ for option in ${options[@]+"${options[@]}"}; do
     --worker=*) worker="${option#*=}" ;;
     --slice=*) slice="${option#*=}" ;;
     --lines=*) lines="${option#*=}" ;;
+    --mount=?*:/?*)
+      bucket="${option#*=}" folder="${option#*:}"
+      bucket="${bucket%%:*}"
+      ;;
+    --mount=*) fail "$option is not --mount=BUCKET:/FOLDER, the name of a bucket and a full path." ;;
     --spot | --reserved) provisioning+=("$option") ;;
     --dry-run) dry_run=1 ;;
     *) fail "$option is unknown; the flags are in the head of launch/tpu.sh." ;;
@@ -198,7 +205,13 @@ install() {
 }
 
 run() {
-  each on all "bash ism_jax/launch/worker.sh start $(quoted "${command[@]}")"
+  local mount="" target
+  if [ -n "$bucket" ]; then
+    target="$(quoted "$folder")" # the folder's owner is whoever starts the command
+    mount="mountpoint -q $target || { sudo mkdir -p $target && sudo chown \$(id -u) $target \
+&& gcsfuse --implicit-dirs $(quoted "$bucket") $target; } && "
+  fi
+  each on all "${mount}bash ism_jax/launch/worker.sh start $(quoted "${command[@]}")"
 }
 
 status() { # a machine without the checkout is idle

@@ -261,6 +261,14 @@ QUOTED_TRAIN = TRAIN_WORD.replace("'", r"'\''")
       ],
     ),
     (
+      ("run", "--mount=b:/mnt/d", "--", *TRAIN),
+      [
+        f"{GCLOUD} tpu-vm ssh ism --zone=z --project=p --worker=all --command='mountpoint -q /mnt/d"
+        " || { sudo mkdir -p /mnt/d && sudo chown $(id -u) /mnt/d && gcsfuse --implicit-dirs b "
+        f"/mnt/d; }} && bash ism_jax/launch/worker.sh start {QUOTED_TRAIN}'"
+      ],
+    ),
+    (
       ("status",),
       [f"{GCLOUD} tpu-vm ssh ism --zone=z --project=p --worker=all --command='{STATUS}'"],
     ),
@@ -527,6 +535,7 @@ def test_a_gpu_machine_prints_its_flags_and_command(launch):
     (("tpu.sh", "create", *TPU, "--sopt"), "--sopt is unknown"),
     (("tpu.sh", "create", *TPU, "--slices=two"), "--slices=two is not a number of slices"),
     (("tpu.sh", "logs", *TPU, "--slice=1"), "--slice=1 is not one of 1, which are counted from 0"),
+    (("tpu.sh", "run", *TPU, "--mount=b"), "--mount=b is not --mount=BUCKET:/FOLDER"),
     (("tpu.sh", "run", *TPU), "the training command is missing behind --"),
     (("tpu.sh", "delete", *TPU, "--", "python"), "delete takes no training command"),
     (
