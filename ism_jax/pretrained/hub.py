@@ -81,14 +81,16 @@ def parse(source: str) -> Repository | None:
   return Repository(name, revision, file if file.endswith(_WEIGHTS) else "")
 
 
-def find(source: str, files: Sequence[str], *, what: str, remedy: str) -> pathlib.Path:
+def find(
+  source: str, files: Sequence[str | tuple[str, ...]], *, what: str, remedy: str
+) -> pathlib.Path:
   """The file or folder that a source names, on this machine.
 
   A repository's is in the hub's cache, which is read alone where the hub cannot be reached.
 
   Args:
     source: a path, or what `parse` understands.
-    files: that are needed of a repository, as far as it has them.
+    files: that are needed of a repository, as far as it has them; of a tuple the first that it has.
     what: what should be there, for errors: "weights".
     remedy: a sentence for errors: what else to name.
   Returns:
@@ -105,7 +107,7 @@ def find(source: str, files: Sequence[str], *, what: str, remedy: str) -> pathli
   if repository is None:
     raise missing("there is no such file or folder")
   name, revision, file = repository
-  files = [*files, *([file] if file else [])]
+  choices = [(f,) if isinstance(f, str) else f for f in [*files, *filter(None, [file])]]
   api = HfApi()
   neither = "" if "://" in source else "there is no such folder, and "
 
@@ -114,7 +116,8 @@ def find(source: str, files: Sequence[str], *, what: str, remedy: str) -> pathli
     about = within(SECONDS, listing)  # DNS and proxies know no timeouts
     there = {sibling.rfilename for sibling in about.siblings or ()}
     logging.info("Reading %s from the Hugging Face hub, commit %s.", name, about.sha)
-    paths = {f: api.hf_hub_download(name, f, revision=revision) for f in files if f in there}
+    wanted = [f for choice in choices if (f := next(filter(there.__contains__, choice), None))]
+    paths = {f: api.hf_hub_download(name, f, revision=revision) for f in wanted}
   except errors.GatedRepoError as error:
     raise missing(
       f"{repository.page} is for those who have accepted its conditions: do so there, and log in "
@@ -130,7 +133,7 @@ def find(source: str, files: Sequence[str], *, what: str, remedy: str) -> pathli
   # No network, a full disk, a download that breaks off: the hub's errors have no base in common,
   # and the remedy is the same for all.
   except Exception as error:
-    cached = {f: try_to_load_from_cache(name, f, revision=revision) for f in files}
+    cached = {f: try_to_load_from_cache(name, f, revision=revision) for c in choices for f in c}
     paths = {f: path for f, path in cached.items() if isinstance(path, str)}
     if not paths:
       raise missing(
@@ -145,7 +148,7 @@ def find(source: str, files: Sequence[str], *, what: str, remedy: str) -> pathli
       raise missing(f"{repository.page} has no file {file}")
     return pathlib.Path(paths[file])
   if not paths:
-    raise missing(f"{repository.page} has no {' and no '.join(files)}")
+    raise missing(f"{repository.page} has no {' and no '.join(map(' or '.join, choices))}")
   first, path = next(iter(paths.items()))
   return pathlib.Path(path).parents[first.count("/")]
 

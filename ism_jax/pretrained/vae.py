@@ -1,17 +1,17 @@
-"""The autoencoder of Stable Diffusion (sd-vae-ft-mse; Rombach et al. 2022, arXiv:2112.10752).
+"""Autoencoders as diffusers' AutoencoderKL has them: those of Stable Diffusion, SDXL, SD3, FLUX.
 
 A convolutional encoder with three halvings gives the mean and the log-variance of a Gaussian over
-latents, a decoder turns a latent into an image. Latents of the training scale are 0.18215 times
-those of the decoder, which makes their variance about 1; other autoencoders of this architecture
-have other factors, which their config.json says (SDXL's 0.13025). Weights come from the safetensors
-file that diffusers publishes; the modules below are named by that file's keys.
+latents, a decoder turns a latent into an image (Rombach et al. 2022, arXiv:2112.10752). Latents of
+the training scale are 0.18215 times those of the decoder (sd-vae-ft-mse's), which makes their
+variance about 1. What other autoencoders have instead (SDXL's 0.13025; the 16 channels and the
+shift of SD3's and FLUX's) is in their config.json. Weights come from the files that diffusers
+publishes; the modules below are named by those files' keys.
 
 Axes: B batch, H/W image size, h/w latent size (an eighth), C channels, T = h w tokens.
 """
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -28,9 +28,12 @@ from ism_jax.runtime import files
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
+_PIPELINE = "vae/"  # the folder of an autoencoder in a repository of a whole pipeline
+_OLDER_WEIGHTS = "diffusion_pytorch_model.bin"
+_PLACES = tuple(f"{at}{file}" for at in (_PIPELINE, "") for file in (WEIGHTS, _OLDER_WEIGHTS))
 PUBLISHED = "stabilityai/sd-vae-ft-mse"
 _HUB = "https://huggingface.co"
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(/vae)?")
 LOG_VARIANCES = (-30.0, 20.0)
 
 # Of the attention's keys, as older files have them.
@@ -49,6 +52,8 @@ class VaeConfig:
     groups: of every group normalisation.
     scale, shift: a latent of the training scale is scale (z - shift) of one of the decoder, z;
       diffusers' scaling_factor and shift_factor.
+    quant_conv, post_quant_conv: whether a 1x1 convolution ends the encoder, begins the decoder.
+    mid_attention: whether there is attention where the resolution is lowest.
   """
 
   channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -57,12 +62,20 @@ class VaeConfig:
   groups: int = 32
   scale: float = 0.18215
   shift: float = 0.0
+  quant_conv: bool = True
+  post_quant_conv: bool = True
+  mid_attention: bool = True
 
   def __post_init__(self):
     if not (math.isfinite(self.scale) and self.scale > 0 and math.isfinite(self.shift)):
       raise ValueError(
         f"scaling_factor={self.scale} and shift_factor={self.shift}: needed are a positive number "
         "and a number, such as 0.18215 and 0."
+      )
+    if min(self.blocks, self.latent_channels, self.groups) < 1:
+      raise ValueError(
+        f"layers_per_block={self.blocks}, latent_channels={self.latent_channels} and "
+        f"norm_num_groups={self.groups} must be at least 1."
       )
     if not self.channels or any(n < 1 or n % self.groups for n in self.channels):
       raise ValueError(
@@ -77,7 +90,27 @@ class VaeConfig:
 
 SD_VAE = VaeConfig()
 # The small one encodes a 256x256 image in a fraction of a second on a CPU.
-_RANDOM = {"random": SD_VAE, "random-small": VaeConfig(channels=(16, 16, 32, 32), groups=8)}
+_SMALL = VaeConfig(channels=(16, 16, 32, 32), groups=8)
+_RANDOM = {
+  "random": SD_VAE,
+  "random-small": _SMALL,
+  "random-small-16": dataclasses.replace(  # as SD3's and FLUX's
+    _SMALL, latent_channels=16, scale=0.3611, shift=0.1159, quant_conv=False, post_quant_conv=False
+  ),
+}
+# What config.json says of the architecture, by the field that has it.
+_FIELDS = {
+  "block_out_channels": "channels",
+  "layers_per_block": "blocks",
+  "latent_channels": "latent_channels",
+  "norm_num_groups": "groups",
+  "scaling_factor": "scale",
+  "shift_factor": "shift",
+  "use_quant_conv": "quant_conv",
+  "use_post_quant_conv": "post_quant_conv",
+  "mid_block_add_attention": "mid_attention",
+}
+_UNUSED = ("sample_size", "force_upcast")  # of config.json: not of what is computed here
 
 
 def load(name: str) -> weights.Pretrained:
@@ -85,20 +118,22 @@ def load(name: str) -> weights.Pretrained:
 
   Args:
     name: a file that safetensors or `torch.save` wrote; a folder with
-      `diffusion_pytorch_model.safetensors`; in either, `config.json` beside it says how latents are
-      scaled; a repository on the Hugging Face hub such as
-      "stabilityai/sd-vae-ft-mse" (see `hub`; downloaded once, then read from the hub's cache, also
-      offline); or, for checks of a set-up without any weights, "random" (the published
-      architecture) and "random-small" (a tiny one of the same down-sampling). Random weights are
-      the same for everyone, and their latents mean nothing.
+      `diffusion_pytorch_model.safetensors` or `.bin`, perhaps in `vae/`, as a whole pipeline has
+      it; a repository of these on the Hugging Face hub such as "stabilityai/sd-vae-ft-mse" or
+      "black-forest-labs/FLUX.1-dev" (see `hub`; downloaded once, then read from the hub's cache,
+      also offline). `config.json` beside the weights says of which architecture they are and how
+      latents are scaled. Or, for checks of a set-up without any weights, "random" (sd-vae-ft-mse's
+      architecture), "random-small" (a tiny one of the same down-sampling) and "random-small-16"
+      (of 16 channels). Random weights are the same for everyone, and their latents mean nothing.
   Raises:
     FileNotFoundError: no weights are there or to be had; says what to download and what to pass.
-    ValueError: the file is damaged, or holds other weights than the published architecture's.
+    ValueError: a file is damaged, the architecture is another, or the weights are of another one.
   """
   if cfg := _RANDOM.get(name):
     return weights.random(name, weights.shapes_of(_Autoencoder(cfg), cfg.factor), cfg=cfg)
   path = _find(name)
-  cfg, to_params = _configured(path), functools.partial(params_from_state_dict, SD_VAE)
+  cfg = _configured(path)
+  to_params = functools.partial(params_from_state_dict, cfg)
   return weights.read(name, path, to_params, f"{_HUB}/{PUBLISHED}", cfg)
 
 
@@ -113,11 +148,10 @@ def checksum(name: str) -> str | None:
 
 
 def _configured(path) -> VaeConfig:
-  """The published architecture with the factors of the `config.json` beside a file of weights.
+  """The architecture of a file of weights, by the `config.json` beside it.
 
   Raises:
-    ValueError: it is damaged, or of an autoencoder that computes something else, which its weights
-      do not show.
+    ValueError: it is damaged, or of an autoencoder that computes something else.
   """
   path = pathlib.Path(path).with_name(CONFIG)
   if not path.is_file():
@@ -126,19 +160,39 @@ def _configured(path) -> VaeConfig:
       f"{PUBLISHED}. If these weights are others, put their {CONFIG} beside them."
     )
     return SD_VAE
+  remedy = f"Fetch it again, or name another AutoencoderKL, such as {PUBLISHED!r}."
+  content = files.read_json(path, {}, remedy)
+  said = {k: v for k, v in content.items() if v is not None}
+  needed = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": "DownEncoderBlock2D",
+    "up_block_types": "UpDecoderBlock2D",
+  }
+  known = {*needed, *_FIELDS, *_UNUSED}
+  wrong = {key: None for key in said if said[key] and key not in known and key[0] != "_"}
+  for key, value in (needed | wrong).items():
+    used = said.get(key, value)
+    if any(each != value for each in (used if isinstance(used, list) else [used])):
+      raise ValueError(f"{path} has {key}={used!r}, and only {value!r} is known here. {remedy}")
+  fields = {}
   try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    said = {key: value for key, value in values.items() if value is not None}
-    scale = float(said.get("scaling_factor", SD_VAE.scale))
-    cfg = dataclasses.replace(SD_VAE, scale=scale, shift=float(said.get("shift_factor", 0.0)))
-  except (ValueError, TypeError, AttributeError) as error:
-    raise ValueError(f"{path} is no autoencoder's, or damaged: {error}. Fetch it again.") from error
-  needed = {"norm_num_groups": cfg.groups, "act_fn": "silu"}
-  needed |= {"latents_mean": None, "latents_std": None}
-  if other := [key for key in needed if said.get(key, needed[key]) != needed[key]]:
+    for key, name in _FIELDS.items():
+      default = getattr(SD_VAE, name)
+      kind = type(default)
+      value = said.get(key, list(default) if kind is tuple else default)
+      files.check_shape(value, [int] if kind is tuple else kind, key)
+      fields[name] = kind(value)
+    cfg = VaeConfig(**fields)
+  except ValueError as error:
+    reason = str(error).rstrip(".")
+    raise ValueError(f"{path} is no autoencoder's, or damaged: {reason}. {remedy}") from error
+  if cfg.factor != SD_VAE.factor:
     raise ValueError(
-      f"{path} has {other[0]}={said[other[0]]!r}, and only {needed[other[0]]!r} is known here: "
-      f"name another autoencoder, such as {PUBLISHED!r}."
+      f"{path} has latents of 1/{cfg.factor} of an image's height and width, and only "
+      f"1/{SD_VAE.factor} is known here. {remedy}"
     )
   return cfg
 
@@ -149,7 +203,7 @@ def encode(cfg: VaeConfig, params, images):
   Args:
     images: float [B, H, W, 3] in [-1, 1]; H and W are multiples of 8.
   Returns:
-    moments float32 [B, H/8, W/8, 8]: the mean of the 4 latent channels, then their log-variance,
+    moments float32 [B, H/8, W/8, 2 C]: the mean of the C latent channels, then their log-variance,
     clamped to [-30, 20]; not scaled.
   """
   _check("images", images, 3, ", scaled to [-1, 1]")
@@ -167,13 +221,13 @@ def encode(cfg: VaeConfig, params, images):
 
 
 def sample_latent(moments, noise, scale, shift=0.0):
-  """A latent of the training scale, float32 [..., 4].
+  """A latent of the training scale, float32 [..., C].
 
   scale (mean + exp(log_variance / 2) noise - shift).
 
   Args:
-    moments: [..., 8] as `encode` returns them, of any float type.
-    noise: [..., 4], standard normal.
+    moments: [..., 2 C] as `encode` returns them, of any float type.
+    noise: [..., C], standard normal.
   """
   mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
   if noise.shape != mean.shape:
@@ -185,7 +239,7 @@ def sample_latent(moments, noise, scale, shift=0.0):
 
 
 def decode(cfg: VaeConfig, params, latents):
-  """The image of each latent, float [B, h, w, 4] of the training scale.
+  """The image of each latent, float [B, h, w, C] of the training scale.
 
   float32 [B, 8 h, 8 w, 3], [-1, 1] but for overshoots, which are not clipped.
   """
@@ -249,6 +303,9 @@ def diffusers_config(cfg: VaeConfig) -> dict:
     "norm_num_groups": cfg.groups,
     "scaling_factor": cfg.scale,
     "shift_factor": cfg.shift,
+    "use_quant_conv": cfg.quant_conv,
+    "use_post_quant_conv": cfg.post_quant_conv,
+    "mid_block_add_attention": cfg.mid_attention,
   }
 
 
@@ -271,9 +328,10 @@ def _find(name):
     f"or name {PUBLISHED!r}, on a machine with network."
   )
   needed = {"what": "VAE weights", "remedy": remedy}
-  path = hub.find(name, [WEIGHTS, CONFIG], **needed)
+  source = _HUB_NAME.sub(r"\1", name) if is_public(name) else name
+  path = hub.find(source, [_PLACES, (f"{_PIPELINE}{CONFIG}", CONFIG)], **needed)
   if path.is_dir():
-    path /= WEIGHTS
+    path = next((path / place for place in _PLACES if (path / place).is_file()), path / WEIGHTS)
   if not path.is_file():
     raise hub.absent(name, f"that folder has no {WEIGHTS}", **needed)
   return path
@@ -338,7 +396,8 @@ class _MidBlock(nn.Module):
   def __call__(self, x):
     channels = x.shape[-1]
     x = _ResidualBlock(self.cfg, channels, name="resnets_0")(x)
-    x = _Attention(self.cfg, name="attentions_0")(x)
+    if self.cfg.mid_attention:
+      x = _Attention(self.cfg, name="attentions_0")(x)
     return _ResidualBlock(self.cfg, channels, name="resnets_1")(x)
 
 
@@ -385,10 +444,11 @@ class _Autoencoder(nn.Module):
   cfg: VaeConfig
 
   def setup(self):
-    self.encoder = _Encoder(self.cfg)
-    self.quant_conv = _conv(2 * self.cfg.latent_channels, size=1)
-    self.post_quant_conv = _conv(self.cfg.latent_channels, size=1)
-    self.decoder = _Decoder(self.cfg)
+    cfg, same = self.cfg, lambda x: x
+    self.encoder = _Encoder(cfg)
+    self.quant_conv = _conv(2 * cfg.latent_channels, size=1) if cfg.quant_conv else same
+    self.post_quant_conv = _conv(cfg.latent_channels, size=1) if cfg.post_quant_conv else same
+    self.decoder = _Decoder(cfg)
 
   def encode(self, images):
     return self.quant_conv(self.encoder(images))

@@ -42,15 +42,15 @@ def exports(tmp_path_factory):
   manifest = {"format": 1, "classes": CLASSES}
   (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
   # An autoencoder under the name of a folder of this machine.
-  vae = vae_lib.load("random-small")
+  vae = vae_lib.load("random-small-16")
   (folder / "private").mkdir()
   export._write_weights(folder / "private" / vae_lib.WEIGHTS, vae_lib.state_dict(vae.params))
+  export._write_json(folder / "private" / vae_lib.CONFIG, vae_lib.diffusers_config(vae.cfg))
   config = tiny_config()
-  config.data.update({"name": "latents", "vae": str(folder / "private"), "channels": 4})
+  config.data.update({"name": "latents", "vae": str(folder / "private"), "channels": 16})
+  config.data.update({"vae_scale": vae.cfg.scale, "vae_shift": vae.cfg.shift})
   config.data.dir = str(folder / "data")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(vae_lib, "SD_VAE", vae.cfg)
-    write(folder / "latents", config)
+  write(folder / "latents", config)
   return folder
 
 
@@ -135,7 +135,6 @@ def test_images_come_as_pictures_arrays_and_tensors(pytorch, ours, pipe, exports
 
 def test_latents_are_decoded_by_the_exports_own_autoencoder(load, ours, exports, monkeypatch):
   monkeypatch.setattr(api, "_log_as_commands_do", lambda: None)
-  monkeypatch.setattr(vae_lib, "SD_VAE", vae_lib.load("random-small").cfg)
   pipe, model = load(exports / "latents"), ours.load(exports / "latents")
   in_jax = ism_jax.load(exports / "latents", devices=jax.devices()[:1])
   noise = in_jax.noise(2)
@@ -149,7 +148,7 @@ def test_latents_are_decoded_by_the_exports_own_autoencoder(load, ours, exports,
   for path in (exports / "latents").rglob("*"):
     assert not path.is_file() or b"private" not in path.read_bytes(), path
   without = load(exports / "latents", vae=None)
-  assert without(3, output_type="latent").images.shape == (1, 4, 8, 8)
+  assert without(3, output_type="latent").images.shape == (1, 16, 8, 8)
   with pytest.raises(ValueError, match="this folder has no autoencoder"):
     without(3)
 

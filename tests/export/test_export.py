@@ -470,14 +470,13 @@ def trained(workdirs, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_latents_that_are_not_square_are_trained_sampled_and_exported(
-  pytorch, ours, tmp_path, monkeypatch
-):
-  """32x48 images of 4x6 latents, from their folder to pixels in JAX, PyTorch and StableHLO."""
-  monkeypatch.setattr(vae, "SD_VAE", vae.load("random-small").cfg)  # of the export's folder
+def test_latents_that_are_not_square_are_trained_sampled_and_exported(pytorch, ours, tmp_path):
+  """32x48 images of 4x6x16 latents, from their folder to pixels in JAX, PyTorch and StableHLO."""
   config = tiny_config()
-  config.data.update({"name": "latents", "vae": "random-small", "dir": str(tmp_path / "data")})
-  config.data.update({"channels": 4, "image_size": (4, 6)})
+  cfg = vae.load("random-small-16").cfg
+  config.data.update({"name": "latents", "vae": "random-small-16", "dir": str(tmp_path / "data")})
+  config.data.update({"channels": 16, "image_size": (4, 6)})
+  config.data.update({"vae_scale": cfg.scale, "vae_shift": cfg.shift})
   config.model.size = "SiT-XXS/2"
   config.update({"steps": 4, "sample": {"num_images": 3, "steps": "2"}})
   (tmp_path / "data").mkdir()

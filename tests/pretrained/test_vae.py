@@ -330,12 +330,20 @@ def test_the_factors_are_those_of_the_config_beside_the_weights(tiny_files, tmp_
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("{", "is no autoencoder's, or damaged"),
-    ("[]", "is no autoencoder's, or damaged"),
-    ('{"scaling_factor": "large"}', "could not convert"),
+    ("{", "is damaged, or another file"),
+    ("[]", "is damaged, or another file"),
+    ('{"_class_name": "AutoencoderTiny"}', "_class_name='AutoencoderTiny', and only"),
+    ('{"_class_name": "VQModel"}', "_class_name='VQModel', and only 'AutoencoderKL' is known"),
+    ('{"act_fn": "gelu"}', "act_fn='gelu', and only 'silu' is known"),
+    ('{"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}', "down_block_types="),
+    ('{"in_channels": 4}', "in_channels=4, and only 3 is known"),
+    ('{"use_tiling_norm": true}', "use_tiling_norm=True, and only None is known"),
+    ('{"latent_channels": 0}', "latent_channels=0 and .* must be at least 1"),
+    ('{"block_out_channels": [4, 8, 8]}', "latents of 1/4 of an image's .* only 1/2 is known"),
+    ('{"scaling_factor": "large"}', "scaling_factor is str, not"),
     ('{"scaling_factor": 0}', "scaling_factor=0.0 .*needed are a positive number"),
     ('{"scaling_factor": NaN}', "scaling_factor=nan"),
-    ('{"norm_num_groups": 16}', "norm_num_groups=16, and only 2 is known"),
+    ('{"norm_num_groups": 16}', r"channels=\(4, 8\) must be multiples of groups=16"),
     ('{"latents_mean": [0.5, 0, 0, 0]}', "latents_mean=.*, and only None is known"),
   ],
 )
@@ -507,3 +515,69 @@ def test_the_published_architecture_agrees_with_pytorch(torch_vae, tmp_path, spe
   assert_close(moments[..., :4], from_torch(gaussian.mean))
   assert_close(moments[..., 4:], from_torch(gaussian.logvar))
   assert_close(decode(loaded.cfg, loaded.params, latents), from_torch(decoded))
+
+
+SMALL = {
+  "block_out_channels": (8, 8, 16, 16),
+  "down_block_types": ("DownEncoderBlock2D",) * 4,
+  "up_block_types": ("UpDecoderBlock2D",) * 4,
+  "norm_num_groups": 4,
+}
+NO_CONVOLUTIONS = {"use_quant_conv": False, "use_post_quant_conv": False}
+
+
+@pytest.mark.parametrize(
+  ("folder", "safe", "values"),
+  [
+    ("", True, {"scaling_factor": 0.18215, "layers_per_block": 2}),
+    ("", False, {"scaling_factor": 0.13025, "force_upcast": False}),
+    ("vae", True, {"scaling_factor": 1.5305, "shift_factor": 0.0609, "latent_channels": 16}),
+    ("vae", False, {"scaling_factor": 0.3611, "shift_factor": 0.1159, "latent_channels": 16}),
+    ("", True, {"mid_block_add_attention": False, "latent_channels": 8}),
+  ],
+  ids=["SD", "SDXL", "SD3", "FLUX", "no attention"],
+)
+def test_every_autoencoder_of_diffusers_agrees_with_it(pytorch, tmp_path, folder, safe, values):
+  """From the files that diffusers writes: weights of either kind, in the folder of a pipeline."""
+  import diffusers
+  import torch
+
+  values = SMALL | {"layers_per_block": 1} | values
+  if values.get("latent_channels") == 16:
+    values |= NO_CONVOLUTIONS
+  torch.manual_seed(0)
+  theirs = diffusers.AutoencoderKL(**values).eval()
+  theirs.save_pretrained(tmp_path / folder, safe_serialization=safe)
+  ours = vae.load(str(tmp_path))
+  cfg, channels = ours.cfg, values.get("latent_channels", 4)
+  assert (cfg.latent_channels, cfg.quant_conv) == (channels, "use_quant_conv" not in values)
+  images, latents = images_of((2, 16, 24, 3)), latents_of((2, 2, 3, channels))
+  to_torch = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+  with torch.no_grad():
+    moments = theirs.encode(to_torch(images)).latent_dist.parameters
+    z = to_torch(latents) / theirs.config.scaling_factor + (theirs.config.shift_factor or 0)
+    decoded = theirs.decode(z).sample
+  assert_close(encode(cfg, ours.params, images), np.moveaxis(moments.numpy(), 1, -1))
+  assert_close(decode(cfg, ours.params, latents), np.moveaxis(decoded.numpy(), 1, -1))
+  # As exports have it.
+  again = diffusers.AutoencoderKL.from_config(vae.diffusers_config(cfg))
+  state = {key: torch.from_numpy(array) for key, array in vae.state_dict(ours.params).items()}
+  again.load_state_dict(state)
+  with torch.no_grad():
+    torch.testing.assert_close(again.decode(z).sample, decoded)
+
+
+def test_a_pipelines_repository_stands_for_its_autoencoder(tiny_files, tmp_path, monkeypatch):
+  state, path = tiny_files
+  snapshot = tmp_path / "hub" / "models--someone--a-pipeline" / "snapshots" / "abc"
+  (snapshot / "vae").mkdir(parents=True)
+  (snapshot / "vae" / vae.WEIGHTS).write_bytes(path.read_bytes())
+  write_config(snapshot / "vae" / vae.WEIGHTS, scaling_factor=1.5305, shift_factor=0.0609)
+  (snapshot.parents[1] / "refs").mkdir()
+  (snapshot.parents[1] / "refs" / "main").write_text("abc")
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  for name in ("someone/a-pipeline", "someone/a-pipeline/vae"):
+    loaded = vae.load(name)
+    assert vae.is_public(name) and (loaded.cfg.scale, loaded.cfg.shift) == (1.5305, 0.0609)
+    assert_same_params(loaded.params, state)
