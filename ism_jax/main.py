@@ -8,10 +8,11 @@
 are the same.
 
 --config.KEY=VALUE overrides a value of --config; without --config, which only training needs, of
-the config in the newest checkpoint. Without --workdir it is runs/ and the config's name and words:
-runs/digits-sm for configs/digits.py:sm. The same training command continues a run. Several
-processes are one run, on the same --workdir: see launch/README.md. Exit codes: 0 done, 1 an error;
-143, 130 or 129 training that SIGTERM, Ctrl-C or SIGHUP stopped after saving a checkpoint.
+the config in the newest checkpoint. Without --workdir it is runs/ and the config's name and words,
+runs/digits-sm for configs/digits.py:sm, and for images of your own the name of their folder. The
+same training command continues a run. Several processes are one run, on the same --workdir: see
+launch/README.md. Exit codes: 0 done, 1 an error; 143, 130 or 129 training that SIGTERM, Ctrl-C or
+SIGHUP stopped after saving a checkpoint.
 
 Of weights alone, evaluate and sample take as --workdir a folder that python -m ism_jax export
 wrote, or what the Hugging Face hub has: OWNER/NAME, OWNER/NAME@REVISION, the address of its page.
@@ -74,7 +75,7 @@ def main(arguments):
   if workdir is None:
     if config is None:
       raise app.UsageError("--workdir is missing: name the folder of a run, or its --config.")
-    workdir = default_workdir(args["config"].config_filename)
+    workdir = default_workdir(args["config"].config_filename, config)
   source = workdir if args["workdir"].present else os.path.abspath(workdir)  # no name of the hub
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
@@ -106,11 +107,18 @@ def main(arguments):
       generate.write_samples(config, source, out)
 
 
-def default_workdir(config: str) -> str:
-  """Where a run of --config=configs/imagenet256.py:sm,b2 is by default: runs/imagenet256-sm-b2."""
-  path, _, words = config.partition(":")
+def default_workdir(filename: str, config) -> str:
+  """Where a run of --config=configs/imagenet256.py:sm,b2 is by default: runs/imagenet256-sm-b2.
+
+  Of a config that leaves the classes to its data, the name of data.dir comes behind it.
+  """
+  path, _, words = filename.partition(":")
   name, _ = os.path.splitext(os.path.basename(path))
-  return os.path.join("runs", "-".join([name, *filter(None, words.split(","))]))
+  folder = (
+    os.path.basename(os.path.abspath(config.data.dir)) if config.data.num_classes == -1 else ""
+  )
+  folder = re.sub(r"[^\w.]+", "-", folder).strip("-")
+  return os.path.join("runs", "-".join(filter(None, [name, *words.split(","), folder])))
 
 
 def default_results(export: str) -> str:

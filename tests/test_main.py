@@ -1,5 +1,6 @@
 """The command line, in processes of its own as a user runs it."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -86,15 +87,21 @@ def test_a_run_is_trained_continued_evaluated_sampled_and_compared(environment, 
 
 
 @pytest.mark.parametrize(
-  ("config", "workdir"),
+  ("config", "workdir", "folder"),
   [
-    ("configs/imagenet256.py", "runs/imagenet256"),
-    ("configs/digits.py:sm", "runs/digits-sm"),
-    ("configs/imagenet256.py:wavelet,b2,250k", "runs/imagenet256-wavelet-b2-250k"),
+    ("configs/imagenet256.py", "runs/imagenet256", "/data/latents"),
+    ("configs/digits.py:sm", "runs/digits-sm", ""),
+    ("configs/imagenet256.py:wavelet,b2,250k", "runs/imagenet256-wavelet-b2-250k", ""),
+    ("configs/images.py", "runs/images-my-cats", "/data/my cats/"),
+    ("configs/latents.py:sm", "runs/latents-sm-猫", "猫"),
   ],
 )
-def test_a_workdir_is_by_default_named_after_the_config_and_its_words(config, workdir):
-  assert main.default_workdir(config) == workdir
+def test_a_workdir_is_by_default_named_after_the_config_and_its_words(config, workdir, folder):
+  path, _, words = config.partition(":")
+  module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+  values = module.get_config(*filter(None, [words]))
+  values.data.dir = folder
+  assert main.default_workdir(config, values) == workdir
 
 
 def test_the_default_workdir_is_said_first(environment, tmp_path):

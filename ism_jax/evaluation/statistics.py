@@ -31,7 +31,7 @@ import numpy as np
 
 from ism_jax import data, experiment, ranges
 from ism_jax.data import images as images_lib
-from ism_jax.data import pipeline, samples
+from ism_jax.data import pipeline, recipe, samples
 from ism_jax.data.samples import ImageSet
 from ism_jax.evaluation import reference, scores
 from ism_jax.metrics import features
@@ -248,7 +248,7 @@ def _image_set(args) -> ImageSet:
     return of_images(args.images, args.tfds_dir, args.size, args.num_threads)
   if sources[0] == "samples":
     return samples.open(args.samples, args.num_threads)
-  return of_dataset(experiment.parse(args.config).data, args.split)
+  return of_dataset(experiment.parse(recipe.resolve(args.config)).data, args.split)
 
 
 def _network_files(named: str, weights: str) -> dict[str, str]:

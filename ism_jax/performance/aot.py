@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from ism_jax import experiment, generate, model, steps
+from ism_jax import data, experiment, generate, model, steps
 from ism_jax.experiment import Experiment
 from ism_jax.performance import flops, hlo
 from ism_jax.performance.topology import Topology, describe
@@ -417,7 +417,7 @@ def main(argv):
   jax.config.update("jax_platforms", "cpu")
   args = flags.FLAGS
   with commands.one_line_errors():
-    exp = experiment.parse(args.config)
+    exp = experiment.parse(data.resolve(args.config))
     if args.out is not None:
       files.check_writable(args.out)
     assumed = args.sinkhorn_iterations, args.greedy_rounds

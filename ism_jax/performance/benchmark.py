@@ -505,7 +505,7 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
     repeats: rounds.
     devices: default all.
   """
-  exp, mesh = experiment.parse(config), sharding.data_mesh(devices)
+  exp, mesh = experiment.parse(data.resolve(config)), sharding.data_mesh(devices)
   rows = rows or exp.batch_size
   if repeats < 1:
     raise ValueError(f"--repeats={repeats} must be at least 1: give more.")

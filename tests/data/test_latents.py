@@ -11,7 +11,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from ism_jax import data
+from configs import latents as latents_config
+from ism_jax import data, experiment
 from ism_jax.data import latents
 from ism_jax.pretrained import vae, weights
 from ism_jax.runtime import commands
@@ -130,6 +131,18 @@ def test_the_manifest_counts_what_is_there_and_names_what_is_not(folder):
   assert manifest["unreadable"] == {f"image{i}": reason for i, reason in UNREADABLE.items()}
   assert manifest["shards"] == [11, 12, 11, 12, 1]
   assert (manifest["vae"], manifest["size"], manifest["crop"]) == ("some/vae", 16, "some crop")
+
+
+def test_an_open_config_takes_sizes_classes_and_autoencoder_of_the_manifest(folder):
+  open_config = latents_config.get_config()
+  open_config.data.dir = str(folder)
+  resolved = experiment.parse(data.resolve(open_config)).data
+  expected = config(folder, vae="some/vae", num_threads=8)
+  assert resolved == expected
+  source = data.load_source(resolved)
+  assert source.classes == list(CLASSES)
+  _, labels = source.read(np.arange(len(source)), np.zeros(len(source), bool))
+  assert source.class_counts == np.bincount(labels, minlength=3).tolist()
 
 
 def test_an_epoch_holds_every_image_once_with_its_label_and_half_of_them_mirrored(source):
