@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 
 from absl import logging
 from etils import epath
 import jax
+from tensorflow_datasets.datasets.siscore import labels as imagenet_labels
 
 from ism_jax import experiment, model
 from ism_jax.experiment import Experiment
@@ -146,8 +148,9 @@ def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
 
   Those of another network may be of other classes: each class takes the row of the label table that
   has its name, and a new one that of "no class", whose own row always comes along. Where names are
-  unknown, as many classes are the same by number. Positions are fixed, so that another size of
-  images fits. Embedders that a network of SiT's lacks are left out, see `sit.complete`.
+  unknown, as many classes are the same by number, and 1,000 others are taken to be ImageNet's, as
+  of SiT's. Positions are fixed, so that another size of images fits. Embedders that a network of
+  SiT's lacks are left out, see `sit.complete`.
 
   Args:
     source: the workdir of a run, of which the inference EMA is taken; an export; or what `sit.read`
@@ -170,12 +173,15 @@ def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
   network = exp.network()
   params = sit.to_own_params(state, network, exp.image_shape, about)
   table, count = params["y_embedder"]["embedding"], exp.data.num_classes
-  if names and known and len(known) == len(table) - 1:
+  before, imagenet = len(table) - 1, imagenet_labels.IMAGENET_LABELS_LIST
+  if names and known and len(known) == before:
     rows, how = match_names(names, known), "by name"
-  elif count == len(table) - 1:
+  elif count == before:
     rows, how = list(range(count)), "by number"
+  elif names and before == len(imagenet):
+    rows, how = match_names(names, imagenet), "by ImageNet's names"
   else:
-    rows, how = [-1] * count, f"(of its {len(table) - 1} or of these the names are unknown)"
+    rows, how = [-1] * count, f"(of its {before} or of these the names are unknown)"
   params["y_embedder"]["embedding"] = table[[*rows, -1]]  # the last is that of no class
   new, embedders = rows.count(-1), sit.EMBEDDERS if network.guided else sit.EMBEDDERS[:1]
   absent = [name for name in embedders if name not in params]
@@ -188,7 +194,7 @@ def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
 
 
 def match_names(names: Sequence[str], known: Sequence[str]) -> list[int]:
-  """The place of each name in `known`, or -1.
+  """The place of each name in `known`, or -1; the same place if the name is there.
 
   Names may have several words for a class, such as "tabby, tabby cat": the whole or else any of
   them is a match, if it stands for one class alone.
@@ -197,8 +203,13 @@ def match_names(names: Sequence[str], known: Sequence[str]) -> list[int]:
   for i, name in enumerate(known):
     for word in _words(name):
       places[word].add(i)
-  matches = lambda name: (min(places[w]) for w in _words(name) if len(places.get(w, ())) == 1)
-  return [next(matches(name), -1) for name in names]
+
+  def place(i, name):
+    if name in known[i : i + 1]:  # which another class may have, too
+      return i
+    return next((min(places[w]) for w in _words(name) if len(places.get(w, ())) == 1), -1)
+
+  return list(itertools.starmap(place, enumerate(names)))
 
 
 def _words(name: str) -> list[str]:

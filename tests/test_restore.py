@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from ism_jax import experiment, generate, main, restore, steps
 from ism_jax import state as state_lib
@@ -177,7 +178,8 @@ def test_classes_are_matched_by_any_name_that_is_of_one_class_alone():
   names = ["Tabby", "crane", "crane,  Bird", "tinca_tinca", "tabby cat", "ox", "E", ""]
   assert restore.match_names(names, ANIMALS) == [1, -1, 2, 0, 1, -1, 4, -1]
   assert restore.match_names(ANIMALS, ANIMALS) == list(range(10))
-  assert restore.match_names(["a"], ["a", "A"]) == [-1]
+  assert restore.match_names(["a", "a", "b", "a"], ["a", "b", "a", "a"]) == [0, -1, 1, 3]
+  assert restore.match_names(["b", "a"], ["a", "A"]) == [-1, -1]
 
 
 def test_a_training_begins_with_the_rows_of_classes_of_the_same_name(workdir, tmp_path, caplog):
@@ -201,6 +203,16 @@ def test_a_training_begins_with_the_rows_of_classes_of_the_same_name(workdir, tm
   assert label_rows(state.ema).shape == (4, label_rows(before).shape[1])
 
 
+def test_of_1000_unnamed_classes_those_with_imagenets_names_are_taken(tmp_path):
+  exp = of_data(count=1000)
+  state = sit.from_params(random_params(exp.network(), exp.image_shape), exp.network(), (8, 8, 1))
+  safetensors.numpy.save_file(state, tmp_path / "sit.safetensors")
+  begun = restore.read_start(str(tmp_path / "sit.safetensors"), of_data(2), ["ox_cart", "tabby"])
+  table = state["y_embedder.embedding_table.weight"]
+  # 281 is ImageNet's tabby, the last row no class.
+  np.testing.assert_array_equal(label_rows(begun), table[[1000, 281, 1000]])
+
+
 @pytest.mark.parametrize("size", [12, (8, 16), (16, 4)])
 def test_a_training_begins_with_a_run_of_another_size_of_images(workdir, export, size):
   begun = restore.read_start(workdir, of_data(size=size), None)  # as of the newest checkpoint
@@ -217,6 +229,9 @@ def test_the_positions_of_a_state_dict_tell_its_rows_and_columns(grid):
   state["pos_embed"] = state["pos_embed"].astype(ml_dtypes.bfloat16)
   read = sit.to_own_params(state, of_data(3).network(), (8, 8, 1), "it")
   jax.tree.map(np.testing.assert_array_equal, read, params)
+  state["pos_embed"] = np.full_like(state["pos_embed"], np.nan)
+  with pytest.raises(ValueError, match=r"(not finite|another shape): pos_embed"):
+    sit.to_own_params(state, of_data(3).network(), (8, 8, 1), "it")
 
 
 def test_a_training_begins_with_no_network_of_other_channels_or_blocks(workdir, export, tmp_path):

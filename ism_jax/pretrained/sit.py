@@ -124,7 +124,8 @@ def _grid(positions) -> tuple[int, int] | None:
   of_rows = positions[0, :, positions.shape[2] // 2 :]
   others = np.flatnonzero((of_rows != of_rows[0]).any(axis=1))  # tokens below the first row
   columns = int(others[0]) if others.size else len(of_rows)
-  return (len(of_rows) // columns, columns) if len(of_rows) % columns == 0 else None
+  is_grid = columns and len(of_rows) % columns == 0  # NaN differs from itself
+  return (len(of_rows) // columns, columns) if is_grid else None
 
 
 def complete(imported, fresh):
