@@ -33,13 +33,17 @@ def expected(step, tree):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """A run with checkpoints of the steps 4 and 8."""
-  folder, exp = tmp_path_factory.mktemp("run"), experiment.parse(tiny_config())
+  return write_run(tmp_path_factory.mktemp("run"), {})
+
+
+def write_run(folder, position) -> str:
+  exp = experiment.parse(tiny_config())
   optimizer = state_lib.optimizer(exp.optimizer, exp.total_steps)
   with checkpoints.open_manager(folder, keep=2) as manager:
     for step in (4, 8):
       trees = {tree: jax.device_put(expected(step, tree)) for tree in TREES}
       state = state_lib.create(trees["params"], optimizer).replace(**trees)
-      checkpoints.save(manager, step, state, {}, files.as_dict(tiny_config()))
+      checkpoints.save(manager, step, state, position, files.as_dict(tiny_config()))
   return str(folder)
 
 
@@ -199,6 +203,9 @@ def test_a_training_begins_with_the_rows_of_classes_of_the_same_name(workdir, tm
     np.testing.assert_array_equal(label_rows(begun), label_rows(before)[[*rows, 10]])
     jax.tree.map(np.testing.assert_array_equal, all_but_labels(begun), all_but_labels(before))
     assert said in caplog.text
+  run = write_run(tmp_path / "run", {"classes": ANIMALS})
+  begun = restore.read_start(run, of_data(3), ["tabby", "ox", "tench"])
+  np.testing.assert_array_equal(label_rows(begun), label_rows(expected(8, "ema"))[[1, 10, 0, 10]])
   state = steps.init_function(of_data(3), sharding.data_mesh())(jax.random.key(0), begun)
   assert label_rows(state.ema).shape == (4, label_rows(before).shape[1])
 
