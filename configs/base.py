@@ -112,7 +112,7 @@ def get_base() -> ml_collections.ConfigDict:
         "num_images": 64,
         "steps": "4",
         "w": 0.5,
-        "label": -1,
+        "label": "all",
         "seed": 0,
         "batch_size": 64,
       },

@@ -17,6 +17,7 @@ import numpy as np
 
 from ism_jax import data, generate, model, paths, ranges, restore, sampling, train
 from ism_jax import experiment as experiment_lib
+from ism_jax.data import labels as labels_lib
 from ism_jax.experiment import Experiment
 from ism_jax.export import stablehlo
 from ism_jax.runtime import commands, files, sharding
@@ -120,8 +121,8 @@ class Model:
       steps: a number of equal steps, 1, 2, 4, ..., 128, or step lengths such as "1/2,1/4,1/4".
       w: guidance, a number or one for each image (a CFG scale of 1 + w). Those of config.sample are
         the defaults of steps and w.
-      labels: a class, or one for each image; default all in turn. As many as there are classes is
-        the number of no class.
+      labels: a class, by name or number, or one for each image; default all in turn. "none", or as
+        many as there are classes, is no class.
       seed: of the noise: image i depends only on the seed and on i.
       noise: [N, h, w, c], instead of the seed's; see `noise`.
       batch_size: images at a time; default that of config.sample.
@@ -183,14 +184,10 @@ class Model:
   def _labels(self, labels, n) -> np.ndarray:
     classes = self.experiment.data.num_classes
     labels = _one_each("labels", np.arange(n) % classes if labels is None else labels, n)
-    if labels.dtype.kind not in "iu":
-      raise ValueError(f"labels are {labels.dtype}; give whole numbers.")
-    if labels.min() < 0 or labels.max() > classes:
-      raise ValueError(
-        f"labels run from {labels.min()} to {labels.max()}; classes are 0 to {classes - 1}, and "
-        f"{classes} is no class."
-      )
-    return labels.astype(np.int64)
+    if labels.dtype.kind not in "iuU":
+      raise ValueError(f"labels are {labels.dtype}; give whole numbers, or names.")
+    number_of = lambda label: labels_lib.number_of(label, classes, self.names)
+    return np.array(list(map(number_of, labels.tolist())), np.int64)
 
 
 def _count(num_images, **arrays) -> int | None:

@@ -70,7 +70,8 @@ class SampleConfig:
   Attributes:
     steps: a count or a schedule, see `paths.parse_schedule`.
     w: guidance.
-    label: a class, or -1 for all classes in turn.
+    label: a class, by name or number; "none" for no class, "all" for all in turn; see
+      `data.labels`.
     seed: of noise; image i depends only on the seed and on i.
     batch_size: images at a time, over all devices.
   """
@@ -78,7 +79,7 @@ class SampleConfig:
   num_images: Annotated[int, "[1, 1e8]"]
   steps: str
   w: ranges.Guidance
-  label: Annotated[int, "[-1, 1e9]"]
+  label: str
   seed: ranges.Seed
   batch_size: BatchSize
 
@@ -249,6 +250,8 @@ def _build(config_class, values, prefix: str = ""):
     kind = config_class.__annotations__[name]
     is_section = dataclasses.is_dataclass(kind)
     arguments[name] = _build(kind, value, f"{prefix}{name}.") if is_section else _as_tuples(value)
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
+      arguments[name] = str(value)  # as older configs have labels
     if isinstance(value, str):  # nothing but paths begins as those that this changes
       arguments[name] = files.local_path(value)
   return config_class(**arguments)
@@ -277,11 +280,6 @@ def parse(config) -> Experiment:
       f"{MAX_ENLARGED} are the most: set it to {max(1, MAX_ENLARGED // pixels)} or less."
     )
   wavelets.depth(exp.wavelet, exp.image_shape[:2])
-  if not -1 <= exp.sample.label < exp.data.num_classes:
-    raise ValueError(
-      f"config.sample.label={exp.sample.label}: classes are 0..{exp.data.num_classes - 1}; give "
-      "one of them, or -1 for all in turn."
-    )
   drawn = [("sample", exp.sample.steps, exp.sample.w)]
   drawn += [("monitor", steps, exp.monitor.w) for steps in exp.monitor.steps if exp.monitor.every]
   drawn += [("evaluation", steps, w) for steps, w in exp.evaluation.settings()]
@@ -300,6 +298,8 @@ def as_config(saved: dict) -> ml_collections.ConfigDict:
   """
   flat = {k: _as_tuples(v) for k, v in traverse_util.flatten_dict(saved, sep=".").items()}
   for key in flat.keys() & MARKS.keys():
+    if MARKS[key].kind is str:
+      flat[key] = str(flat[key])  # labels were numbers
     if typing.get_origin(MARKS[key].kind) is typing.Union:
       flat[key] = ml_collections.FieldReference(flat[key], field_type=object)
   return ml_collections.ConfigDict(traverse_util.unflatten_dict(flat, sep="."))

@@ -7,8 +7,11 @@ Axes: N images, B batch, H/W size, C channels.
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
 import functools
 import io
+import math
+import os
 import time
 from typing import NamedTuple
 
@@ -18,15 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ism_jax import experiment, model, restore, sampling
-from ism_jax.data import DataConfig, samples
+from ism_jax import data, experiment, guidance, model, restore, sampling
+from ism_jax.data import DataConfig, labels, samples
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.pretrained.weights import Pretrained
-from ism_jax.runtime import files, sharding
+from ism_jax.runtime import files, logs, sharding
 from ism_jax.runtime.sharding import AXIS, P
 
+SUFFIXES = (".npz", ".png", ".gif")  # of what samples are written to, unless it is a folder
 GRID = (8, 10)  # rows and columns of a sample grid
+LARGEST = 10**8  # pixels of a picture of samples
 LETTERS = 14  # pixels of a picture's captions
 DECODED_TOGETHER = 4  # latents at a time on each device: 256x256 images take about 0.3 GB each
 
@@ -213,30 +218,114 @@ def batches(
     yield Batch(images, labels[start : start + batch_size], sampled - began, decoding)
 
 
+def check_output(out: str) -> None:
+  """Raises unless samples can be written to `out`, see `write_samples`."""
+  _, suffix = os.path.splitext(out.rstrip("/"))
+  if suffix in SUFFIXES and not out.endswith("/"):
+    files.check_file(out, suffix)
+  elif not suffix or out.endswith("/"):
+    files.check_empty(out)
+  else:
+    raise ValueError(
+      f"--out={out} is no {', '.join(SUFFIXES)}; a folder of PNGs ends in / or has no suffix."
+    )
+
+
 def write_samples(config, source: str, out: str, devices=None) -> None:
-  """Draws `config.sample` into an npz for other evaluators: images arr_0, labels arr_1.
+  """Draws `config.sample`, in the form that the name of `out` asks for.
 
   Args:
     config: a ConfigDict of the run.
     source: its workdir, of which the inference EMA in the newest checkpoint samples, or an export:
       see `restore.read`.
-    out: the npz.
+    out: an npz for other evaluators, images arr_0 and labels arr_1; a png, of all images side by
+      side; a gif, of the first ones on their way from noise to image; or a folder, of a PNG each.
     devices: that sample; default all.
   """
-  files.check_file(out, ".npz")
+  check_output(out)
   mesh = sharding.data_mesh(devices)
   trained = restore.read(source, config=config, mesh=mesh)
   check_decoder(trained)
   exp, cfg = trained.exp, trained.exp.sample
-  labels = class_labels(exp, cfg.num_images, cfg.seed)
-  if cfg.label != -1:
-    labels = np.full(cfg.num_images, cfg.label)
+  names = trained.names or data.class_names(exp.data)
+  numbers = class_labels(exp, cfg.num_images, cfg.seed)
+  if cfg.label not in labels.ALL:
+    numbers = np.full(cfg.num_images, labels.number_of(cfg.label, exp.data.num_classes, names))
   settings = {name: getattr(cfg, name) for name in ("schedule", "w", "seed", "batch_size")}
-  parts = batches(exp, mesh, trained.params, labels, **settings)
-  with samples.writer(out, cfg.num_images, decoded_shape(exp)) as add:
-    for batch in parts:
-      add(np.asarray(batch.images)[: len(batch.labels)], batch.labels)
-  logging.info("Wrote %d images of the %s to %s.", cfg.num_images, trained.about, out)
+  pixels = cfg.num_images * math.prod(decoded_shape(exp)[:2]) * exp.evaluation.enlarge**2
+  if out.endswith(".png") and pixels > LARGEST:
+    raise ValueError(
+      f"sample.num_images={cfg.num_images} are {pixels:.3g} pixels in one picture, {out}, and "
+      f"{LARGEST} are the most: draw fewer, or name a folder, of a PNG each."
+    )
+  if out.endswith(".gif"):
+    if jax.process_count() > 1:
+      raise ValueError(f"--out={out}: one process alone writes a gif.")
+    numbers = numbers[: GRID[0] * GRID[1]]
+    states = trajectory(exp, mesh, trained.params, numbers, cfg.schedule, cfg.w, cfg.seed)
+    files.write_whole(out, animation([grid_png(s, exp.evaluation.enlarge) for s in states]))
+  else:
+    parts = batches(exp, mesh, trained.params, numbers, **settings)
+    progress, drawn = logs.Progress(cfg.num_images), []
+    with contextlib.ExitStack() as stack:
+      if out.endswith(".png"):
+        add = lambda images, _: drawn.append(images)
+      elif out.endswith(".npz"):
+        add = stack.enter_context(samples.writer(out, cfg.num_images, decoded_shape(exp)))
+      else:
+        add = stack.enter_context(samples.folder_writer(out, cfg.num_images, names))
+      for batch in parts:
+        add(np.asarray(batch.images)[: len(batch.labels)], batch.labels)
+        progress.add(len(batch.labels))
+    if drawn and jax.process_index() == 0:
+      tiles = picture(np.concatenate(drawn), enlarge=exp.evaluation.enlarge)
+      files.write_whole(out, as_png(tiles))
+  logging.info("Wrote %d images of the %s to %s.", len(numbers), trained.about, out)
+
+
+@functools.lru_cache
+def step_function(exp: Experiment, mesh, finest: bool):
+  """step(params, x_t [B, H, W, C], t, d, c [B], w [B]) -> x_{t+d}, for the finest steps or others.
+
+  For steps one by one, at any t and d: a `sample_function` is compiled for one schedule.
+  """
+  kind = sharding.device_kind(mesh)
+
+  def step(params, x_t, t, d, c, w):
+    velocity = model.velocity_function(exp.network(kind), params)
+    if finest and not exp.objective.intrinsic:
+      fixed = {"t_interval": exp.objective.t_interval, "null_class": exp.null_class}
+      velocity = guidance.fixed(velocity, every_level=False, **fixed)
+    return sampling.sample(velocity, x_t, c, w, ((t, d),))
+
+  specs = P(), P(AXIS), P(), P(), P(AXIS), P(AXIS)
+  return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(AXIS)))
+
+
+def trajectory(exp: Experiment, mesh, params, numbers, schedule, w, seed) -> list[np.ndarray]:
+  """What samples of these labels [N] look like before and after each step: uint8 [N, H, W, C]."""
+  experiment.check_guidance(exp, schedule, w)
+  count = len(numbers)
+  rows = np.arange(-(-count // mesh.size) * mesh.size)
+  x_t = noise_function(exp.image_shape, mesh)(jax.random.key(seed), np.int32(rows))
+  pixels = pixels_function(exp.data, mesh, exp.evaluation.rounding)
+  c, strength = np.int32(numbers[rows % count]), np.full(len(rows), w, np.float32)
+  params, states = jax.device_put(params, sharding.replicated(mesh)), [x_t]
+  for t, d in schedule:
+    x_t = step_function(exp, mesh, d == 0)(params, x_t, np.float32(t), np.float32(d), c, strength)
+    states.append(x_t)
+  return [np.asarray(pixels(x_t))[:count] for x_t in states]
+
+
+def animation(pngs: list[bytes]) -> bytes:
+  """A GIF of pictures, PNG, that takes two seconds and holds the first and the last one."""
+  frames = [Image.open(io.BytesIO(png)).convert("RGB") for png in pngs]
+  durations = [max(40, 2_000 // len(frames))] * len(frames)
+  durations[0], durations[-1], gif = 500, 2_000, io.BytesIO()
+  frames[0].save(
+    gif, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, disposal=1
+  )
+  return gif.getvalue()
 
 
 def picture(images, *, enlarge: int = 1, columns: int = 10, gap: int | None = None) -> Image.Image:
@@ -284,6 +373,11 @@ def grid_png(images, enlarge: int) -> bytes:
   columns = min(GRID[1], len(images))
   images = np.asarray(images)[: min(GRID[0], len(images) // columns) * columns, ..., :3]
   lined = np.pad(images, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=128)  # thin lines
-  grid, png = picture(lined, enlarge=enlarge, columns=columns, gap=0), io.BytesIO()
-  grid.convert("L" if images.shape[-1] == 1 else "RGB").save(png, "PNG")
+  grid = picture(lined, enlarge=enlarge, columns=columns, gap=0)
+  return as_png(grid.convert("L" if images.shape[-1] == 1 else "RGB"))
+
+
+def as_png(image: Image.Image) -> bytes:
+  """An image as a PNG file."""
+  image.save(png := io.BytesIO(), "PNG")
   return png.getvalue()

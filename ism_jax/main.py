@@ -2,7 +2,7 @@
 
   python -m ism_jax train --config=configs/digits.py [--workdir=W]
   python -m ism_jax evaluate --workdir=W [--out=DIR] [--samples=FILE_OR_FOLDER]
-  python -m ism_jax sample --workdir=W --out=FILE.npz --config.sample.steps=4
+  python -m ism_jax sample --workdir=W --out=OUT --config.sample.steps=4 --config.sample.label=tabby
 
 `python -m ism_jax.main --mode=train`, which may be left out, `--mode=evaluate` and `--mode=sample`
 are the same.
@@ -43,7 +43,7 @@ def define_flags(mode: str | None = None) -> None:
   flags.DEFINE_enum("mode", mode or "train", [mode] if mode else MODES, "What to do.")
   if mode != "train":
     purposes = {
-      "sample": "When sampling: the npz file to write.",
+      "sample": "When sampling: an npz, png or gif to write, or a folder for PNGs.",
       "evaluate": "When evaluating: folder of the results, by default the workdir.",
     }
     about = purposes[mode] if mode else " ".join(purposes.values())
@@ -65,7 +65,7 @@ def main(arguments):
   if config is not None and len(arguments) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(arguments[1:])}.")
   if mode == "sample" and out is None:
-    raise app.UsageError("sample needs --out=FILE.npz, the file to write.")
+    raise app.UsageError("sample needs --out: an npz, png or gif, or a folder for PNGs.")
   if mode == "train" and out is not None:
     raise app.UsageError("--out goes with sample and evaluate: leave it out.")
   if mode != "evaluate" and samples is not None:

@@ -18,6 +18,7 @@ import jax
 from tensorflow_datasets.datasets.siscore import labels as imagenet_labels
 
 from ism_jax import experiment, model
+from ism_jax.data import labels
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import hub, sit, vae
 from ism_jax.runtime import checkpoints, files, sharding
@@ -201,21 +202,15 @@ def match_names(names: Sequence[str], known: Sequence[str]) -> list[int]:
   """
   places = collections.defaultdict(set)
   for i, name in enumerate(known):
-    for word in _words(name):
+    for word in labels.words(name):
       places[word].add(i)
 
   def place(i, name):
     if name in known[i : i + 1]:  # which another class may have, too
       return i
-    return next((min(places[w]) for w in _words(name) if len(places.get(w, ())) == 1), -1)
+    return next((min(places[w]) for w in labels.words(name) if len(places.get(w, ())) == 1), -1)
 
   return list(itertools.starmap(place, enumerate(names)))
-
-
-def _words(name: str) -> list[str]:
-  """The whole name and its parts, in one spelling."""
-  words = (" ".join(w.casefold().replace("_", " ").split()) for w in (name, *name.split(",")))
-  return [word for word in words if word]
 
 
 def read_config(source: str) -> dict:
@@ -233,8 +228,8 @@ def _open(workdir: str):
 
 def _names(details: dict) -> list[str] | None:
   """Those of the classes in an export's config.json, if it has them."""
-  labels = details.get("id2label")
-  names = [labels.get(str(i)) for i in range(len(labels))] if isinstance(labels, dict) else []
+  by_label = details.get("id2label")
+  names = [by_label.get(str(i)) for i in range(len(by_label))] if isinstance(by_label, dict) else []
   return names if names and all(isinstance(name, str) for name in names) else None
 
 

@@ -7,14 +7,16 @@ batches, and memory holds a few of these.
 Axes: N images in a file, B in a batch, H/W size, C channels.
 """
 
-from collections.abc import Callable, Iterator
-import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
+import re
 import shutil
 import tempfile
 from typing import Any
@@ -24,6 +26,7 @@ from absl import logging
 from etils import epath
 import jax
 import numpy as np
+from PIL import Image
 
 from ism_jax.data import images as images_lib
 from ism_jax.runtime import arrays, files
@@ -87,6 +90,25 @@ def open(path: str, num_threads: int | None = None) -> ImageSet:
   if images.count < 2:
     raise ValueError(f"{path} holds {images.count} image: statistics need at least 2. Name more.")
   return images
+
+
+def as_grey(images: ImageSet) -> ImageSet:
+  """Images of three channels that are alike, as `writer` stores grey ones, with one channel.
+
+  Its batches raise ValueError where there are colours.
+  """
+
+  def batches(batch_size):
+    for batch in images.batches(batch_size):
+      if (batch != batch[..., :1]).any():
+        raise ValueError(
+          f"the images of {images.source} have colours, and those of the dataset are grey: convert "
+          "them, or pass files of evaluation.reference."
+        )
+      yield batch[..., :1]
+
+  shape = (*images.image_shape[:2], 1)
+  return dataclasses.replace(images, image_shape=shape, batches=batches)
 
 
 # Arrays.
@@ -171,7 +193,7 @@ def _open_folder(folder, num_threads) -> ImageSet:
       f"{' '.join(images_lib.SUFFIXES)}."
     )
   path = functools.partial(os.path.join, folder)
-  with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+  with futures.ThreadPoolExecutor(num_threads) as pool:
     headers = dict(zip(names, pool.map(_size_and_grey, map(path, names)), strict=True))
   sizes = {name: header[0] for name, (header, _) in headers.items() if header}
   unreadable = {name: reason for name, (_, reason) in headers.items() if reason}
@@ -199,7 +221,7 @@ def _open_folder(folder, num_threads) -> ImageSet:
 
   def sha256():
     checksum = lambda name: files.sha256(path(name)) if headers[name][0] else "unreadable"
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+    with futures.ThreadPoolExecutor(num_threads) as pool:
       contents = zip(names, pool.map(checksum, names), strict=True)
       lines = "".join(f"{name}\n{content}\n" for name, content in contents)
     return hashlib.sha256(images_lib.as_bytes(lines)).hexdigest()
@@ -281,8 +303,9 @@ def _decode(folder, image_shape, item) -> images_lib.Crop:
 def writer(path: str, count: int, image_shape: tuple[int, int, int]):
   """A context: add(images uint8 [B, H, W, C], labels int [B]), which appends to ADM's npz.
 
-  The file is there once the context is left with all images, and whole; an error leaves none. Its
-  bytes depend only on the images and labels. Only the first process writes.
+  ADM's evaluator reads three channels: of grey images all are alike. The file is there once the
+  context is left with all images, and whole; an error leaves none. Its bytes depend only on the
+  images and labels. Only the first process writes.
 
   Args:
     path: local, or of an object store such as gs://, for which it passes through a temporary file.
@@ -303,7 +326,8 @@ def writer(path: str, count: int, image_shape: tuple[int, int, int]):
     if "://" in path:
       folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ism_jax_samples_"))
       local = os.path.join(folder, "samples.npz")
-    folder, needed = os.path.dirname(local), count * math.prod(image_shape)
+    stored_shape = (*image_shape[:2], 3)
+    folder, needed = os.path.dirname(local), count * math.prod(stored_shape)
     os.makedirs(folder, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < needed:
       raise OSError(
@@ -312,9 +336,9 @@ def writer(path: str, count: int, image_shape: tuple[int, int, int]):
       )
     with files.whole_file(local) as temporary, zipfile.ZipFile(temporary, "w") as archive:
       with _member(archive, _IMAGES) as member:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image_shape)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *stored_shape)}
         np.lib.format.write_array_header_1_0(member, header)
-        yield functools.partial(add, member.write)
+        yield functools.partial(add, lambda images: member.write(_in_colour(images).data))
         if (added := sum(map(len, labels))) < count:
           raise ValueError(f"{path} got {added} images, and is to hold {count}.")
       with _member(archive, _LABELS) as member:
@@ -339,8 +363,47 @@ def _add(path, count, image_shape, batches, write, images, labels):
     )
   if (added := sum(map(len, [*batches, images]))) > count:
     raise ValueError(f"{path} got {added} images, and is to hold {count}.")
-  write(images.data)
+  write(images)
   batches.append(labels.astype(np.int64))
+
+
+def _in_colour(images):
+  return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+
+
+@contextlib.contextmanager
+def folder_writer(path: str, count: int, names: Sequence[str] | None):
+  """A context: add(images uint8 [B, H, W, 1 or 3], labels int [B]), which writes a PNG of each.
+
+  They are called by their number and class, 000012_tabby.png, which torch-fidelity and clean-fid
+  read. The folder is there, whole, once the context is left. Only the first process writes.
+
+  Args:
+    path: a folder that is empty or not there.
+    count: images that it will hold.
+    names: of the classes; None where they have numbers alone.
+  """
+  if jax.process_index() != 0:
+    yield lambda images, labels: None
+    return
+  digits, numbers = max(6, len(str(count - 1))), itertools.count()
+  with files.whole_folder(path) as folder, futures.ThreadPoolExecutor() as threads:
+
+    def write(number, pixels, label):
+      named = label < len(names) if names else False
+      name = as_file_name(names[label]) if named else f"class{label}"
+      image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+      image.save(folder / f"{number:0{digits}d}_{name}.png")
+
+    yield lambda images, labels: list(
+      threads.map(write, itertools.islice(numbers, len(images)), images, labels.tolist())
+    )
+
+
+def as_file_name(name: str) -> str:
+  """The first of a class's names, at most 80 bytes, with "-" for what a file system may refuse."""
+  plain = re.sub(r"[^\w.-]+", "-", name.partition(",")[0]).strip("-.")
+  return plain.encode()[:80].decode(errors="ignore") or "class"
 
 
 def _member(archive, name):

@@ -158,6 +158,8 @@ def evaluate_samples(config, out: str, path: str) -> dict:
   samples = samples_lib.open(path)
   files.check_writable(out)
   reference = load_reference(exp, mesh, samples.count)
+  if reference.is_grey and samples.image_shape[2] == 3:
+    samples = samples_lib.as_grey(samples)
   reference.check_enough(f"{path} with {samples.count} images", samples.count)
   reference.check_images(path, samples.image_shape, samples.labels)
   batches = samples.batches(exp.evaluation.batch_size)

@@ -230,6 +230,11 @@ class Reference:
       self.sources = dict.fromkeys(tallies, source)
     self._warn_of_count(num_images or ev.num_images)
 
+  @property
+  def is_grey(self) -> bool:
+    """Whether the real images are at hand, and have one channel."""
+    return self.images is not None and self.images.reference.shape[-1] == 1
+
   def floor(self, name: str, count: int) -> dict | None:
     """The Fréchet distance to the reference that `count` real images have by chance.
 

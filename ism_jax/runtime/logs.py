@@ -432,5 +432,5 @@ class Progress:
     self._pace.start(self._done)
     if self._pace.is_due or self._done >= self._total:
       self._pace.add(self._done)
-      counts = self._done, self._total, self._unreadable
-      logging.info("%d/%d images, %d unreadable, %s", *counts, self._pace)
+      unreadable = f", {self._unreadable} unreadable" if self._unreadable else ""
+      logging.info("%d/%d images%s, %s", self._done, self._total, unreadable, self._pace)
