@@ -11,6 +11,7 @@ Command = collections.namedtuple("Command", "module about mode", defaults=[None]
 COMMANDS = {
   "train": Command("main", "trains a network, or continues", "train"),
   "evaluate": Command("main", "measures a trained network, or any images", "evaluate"),
+  "sweep": Command("main", "finds the best guidance for each number of steps", "sweep"),
   "sample": Command("main", "draws images from a trained network", "sample"),
   "encode": Command("data.encode", "turns images into latents to train on"),
   "statistics": Command("evaluation.statistics", "makes the statistics of real images, for FID"),

@@ -2,10 +2,11 @@
 
   python -m ism_jax train --config=configs/digits.py [--workdir=W]
   python -m ism_jax evaluate --workdir=W [--out=DIR] [--samples=FILE_OR_FOLDER]
+  python -m ism_jax sweep --workdir=W [--out=DIR] [--first=N] [--trees=ema,target_ema]
   python -m ism_jax sample --workdir=W --out=OUT --config.sample.steps=4 --config.sample.label=tabby
 
-`python -m ism_jax.main --mode=train`, which may be left out, `--mode=evaluate` and `--mode=sample`
-are the same.
+`python -m ism_jax.main --mode=train`, which may be left out, `--mode=evaluate` and so on are the
+same.
 
 --config.KEY=VALUE overrides a value of --config; without --config, which only training needs, of
 the config in the newest checkpoint. Without --workdir it is runs/ and the config's name and words,
@@ -30,7 +31,7 @@ from ml_collections import config_flags
 from ism_jax.runtime import commands, multihost
 
 ARGUMENTS = "without --config, --config.KEY=VALUE of the checkpoint's config"
-MODES = ("train", "evaluate", "sample")
+MODES = ("train", "evaluate", "sweep", "sample")
 
 
 def define_flags(mode: str | None = None) -> None:
@@ -45,6 +46,7 @@ def define_flags(mode: str | None = None) -> None:
     purposes = {
       "sample": "When sampling: an npz, png or gif to write, or a folder for PNGs.",
       "evaluate": "When evaluating: folder of the results, by default the workdir.",
+      "sweep": "When sweeping: the same, by default sweep/ there.",
     }
     about = purposes[mode] if mode else " ".join(purposes.values())
     flags.DEFINE_string("out", None, about)
@@ -54,6 +56,11 @@ def define_flags(mode: str | None = None) -> None:
       None,
       "When evaluating: images to judge instead of the checkpoint's, an npz or a folder.",
     )
+  if mode in (None, "sweep"):
+    flags.DEFINE_integer(
+      "first", 0, "When sweeping: samples of each setting before the best is judged.", lower_bound=0
+    )
+    flags.DEFINE_list("trees", ["ema"], "When sweeping: the parameters that are tried.")
   multihost.define_flags()
 
 
@@ -80,15 +87,16 @@ def main(arguments):
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
   from ism_jax import data, generate, restore, train
-  from ism_jax.evaluation import evaluate
+  from ism_jax.evaluation import evaluate, sweep
 
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize_from_flags(preemption=mode == "train")
     logging.info("Workdir: %s", workdir)
-    if mode == "evaluate" and out is None:
+    if mode in ("evaluate", "sweep") and out is None:
       # Whoever brings a config and samples needs no checkpoints.
       own = restore.is_run(source) or (config is not None and samples is not None)
       out = workdir if own else default_results(source)
+      out = os.path.join(out, "sweep") if mode == "sweep" else out
       if not own:
         logging.info("Results: %s", out)
     if config is None:
@@ -103,6 +111,8 @@ def main(arguments):
       evaluate.evaluate_samples(config, out, samples)
     elif mode == "evaluate" or (mode == "train" and config.evaluation.at_end):
       evaluate.evaluate(config, source, out=out or workdir)
+    elif mode == "sweep":
+      sweep.sweep(config, source, out, first=args["first"].value, trees=args["trees"].value)
     elif mode == "sample":
       generate.write_samples(config, source, out)
 

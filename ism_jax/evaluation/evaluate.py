@@ -7,6 +7,7 @@ Axes: N images, B batch, H/W size, C channels.
 """
 
 import collections
+from collections.abc import Sequence
 from concurrent import futures
 import contextlib
 import functools
@@ -70,7 +71,15 @@ def _check_enough(exp: Experiment, reference: reference_lib.Reference) -> None:
   reference.check_enough(f"evaluation.num_images={count}", count)
 
 
-def evaluate(config, source: str, devices=None, out: str | None = None) -> dict | None:
+def evaluate(
+  config,
+  source: str,
+  devices=None,
+  out: str | None = None,
+  *,
+  tree: str = "ema",
+  settings: Sequence[tuple[int, float]] | None = None,
+) -> dict | None:
   """Judges the newest checkpoint, or an export, by `config.evaluation`.
 
   Writes evaluation.json, evaluation.md, evaluation.png, and a grid of samples for each number of
@@ -81,11 +90,13 @@ def evaluate(config, source: str, devices=None, out: str | None = None) -> dict 
     source: a workdir, or an export: see `restore.read`.
     devices: that sample; default all.
     out: the folder of what is written; default the workdir.
+    tree: the parameters of a workdir, see `restore.TREES`.
+    settings: (steps, w) pairs instead of every number of steps with every w.
   Returns:
     The contents of evaluation.json; None in processes but the first.
   """
   mesh = sharding.data_mesh(devices)
-  trained, out = restore.read(source, config=config, mesh=mesh), out or source
+  trained, out = restore.read(source, tree, config=config, mesh=mesh), out or source
   exp, params, ev = trained.exp, trained.params, trained.exp.evaluation
   generate.check_decoder(trained)
   files.check_writable(out)
@@ -105,7 +116,8 @@ def evaluate(config, source: str, devices=None, out: str | None = None) -> dict 
   } | protocol(mesh, reference, ev.num_images)
   path = functools.partial(os.path.join, out)
   samples_at = lambda steps, w: path(f"samples_steps{steps}_w{w:g}")  # files of samples
-  settings = [(steps, w, seed) for seed in ev.seeds for steps, w in ev.settings()]
+  pairs = list(ev.settings() if settings is None else settings)
+  settings = [(steps, w, seed) for seed in ev.seeds for steps, w in pairs]
   fingerprint = header | {"evaluation": files.as_dict(config)["evaluation"]}
   results = _read_partial(path(PARTIAL), fingerprint)
   extract, compiled = features.extractor(reference.networks, mesh), set()
@@ -125,7 +137,8 @@ def evaluate(config, source: str, devices=None, out: str | None = None) -> dict 
       logging.info("%d steps, w=%g, seed %d: %s.", steps, w, seed, format_scores(result["scores"]))
   # 128 steps of all paths on every device: affordable for small networks.
   straight = []
-  for w in ev.w if reference.images else ():
+  strengths = sorted({w for _, w in pairs})
+  for w in strengths if reference.images else ():
     deviation = straightness(exp, params, w, ev.seeds[0])
     if np.isfinite(deviation):
       straight.append({"w": w, "deviation_from_chord": deviation})
@@ -141,7 +154,10 @@ def evaluate(config, source: str, devices=None, out: str | None = None) -> dict 
   }
   write_report(out, report)
   figures.sweep(summary.as_run(report), path("evaluation.png"))
-  by_w = {f"w = {w:g}": {n: f"{samples_at(n, w)}.png" for n in ev.steps} for w in ev.w}
+  grid_of = {(n, w): f"{samples_at(n, w)}.png" for n, w in pairs}
+  by_w = {
+    f"w = {w:g}": {n: path for (n, of_w), path in grid_of.items() if of_w == w} for w in strengths
+  }
   figures.grids(by_w, path("samples.png"))
   epath.Path(path(PARTIAL)).unlink(missing_ok=True)
   return report
