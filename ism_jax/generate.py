@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ism_jax import data, experiment, guidance, model, restore, sampling
-from ism_jax.data import DataConfig, labels, samples
+from ism_jax import experiment, guidance, model, restore, sampling
+from ism_jax.data import DataConfig, labels, pipeline, samples
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.pretrained.weights import Pretrained
@@ -247,7 +247,7 @@ def write_samples(config, source: str, out: str, devices=None) -> None:
   trained = restore.read(source, config=config, mesh=mesh)
   check_decoder(trained)
   exp, cfg = trained.exp, trained.exp.sample
-  names = trained.names or data.class_names(exp.data)
+  names = trained.names or pipeline.class_names(exp.data)
   numbers = class_labels(exp, cfg.num_images, cfg.seed)
   if cfg.label not in labels.ALL:
     numbers = np.full(cfg.num_images, labels.number_of(cfg.label, exp.data.num_classes, names))

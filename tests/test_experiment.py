@@ -168,7 +168,6 @@ def test_a_config_from_a_checkpoint_is_the_same_experiment():
     ({"data": {"image_size": "8x4"}}, "image_size='8x4': give a whole number"),
     ({"evaluation": {"steps": (1, 3)}}, "off the trained grid"),
     ({"evaluation": {"w": (-1.0,)}}, r"evaluation.w\[0\]=-1.0: give a number in \[0, 100\]"),
-    ({"sample": {"label": 10}}, "classes are 0..9"),
     ({"checkpoint": {"keep": 0}}, "keep=0"),
     ({"evaluation": {"seeds": ("(0,)",)}}, r"evaluation.seeds\[0\]='\(0,\)': give a whole"),
     ({"checkpoint": {"keep_every": -1}}, "keep_every=-1"),

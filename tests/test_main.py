@@ -75,7 +75,7 @@ def test_a_run_is_trained_continued_evaluated_sampled_and_compared(environment, 
   sample = (at, "--mode=sample", f"--out={out}", "--config.sample.num_images")
   code, said = ism(environment, *sample, "12", config=None)
   assert code == 0, said
-  assert np.load(out)["arr_0"].shape == (12, 8, 8, 1)
+  assert np.load(out)["arr_0"].shape == (12, 8, 8, 3)
   code, said = ism(environment, *sample, "12", "--config.sample.seeds=1", config=None)
   assert code != 0 and "a key that the config does not have" in said and "Traceback" not in said
   code, said = ism(

@@ -93,7 +93,7 @@ def test_judging_and_sampling_build_no_optimizer_and_decide_no_placement(
   config.sample.update({"num_images": 5, "batch_size": 4})
   generate.write_samples(config, workdir, str(tmp_path / "samples.npz"), devices)
   with np.load(tmp_path / "samples.npz") as archive:
-    assert archive["arr_0"].shape == (5, 8, 8, 1)
+    assert archive["arr_0"].shape == (5, 8, 8, 3)
   config.evaluation.update({"num_images": 100, "steps": (1,), "w": (0.5,)})
   assert evaluate.evaluate(config, workdir, devices)["step"] == 8
 
@@ -163,7 +163,7 @@ def of_data(count=10, size=8, channels=1, model=None):
   config = tiny_config()
   config.data.update({"num_classes": count, "image_size": size, "channels": channels})
   config.model.size = model or config.model.size
-  config.sample.label = -1
+  config.sample.label = "all"
   return experiment.parse(config)
 
 
@@ -272,7 +272,7 @@ def test_weights_alone_are_sampled_and_judged_and_nothing_is_written_to_them(
   small += ["--config.evaluation.num_images=100", "--config.evaluation.steps=(1,)"]
   run("sample", at, "--out=samples.npz", *small)
   with np.load("samples.npz") as archive:
-    assert archive["arr_0"].shape == (5, 8, 8, 1)
+    assert archive["arr_0"].shape == (5, 8, 8, 3)
   run("evaluate", at, "--config.evaluation.networks=random", *small)
   report = json.loads((tmp_path / "evaluations/weights/evaluation.json").read_text())
   assert (report["step"], report["parameters"]) == (4, "target EMA")

@@ -1,5 +1,6 @@
 """The loop on real digits: what it leaves, that it continues, and that it stops when it should."""
 
+import io
 import json
 import os
 import shutil
@@ -368,26 +369,58 @@ def test_the_first_step_that_is_not_finite_is_named():
     train.check_finite(metrics, {"entropy": np.nan}, last_step=12)
 
 
-def test_samples_are_written_for_adms_evaluator(run, tmp_path, one_device):
+def test_samples_are_written_as_the_name_of_the_output_asks(run, tmp_path, one_device):
+  """An npz for ADM's evaluator, PNGs of each, all side by side, and on their way from noise."""
   workdir, _, _ = run
   config = tiny_config()
-  config.sample.update({"num_images": 25, "steps": "1/2,1/4,1/4", "label": 3, "batch_size": 10})
-  out = tmp_path / "samples.npz"
-  generate.write_samples(config, str(workdir), str(out), one_device)
-  with np.load(out) as archive:
-    assert archive["arr_0"].shape == (25, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
+  config.sample.update({"num_images": 25, "steps": "1/2,1/4,1/4", "label": "3", "batch_size": 10})
+  write = lambda name: generate.write_samples(
+    config, str(workdir), str(tmp_path / name), one_device
+  )
+  write("samples.npz")
+  with np.load(tmp_path / "samples.npz") as archive:
+    images = archive["arr_0"]
+    assert images.shape == (25, 8, 8, 3) and images.dtype == np.uint8  # as ADM reads grey ones
+    assert (images == images[..., :1]).all()
     np.testing.assert_array_equal(archive["arr_1"], np.full(25, 3))
-  config.sample.label = -1
-  generate.write_samples(config, str(workdir), str(out), one_device)
-  with np.load(out) as archive:
+  config.sample.label = "all"
+  write("samples.npz")
+  with np.load(tmp_path / "samples.npz") as archive:
+    images = archive["arr_0"]
     np.testing.assert_array_equal(archive["arr_1"], np.arange(25) % 10)
+  write("folder")
+  pngs = sorted((tmp_path / "folder").iterdir())
+  assert [p.name for p in pngs][:2] == ["000000_class0.png", "000001_class1.png"]
+  np.testing.assert_array_equal([np.asarray(Image.open(p)) for p in pngs], images[..., 0])
+  write("grid.png")
+  enlarge = config.evaluation.enlarge
+  with Image.open(tmp_path / "grid.png") as grid:
+    corners = np.asarray(grid)[::enlarge, ::enlarge]
+  np.testing.assert_array_equal(corners[:8, :8], images[0])
+  write("path.gif")
+  with Image.open(tmp_path / "path.gif") as gif:
+    assert gif.n_frames == 4  # noise, and after each of three steps
+    gif.seek(3)
+    last = np.asarray(gif.convert("L"))
+  with Image.open(io.BytesIO(generate.grid_png(images[..., :1], enlarge))) as grid:
+    assert np.abs(last - np.int32(grid)).mean() < 1  # 256 colours of all frames
 
 
-@pytest.mark.parametrize("name", ["x.png", "folder.npz"])
-def test_what_samples_cannot_be_written_to_is_said_before_they_are_drawn(tmp_path, name):
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("x.jpg", r"is no \.npz, \.png, \.gif"),
+    ("folder.npz", "is a folder; name a f"),
+    ("full/", "there and not empty"),
+    ("full", "there and not empty"),
+  ],
+)
+def test_what_samples_cannot_be_written_to_is_said_before_they_are_drawn(tmp_path, name, message):
   (tmp_path / "folder.npz").mkdir()
-  with pytest.raises((ValueError, OSError), match=r"does not end in \.npz|is a folder; name a f"):
-    generate.write_samples(tiny_config(), "/no/workdir", str(tmp_path / name))
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "a.png").touch()
+  with pytest.raises((ValueError, OSError), match=message):
+    generate.write_samples(tiny_config(), "/no/workdir", f"{tmp_path}/{name}")
 
 
 def test_an_evaluation_leaves_numbers_tables_and_grids(run, one_device):

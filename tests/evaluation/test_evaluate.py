@@ -1,6 +1,7 @@
 """Judging checkpoints and files of images, on a network at random weights."""
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -15,7 +16,7 @@ import pytest
 
 from ism_jax import experiment, generate, protocol, restore, steps
 from ism_jax.data import samples
-from ism_jax.evaluation import evaluate, monitor, scores
+from ism_jax.evaluation import evaluate, monitor, scores, sweep
 from ism_jax.evaluation import reference as references
 from ism_jax.metrics import moments
 from ism_jax.runtime import checkpoints, files, sharding
@@ -150,7 +151,7 @@ def test_the_tally_of_batches_is_the_score_of_all_samples(workdir, mesh):
   config = config_of(steps=(1,), w=(0.5,), save_samples=True)
   report = evaluate.evaluate(config, workdir, list(mesh.devices.flat))
   with np.load(f"{workdir}/samples_steps1_w0.5_seed0.npz") as archive:
-    images, labels = archive["arr_0"], archive["arr_1"]
+    images, labels = archive["arr_0"][..., :1], archive["arr_1"]
   assert len(images) == IMAGES
   reference = references.Reference(experiment.parse(config), mesh)
   (result,) = report["results"]
@@ -325,3 +326,36 @@ def test_an_evaluation_of_other_images_refuses_what_cannot_be_compared(mesh, tmp
   with pytest.raises(ValueError, match="run from 8 to 11; the dataset's are 0 to 9"):
     evaluate.evaluate_samples(config_of(), str(tmp_path), str(tmp_path / "c.npz"))
   assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_a_sweep_judges_the_best_guidance_again_on_another_seed(workdir, mesh, tmp_path):
+  config, out = config_of(seeds=(0, 2)), tmp_path / "sweep"
+  run = functools.partial(
+    sweep.sweep, config, workdir, str(out), first=80, trees=("ema", "target_ema")
+  )
+  result = run()
+  assert result["first"] == {"num_images": 80, "seeds": [1]}  # which the full protocol lacks
+  assert result["again"] == {"num_images": IMAGES, "seeds": [0, 2]}
+  tried = {
+    (tree, d["steps"], d["w"]): d["distance"] for tree, each in result["all"].items() for d in each
+  }
+  assert len(tried) == 8
+  for best in result["best"]:
+    of_steps = {key: d for key, d in tried.items() if key[1] == best["steps"]}
+    chosen = min(of_steps, key=of_steps.get)
+    assert (best["parameters"], best["steps"], best["w"]) == chosen
+    assert best["first"] == of_steps[chosen]
+    folder = out / f"best-{best['parameters']}"
+    again = [
+      r["scores"]["classifier"]["times_floor"]
+      for r in json.loads((folder / "evaluation.json").read_text())["results"]
+      if r["steps"] == best["steps"]
+    ]
+    assert len(again) == 2 and best["again"] == pytest.approx(np.mean(again))
+    assert best["sd"] == pytest.approx(np.std(again, ddof=1))
+  assert [best["steps"] for best in result["best"]] == [1, 2]
+  assert {p.name for p in out.glob("sweep*")} >= {"sweep.md", "sweep.json", "sweep_ema.png"}
+  # All that is there is not made again, but what another protocol asks is.
+  times = {p: p.stat().st_mtime_ns for p in out.glob("*/evaluation.json")}
+  assert run() == result
+  assert {p: p.stat().st_mtime_ns for p in times} == times
