@@ -19,4 +19,4 @@ echo
 echo "Open $workdir/samples.png (each w and number of steps), evaluation.png beside it, and grids/ (while it trained)."
 ours=("$VENV/bin/python" -m ism_jax)
 echo "Another w, other steps: $(quoted "${ours[@]}" sample --workdir="$workdir" --out="$workdir/samples.npz" --config.sample.w=1 --config.sample.steps=2)"
-echo "Your own images, in a folder for each class: $(quoted "${ours[@]}" encode) --images=FOLDER --out=LATENTS; README.md, \"ImageNet in six commands\", goes on from there."
+echo "Your own images: $(quoted "${ours[@]}" train --config=configs/images.py:quick) --config.data.dir=FOLDER; README.md, \"Your own images\"."
