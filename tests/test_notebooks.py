@@ -18,9 +18,10 @@ from ism_jax.export import pytorch
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "launch" / "colab"
-NAMES = ("train_digits", "sample", "imagenet_tpu")
+NAMES = ("train_digits", "own_images", "sample", "imagenet_tpu")
 OVERRIDES = {  # of the cell with the parameters
   "train_digits": "STEPS, SCHEDULES, JUMPS, EXAMPLES = 16, (1, 2), (1 / 32,), 16",
+  "own_images": "SIZE, STEPS, SCHEDULES, OUT = (16, 24), 8, (1,), 'out'",
   "sample": "SOURCE, SCHEDULES, OUT = 'digits', (1, 4), 'out'",
   "imagenet_tpu": (
     "SIZE, VAE, MODEL, STEPS, POOL = 64, 'random-small', 'SiT-XXS/2', 4, 2\n"
@@ -195,6 +196,23 @@ def check_of_sample(cells, values, rows):
   for picture in shown:
     assert picture.std() > 20
   assert shown[1].shape[0] == 51 * rows - 3
+
+
+@pytest.mark.slow
+def test_the_notebook_of_own_images_trains_on_a_folder_and_shows_the_nearest(kernels):
+  values = {
+    "names": "model.names",
+    "size": "list(real.shape[1:])",
+    "counts": "[len(real), int((labels == 0).sum())]",
+    "nearest": "distances.min(1).tolist()",
+    "images": "[samples.tolist(), nearest.tolist()]",
+  }
+  cells, values = run("own_images", kernels / "own_images", OVERRIDES["own_images"], values)
+  assert values["names"] == ["china", "flower"] and values["size"] == [16, 24, 3]
+  assert values["counts"][0] == 900 and 440 <= values["counts"][1] <= 460  # a tenth is held out
+  samples, nearest = np.array(values["images"], np.float64)
+  np.testing.assert_allclose(((samples - nearest) ** 2).mean((1, 2, 3)), values["nearest"], 1e-3)
+  assert len(pictures(cells)) == 3
 
 
 @pytest.mark.slow
