@@ -2,8 +2,9 @@
 
   python -m ism_jax encode --images=IMAGES --out=DIR [--size=256] [--vae=stabilityai/sd-vae-ft-mse]
 
-IMAGES is a folder of class folders, a folder of class tar files, ImageNet's
-ILSVRC2012_img_train.tar, or tfds:NAME with --tfds_dir, a dataset of TFDS prepared as ArrayRecord.
+IMAGES is a folder of class folders or of images, a zip or tar file of these, a folder of class tar
+files, ImageNet's ILSVRC2012_img_train.tar, or tfds:NAME with --tfds_dir, a dataset of TFDS prepared
+as ArrayRecord.
 Classes are numbered by their names' order. Each image is cropped as ADM does, to a square or to
 --size=HEIGHTxWIDTH; it and its mirror image become float16 moments in ArrayRecord shards, see
 `data/latents.py`, and `manifest.json` says what is there. Training reads DIR by data.name=latents,

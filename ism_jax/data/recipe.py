@@ -125,7 +125,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config = fill(config, facts)
   lines = [f"  {key}={_value(config, key)}" for key in left]
   logging.info(
-    "Of %d training images of %s in %d classes; --config.KEY=VALUE overrides a value:\n%s",
+    "%d training images of %s, classes: %d. --config.KEY=VALUE overrides a value:\n%s",
     *(facts.images, "x".join(map(str, facts.shape)), facts.classes, "\n".join(lines)),
   )
   if facts.classes == 1:
@@ -150,8 +150,9 @@ def fill(config: ml_collections.ConfigDict, facts: Facts) -> ml_collections.Conf
 
 
 def _value(config, key: str):
+  """The value of "section.key"; None where there is none, of which `experiment.parse` tells."""
   for name in key.split("."):
-    config = config[name]
+    config = config.get(name) if hasattr(config, "keys") else None
   return config
 
 

@@ -264,6 +264,22 @@ def test_orientation_alpha_size_and_limit_are_as_the_config_says(tmp_path):
     load(folder, image_size=-1)
 
 
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "WEBP"])
+def test_newer_formats_are_read_and_one_that_this_pillow_lacks_is_named(
+  tmp_path, monkeypatch, kind
+):
+  grey, buffer = Image.new("RGB", (16, 16), (90, 120, 30)), io.BytesIO()
+  grey.save(buffer, kind)
+  suffix = {"AVIF": "avif", "JPEG2000": "jp2", "WEBP": "webp"}[kind]
+  folder = write(tmp_path / kind, {f"1.{suffix}": buffer.getvalue()})
+  np.testing.assert_allclose(data.all_images(load(folder))[0][0, 4, 4], (90, 120, 30), atol=4)
+  if kind == "AVIF":
+    monkeypatch.setattr(images, "_known_formats", lambda: ["PNG"])
+    monkeypatch.setattr(images.pil_features, "check", lambda _: False)
+    with pytest.raises(ValueError, match=r"this Pillow reads no AVIF: pip install 'pillow>=11\.3'"):
+      load(folder, image_size=4)
+
+
 def test_a_folder_says_what_it_has_and_what_is_wrong_with_it(tmp_path, prepared_in, caplog):
   folder = tmp_path / "mine"
   good = png(draw(0))
@@ -313,6 +329,8 @@ def test_the_rule_follows_the_data_and_what_was_chosen(two_classes):
   exp = experiment.parse(config)
   experiment.check_devices(exp, 1)
   assert data.resolve(config) is config, "nothing is open any more"
+  del config["coupling"]
+  assert data.resolve(config) is config, "the error is that of experiment.parse"
   rule = lambda n, shape, **chosen: recipe.rule(n, shape, chosen)
   large = rule(1_281_167, (32, 32, 4))
   paper = {"steps": 800_000, "batch_size": 256, "model.size": "SiT-XL/2", "coupling.pool_size": 32}
