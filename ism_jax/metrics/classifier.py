@@ -163,6 +163,7 @@ def load_judge(images, labels, *, num_classes, cache_dir):
     # A cache may never stop a run, and zipfile and NumPy have many errors for damage.
     except Exception as error:
       logging.warning("The cached judge %s is damaged (%s); training it again.", path, error)
+  logging.info("Training a classifier on %d images as the judge, once.", len(images))
   judge = train_judge(images, labels, num_classes=num_classes)
   try:
     _write(path, judge, digest)
