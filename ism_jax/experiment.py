@@ -336,7 +336,8 @@ def flatten(tree: dict) -> dict:
   """{"a": {"b": 1}} -> {"a.b": 1}; lists become tuples, and keys that came later have defaults."""
   defaults = {k: m.default for k, m in MARKS.items() if m.default is not dataclasses.MISSING}
   values = traverse_util.flatten_dict(tree, sep=".")
-  return defaults | {k: _as_tuples(v) for k, v in values.items()}
+  was_number = lambda k, v: k in MARKS and MARKS[k].kind is str and isinstance(v, int)  # labels
+  return defaults | {k: str(v) if was_number(k, v) else _as_tuples(v) for k, v in values.items()}
 
 
 def check_pairs(pool_size: int, batch_size: int) -> None:
