@@ -156,7 +156,7 @@ def test_latents_are_decoded():
     ({"num_images": -1}, "at least 1"),
     ({"num_images": 2, "labels": 11}, "classes are 0 to 9, and 10 is no class"),
     ({"num_images": 2, "labels": 1.5}, "labels are float64"),
-    ({"num_images": 2, "labels": [2**32, 0]}, "from 0 to 4294967296; classes are 0 to 9"),
+    ({"num_images": 2, "labels": [2**32, 0]}, "label 4294967296: classes are 0 to 9"),
     ({"num_images": 2, "labels": np.zeros((2, 1), int)}, r"labels has shape \(2, 1\)"),
     ({"num_images": 2, "batch_size": 0}, r"batch_size=0: give a whole number in \[1, 1e6\]"),
     ({"noise": np.zeros((2, 8, 8, 3))}, r"needed is \(2, 8, 8, 1\)"),

@@ -167,7 +167,7 @@ def test_every_word_of_a_command_line_has_its_path_by_the_same_rule(monkeypatch)
     ),
     (
       ("encode", "--images=I", "--out=O", "--size=99999999999"),
-      "an integer in the range [1, 8192]",
+      "give pixels in [1, 8192]",
     ),
     (("train", "--config=configs/digits.py", "--config.steps=1.5"), "configs/base.py has one."),
   ],
