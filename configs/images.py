@@ -27,7 +27,7 @@ def get_config(words: str = "ism"):
           "vae": "",
       },
       "evaluation": {
-          "batch_size": 500, "reference_split": "test", "networks": "random,classifier",
+          "batch_size": 500, "reference_split": "test", "networks": "auto",
       },
   })  # fmt: skip
   return leave_open(config, words)

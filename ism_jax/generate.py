@@ -153,11 +153,27 @@ def draw(exp: Experiment, mesh, params, *, numbers, labels, schedule, w, seed):
   return pixels(x1), finite
 
 
-def class_labels(exp: Experiment, num_images: int, seed: int = 0) -> np.ndarray:
-  """Labels by the protocol of `evaluation.labels`, int64 [N]."""
-  if exp.evaluation.labels == "balanced":
-    return np.arange(num_images) % exp.data.num_classes
-  return np.random.default_rng(seed).integers(exp.data.num_classes, size=num_images)
+def class_labels(exp: Experiment, num_images: int, seed: int = 0, counts=None) -> np.ndarray:
+  """Labels by the protocol of `evaluation.labels`, int64 [N].
+
+  Args:
+    counts: images of each class in the data that was trained on, if they are known.
+  Raises:
+    ValueError: the labels are to be the data's, and nothing says how many images its classes have.
+  """
+  classes, kind = exp.data.num_classes, exp.evaluation.labels
+  if kind == "balanced":
+    return np.arange(num_images) % classes
+  rng = np.random.default_rng(seed)
+  if kind == "uniform":
+    return rng.integers(classes, size=num_images)
+  if counts is None:
+    raise ValueError(
+      "evaluation.labels='data', and neither the data nor what was trained on it says how many "
+      "images each class has: set it to balanced or uniform. Runs on data.name=images and on "
+      "latents say so, but for older checkpoints, which the next one of the same run replaces."
+    )
+  return rng.choice(classes, size=num_images, p=np.array(counts) / sum(counts))
 
 
 class Batch(NamedTuple):
@@ -248,7 +264,7 @@ def write_samples(config, source: str, out: str, devices=None) -> None:
   check_decoder(trained)
   exp, cfg = trained.exp, trained.exp.sample
   names = trained.names or pipeline.class_names(exp.data)
-  numbers = class_labels(exp, cfg.num_images, cfg.seed)
+  numbers = class_labels(exp, cfg.num_images, cfg.seed, trained.class_counts)
   if cfg.label not in labels.ALL:
     numbers = np.full(cfg.num_images, labels.number_of(cfg.label, exp.data.num_classes, names))
   settings = {name: getattr(cfg, name) for name in ("schedule", "w", "seed", "batch_size")}

@@ -12,7 +12,7 @@ from ism_jax import ranges
 from ism_jax.runtime import files as files_lib
 
 ROUNDINGS = ("nearest", "truncate")
-LABELS = ("balanced", "uniform")
+LABELS = ("balanced", "uniform", "data")
 # Of which `paths.parse_schedule` takes the powers of two.
 StepCounts = Annotated[tuple[Annotated[int, "[1, 128]"], ...], ranges.DISTINCT]
 
@@ -50,7 +50,8 @@ class EvaluationConfig:
     seeds: of noise, one evaluation each.
     batch_size: images at a time, over all devices.
     enlarge: pixels of a grid's PNG per image pixel.
-    labels: "balanced", all classes in turn, or "uniform", drawn.
+    labels: "balanced", all classes in turn; "uniform", drawn; or "data", drawn as often as each
+      class is in the data that was trained on.
     rounding: from [-1, 1] to 0..255: "nearest", or "truncate" as ADM has it, see
       `generate.to_uint8`.
     networks: feature networks, comma-separated, see `features`; the first one's Fréchet distance is

@@ -190,7 +190,7 @@ def _loop(exp, config, workdir, mesh, manager, pools, about, state, log, preempt
   keys, step, pending, writing = steps.base_keys(exp.seed), int(state.step), None, False
   couple, train_steps = steps.couple_function(exp, mesh), steps.steps_function(exp, mesh)
   gradient_norms = steps.gradient_norms_function(exp, mesh)
-  monitor = Monitor(exp, mesh, workdir) if exp.monitor.every else None
+  monitor = Monitor(exp, mesh, workdir, about["class_counts"]) if exp.monitor.every else None
   second = (step // pool_size + 1) * pool_size  # from the second pool on everything is compiled
   if exp.profile_steps and second >= total:
     logging.warning("Nothing is profiled: that begins with the second pool, at step %d.", second)

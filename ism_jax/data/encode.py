@@ -219,8 +219,14 @@ def wait_for_shards(out: str, settings: latents.Settings) -> None:
     time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def write_manifest(source: images.Source, out: str, settings: latents.Settings) -> None:
-  """Writes the manifest; raises ValueError if shards are missing or no image was readable."""
+def write_manifest(
+  source: images.Source, out: str, settings: latents.Settings, where: dict | None = None
+) -> None:
+  """Writes the manifest; raises ValueError if shards are missing or no image was readable.
+
+  Args:
+    where: the images are, see `latents.SOURCE`.
+  """
   trailers = latents.finished_shards(out, settings)
   if missing := [s for s in range(settings.shards) if s not in trailers]:
     raise ValueError(
@@ -228,7 +234,7 @@ def write_manifest(source: images.Source, out: str, settings: latents.Settings) 
       f"{settings.path(out, missing[0])}. Run the same command again."
     )
   path = os.path.join(out, latents.MANIFEST)
-  files.write_whole(path, latents.manifest(settings, source.classes, trailers))
+  files.write_whole(path, latents.manifest(settings, source.classes, trailers, where))
   manifest = latents.read_manifest(out)
   if unreadable := manifest["unreadable"]:
     logging.warning(
@@ -284,4 +290,7 @@ def main(argv):
     )
     if jax.process_index() == 0:
       wait_for_shards(values.out, settings)
-      write_manifest(source, values.out, settings)
+      is_path = not values.images.startswith(images.TFDS)
+      where = os.path.abspath(values.images) if is_path else values.images
+      where = {"images": where, "tfds_dir": values.tfds_dir}
+      write_manifest(source, values.out, settings, where)

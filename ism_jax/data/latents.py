@@ -106,6 +106,8 @@ class Settings:
 _FACTORS = {"scaling_factor": vae_lib.SD_VAE.scale, "shift_factor": vae_lib.SD_VAE.shift}
 _SETTINGS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name not in _FACTORS}
 _SETTINGS["size"] = int | list
+# In "source" of newer manifests: the arguments of `images.open_source` where they were encoded.
+SOURCE = {"images": str, "tfds_dir": str}
 # Shapes of JSON, see `files.parse_json`.
 _COUNTED = {"images": int, "unreadable": {str: str}}
 _TRAILER = _SETTINGS | _COUNTED | {"shard": int, "counts": {str: int}}
@@ -258,8 +260,12 @@ def _differences(trailer: dict, wanted: dict) -> str:
   )
 
 
-def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
-  """The text of `manifest.json` of all shards; raises ValueError if no image was readable."""
+def manifest(settings: Settings, classes, trailers: dict[int, dict], source=None) -> str:
+  """The text of `manifest.json` of all shards; raises ValueError if no image was readable.
+
+  Args:
+    source: where the images were, see `SOURCE`; None leaves it out.
+  """
   ordered = [trailers[shard] for shard in range(settings.shards)]
   unreadable = {name: reason for t in ordered for name, reason in t["unreadable"].items()}
   totals = _totals(ordered, len(classes))
@@ -276,6 +282,8 @@ def manifest(settings: Settings, classes, trailers: dict[int, dict]) -> str:
     "unreadable": unreadable,
     "unreadable_count": len(unreadable),
   }
+  if source is not None:
+    content["source"] = source
   if all("contents" in t for t in ordered):  # older shards have none
     contents = "".join(t["contents"] for t in ordered)
     content["contents"] = hashlib.sha256(contents.encode()).hexdigest()

@@ -12,6 +12,7 @@ from absl import logging
 import ml_collections
 
 from ism_jax.data import folders, latents, pipeline, published
+from ism_jax.pretrained import dinov2, inception, weights
 from ism_jax.runtime import files
 
 _EPOCHS = 500
@@ -42,6 +43,7 @@ OPEN = (
   *("coupling.pool_size", "optimizer.learning_rate", "optimizer.schedule"),
   *("optimizer.warmup_steps", "ema.inference_decay", "ema.target_decay"),
   *("checkpoint.every", "monitor.every", "evaluation.num_images"),
+  "evaluation.networks",
   *("data.image_size", "data.channels", "data.num_classes", "data.vae", "data.vae_scale"),
 )
 
@@ -143,10 +145,18 @@ def fill(config: ml_collections.ConfigDict, facts: Facts) -> ml_collections.Conf
   if "data.title" in facts.values:
     left.append("data.title")
   filled = rule(facts.images, facts.shape, chosen) | facts.values
+  filled["evaluation.networks"] = _networks(facts.classes)
   config = config.copy_and_resolve_references()
   with config.ignore_type():
     config.update_from_flattened_dict({key: filled[key] for key in left})
   return config
+
+
+def _networks(classes: int) -> str:
+  """Published feature networks whose weights are here; else those that are made of the dataset."""
+  modules = {"inception": inception, "dinov2": dinov2}
+  here = [n for n, m in modules.items() if (weights.cache() / m.PUBLISHED.file).is_file()]
+  return ",".join(here or ["random", "classifier"][: 1 if classes == 1 else 2])
 
 
 def _value(config, key: str):

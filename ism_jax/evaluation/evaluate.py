@@ -20,9 +20,9 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from ism_jax import experiment, generate, guidance, model, paths, restore, sampling
+from ism_jax import data, experiment, generate, guidance, model, paths, restore, sampling
 from ism_jax.data import samples as samples_lib
-from ism_jax.evaluation import figures, scores, summary
+from ism_jax.evaluation import figures, scores, statistics, summary
 from ism_jax.evaluation import reference as reference_lib
 from ism_jax.evaluation.report import SETTING, format_scores, write_report
 from ism_jax.experiment import Experiment
@@ -31,17 +31,18 @@ from ism_jax.runtime import files, sharding
 
 PARTIAL = "evaluation_partial.json"
 PATHS = 256  # paths whose straightness is measured
+PICTURED = 10  # samples that are shown with their nearest real images
 
 
-def straightness(exp: Experiment, params, w: float, seed: int) -> float:
-  """`diagnosis.deviation_from_chord` of `PATHS` paths, as 128 steps sample them."""
+def straightness(exp: Experiment, params, w: float, seed: int, labels) -> float:
+  """`diagnosis.deviation_from_chord` of paths of these labels [N], as 128 steps sample them."""
   velocity = model.velocity_function(exp.network(), params)
   if not exp.objective.intrinsic:
     velocity = guidance.fixed(
       velocity, null_class=exp.null_class, t_interval=exp.objective.t_interval, every_level=False
     )
-  x0 = sampling.draw_noise(jax.random.key(seed), np.arange(PATHS), exp.image_shape)
-  c, strength = np.int32(generate.class_labels(exp, PATHS)), np.full(PATHS, w, np.float32)
+  x0 = sampling.draw_noise(jax.random.key(seed), np.arange(len(labels)), exp.image_shape)
+  c, strength = np.int32(labels), np.full(len(labels), w, np.float32)
   deviation = functools.partial(diagnosis.deviation_from_chord, velocity)
   return float(jax.jit(deviation)(x0, c, strength))
 
@@ -54,16 +55,25 @@ def load_reference(exp: Experiment, mesh, num_images: int | None = None) -> refe
   """
   local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
   mesh = mesh if len(local) == mesh.size else sharding.data_mesh(local)
-  return reference_lib.Reference(exp, mesh, num_images)
+  return reference_lib.Reference(statistics.for_latents(exp, mesh), mesh, num_images)
 
 
 def check(config) -> None:
   """Raises what would keep `evaluate` from judging this experiment once it is trained."""
   exp = experiment.parse(config)
   generate.pixels_function(exp.data, sharding.data_mesh(), exp.evaluation.rounding)
+  generate.class_labels(exp, 1, counts=data.load_source(exp.data).class_counts)
   reference = load_reference(exp, sharding.data_mesh(jax.local_devices()))
   _check_enough(exp, reference)
   features.extractor.cache_clear()  # training needs the memory
+
+
+def check_writable(out: str) -> None:
+  """Raises OSError where results cannot be written to a folder; says how to name another."""
+  try:
+    files.check_writable(out)
+  except OSError as error:
+    raise OSError(f"{str(error).rstrip('.')}, by --out=FOLDER.") from error
 
 
 def _check_enough(exp: Experiment, reference: reference_lib.Reference) -> None:
@@ -83,8 +93,9 @@ def evaluate(
   """Judges the newest checkpoint, or an export, by `config.evaluation`.
 
   Writes evaluation.json, evaluation.md, evaluation.png, and a grid of samples for each number of
-  steps and w, which samples.png has side by side. Interrupted, it continues after the last of
-  these settings that it finished.
+  steps and w, which samples.png has side by side; where the dataset's images are there, nearest.png
+  has some samples of the best setting with those that are nearest to them. Interrupted, it
+  continues after the last of these settings that it finished.
 
   Args:
     source: a workdir, or an export: see `restore.read`.
@@ -98,8 +109,10 @@ def evaluate(
   mesh = sharding.data_mesh(devices)
   trained, out = restore.read(source, tree, config=config, mesh=mesh), out or source
   exp, params, ev = trained.exp, trained.params, trained.exp.evaluation
+  draw_labels = functools.partial(generate.class_labels, exp, counts=trained.class_counts)
   generate.check_decoder(trained)
-  files.check_writable(out)
+  draw_labels(1)
+  check_writable(out)
   generate.pixels_function(exp.data, mesh, ev.rounding)  # a VAE may be missing
   reference = load_reference(exp, mesh)
   _check_enough(exp, reference)
@@ -122,7 +135,7 @@ def evaluate(
   results = _read_partial(path(PARTIAL), fingerprint)
   extract, compiled = features.extractor(reference.networks, mesh), set()
   for steps, w, seed in _unfinished(settings, results):
-    labels = generate.class_labels(exp, ev.num_images, seed)
+    labels = draw_labels(ev.num_images, seed)
     archive = f"{samples_at(steps, w)}_seed{seed}.npz" if ev.save_samples else ""
     drawing = {"schedule": paths.parse_schedule(steps), "w": w, "seed": seed}
     batches = generate.batches(exp, mesh, params, labels, batch_size=ev.batch_size, **drawing)
@@ -132,6 +145,9 @@ def evaluate(
       if seed == ev.seeds[0]:
         files.write_whole(f"{samples_at(steps, w)}.png", generate.grid_png(grid, ev.enlarge))
       results[steps, w, seed] = {"steps": steps, "w": w, "seed": seed} | result
+      distance = lambda r: r["scores"][reference.networks[0].name]["frechet_distance"]
+      if reference.images and distance(result) <= min(map(distance, results.values())):
+        _write_neighbours(reference, grid, exp, out)  # of the best one until now
       partial = {"fingerprint": fingerprint, "results": list(results.values())}
       files.write_whole(path(PARTIAL), json.dumps(partial))
       logging.info("%d steps, w=%g, seed %d: %s.", steps, w, seed, format_scores(result["scores"]))
@@ -139,7 +155,7 @@ def evaluate(
   straight = []
   strengths = sorted({w for _, w in pairs})
   for w in strengths if reference.images else ():
-    deviation = straightness(exp, params, w, ev.seeds[0])
+    deviation = straightness(exp, params, w, ev.seeds[0], draw_labels(PATHS))
     if np.isfinite(deviation):
       straight.append({"w": w, "deviation_from_chord": deviation})
     else:
@@ -164,7 +180,9 @@ def evaluate(
 
 
 def evaluate_samples(config, out: str, path: str) -> dict:
-  """Judges images that anything made, by `config.evaluation`: evaluation.json and evaluation.md.
+  """Judges images that anything made, by `config.evaluation`.
+
+  Writes evaluation.json and evaluation.md, and where the dataset's images are there, nearest.png.
 
   Args:
     out: the folder of these.
@@ -172,7 +190,7 @@ def evaluate_samples(config, out: str, path: str) -> dict:
   """
   exp, mesh = experiment.parse(config), sharding.data_mesh(jax.local_devices())
   samples = samples_lib.open(path)
-  files.check_writable(out)
+  check_writable(out)
   reference = load_reference(exp, mesh, samples.count)
   if reference.is_grey and samples.image_shape[2] == 3:
     samples = samples_lib.as_grey(samples)
@@ -193,6 +211,8 @@ def evaluate_samples(config, out: str, path: str) -> dict:
   report |= {"results": [result], "yardsticks": reference.yardsticks(count)}
   report["config"] = files.as_dict(config)
   write_report(out, report)
+  if reference.images:
+    _write_neighbours(reference, next(samples.batches(PICTURED)), exp, out)
   return report
 
 
@@ -224,6 +244,13 @@ def protocol(mesh, reference: reference_lib.Reference, num_images: int) -> dict:
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     "jax": jax.__version__,
   }
+
+
+def _write_neighbours(reference: reference_lib.Reference, images, exp: Experiment, out) -> None:
+  """Writes nearest.png of the first images [N, H, W, C]."""
+  images = images[:PICTURED]
+  path = os.path.join(out, "nearest.png")
+  figures.neighbours(images, reference.neighbours(images), exp.evaluation.enlarge, path)
 
 
 def _judge_batches(exp, reference, extract, batches, archive, compiled):

@@ -11,11 +11,12 @@ from etils import epath
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, NullFormatter
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ism_jax import paths
 from ism_jax.evaluation import summary
 from ism_jax.evaluation.summary import Run
+from ism_jax.generate import LETTERS
 from ism_jax.runtime import files
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -195,6 +196,38 @@ def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
     ax.set_visible(False)
   fig.supxlabel(key)
   save_figure(fig, path)
+
+
+def neighbours(samples, nearest: dict[str, tuple], enlarge: int, path: str) -> None:
+  """A row of samples uint8 [N, H, W, C]; below them their nearest images, with the distances.
+
+  Args:
+    nearest: {space: (distances [N, k], uint8 [N, k, H, W, C])}, see `reference.neighbours`.
+    enlarge: pixels of the picture per image pixel; small images have more, to leave room for text.
+  """
+  rows = [("samples", samples, None)]
+  for space, (distances, images) in nearest.items():
+    for i in range(distances.shape[1]):
+      rows.append((f"{i + 1} in {space}", images[:, i], distances[:, i]))
+  height, width = samples.shape[1:3]
+  enlarge = max(enlarge, -(-5 * LETTERS // width))
+  font = ImageFont.load_default(LETTERS)
+  margin = LETTERS + max(round(font.getlength(name)) for name, _, _ in rows)
+  across, down = width * enlarge + LETTERS // 2, height * enlarge + 2 * LETTERS
+  paper = Image.new("RGB", (margin + across * len(samples), down * len(rows)), "white")
+  draw = ImageDraw.Draw(paper)
+  for y, (name, images, distances) in enumerate(rows):
+    draw.text((0, y * down + down // 2 - LETTERS), name, "black", font, anchor="lm")
+    for x, image in enumerate(images):
+      tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+      tile = tile.resize((width * enlarge, height * enlarge), Image.Resampling.NEAREST)
+      paper.paste(tile, (margin + x * across, y * down))
+      if distances is not None:
+        place = margin + x * across, y * down + height * enlarge
+        draw.text(place, f"{distances[x]:.3g}", "black", font)
+  png = io.BytesIO()
+  paper.save(png, "PNG")
+  files.write_whole(path, png.getvalue())
 
 
 def pools(gains: list[dict], path: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ism_jax import generate, paths
 from ism_jax.data import latents
+from ism_jax.evaluation import statistics
 from ism_jax.evaluation.reference import Reference
 from ism_jax.experiment import Experiment
 from ism_jax.runtime import files, logs, sharding
@@ -27,7 +28,7 @@ class Monitor:
   is larger, a difference is fewer floors.
   """
 
-  def __init__(self, exp: Experiment, mesh, workdir: str):
+  def __init__(self, exp: Experiment, mesh, workdir: str, class_counts=None):
     self._exp, self._mesh, self._workdir = exp, mesh, workdir
     # A VAE that is missing is missed now.
     generate.pixels_function(exp.data, mesh, exp.evaluation.rounding)
@@ -36,17 +37,19 @@ class Monitor:
     # On one device: scores are made by the first process, without the others.
     one_device = sharding.data_mesh(jax.local_devices()[:1])
     count = exp.monitor.num_images
-    self._reference = Reference(exp, one_device, count) if exp.monitor.score else None
+    self._reference = None
+    if exp.monitor.score:
+      self._reference = Reference(statistics.for_latents(exp, one_device), one_device, count)
     if self._reference:
       self._reference.check_enough(f"monitor.num_images={count}", count, brief=True)
     # One call draws them all; samples beyond num_images fill the mesh and are dropped.
     self._count = -(-exp.monitor.num_images // mesh.size) * mesh.size
-    self._labels = generate.class_labels(exp, self._count)
+    self._labels = generate.class_labels(exp, self._count, counts=class_counts)
     self._thread = futures.ThreadPoolExecutor(1)
     self._scored = []
-    networks = exp.evaluation.network_names() if exp.monitor.score else ()
+    networks = self._reference.networks if self._reference else ()
     self.distances = [
-      _entry(steps, network, "frechet_distance")
+      _entry(steps, network.name, "frechet_distance")
       for steps in exp.monitor.steps
       for network in networks
     ]

@@ -7,6 +7,7 @@ yardsticks beside the distances, frequencies, and how near samples are to what w
 Axes: N images, H/W size, C channels, F features, S spatial features, K kept features.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -22,13 +23,15 @@ from ism_jax.experiment import Experiment
 from ism_jax.metrics import distances, features, spectra
 from ism_jax.metrics.features import Network
 from ism_jax.metrics.moments import FeatureStatistics, finite_rows
-from ism_jax.protocol import OF_THE_DATASET
+from ism_jax.protocol import OF_THE_DATASET, PUBLISHED
 from ism_jax.runtime import arrays, files
 
 FLOOR_REPEATS = 20
 NEIGHBOURS = 512  # samples whose nearest real image is searched, among all
+PICTURED = 3  # nearest real images of a sample that are shown
 KEPT = 50_000  # the most real images whose features statistics hold
 _MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # ours, ADM's and jax-fid's; MeanFlow's
+PIXELS = "pixels"  # where distances are measured, beside the networks
 _SPATIAL_MOMENTS = ("mu_s", "sigma_s")  # ours and ADM's
 _IMAGES = "arr_0"  # ADM's
 _FEATURES, _PROTOCOL, _COUNT = "features", "protocol", "count"  # ours
@@ -186,7 +189,8 @@ class Reference:
       mesh: of devices that see the images.
       num_images: of the samples that are to be judged, default `evaluation.num_images`.
     """
-    self._mesh, self._floors, self._drawn_from, ev = mesh, {}, {}, exp.evaluation
+    self._mesh, self._floors, self._training, ev = mesh, {}, {}, exp.evaluation
+    self._held_out_distances = {}
     reference_files, weights = ev.reference_files(), ev.weight_files()
     if not reference_files and exp.data.vae:
       raise ValueError(
@@ -203,7 +207,7 @@ class Reference:
     }
     self.networks = tuple(
       load[name]() if name in load else features.published(name, weights.get(name, ""))
-      for name in ev.network_names()
+      for name in _networks_of(exp)
     )
     for network in self.networks:
       if network.held_out_accuracy is not None:
@@ -220,14 +224,9 @@ class Reference:
       self.statistics = {name: statistics for name, (statistics, _) in contents.items()}
       self.sources = {name: source for name, (_, source) in contents.items()}
     else:
-      tallies = {n.name: scores.Tally(n, len(real.reference), keep=KEPT) for n in self.networks}
-      seen = features.of_batches(self.networks, mesh, features.in_batches(real.reference))
-      for _, outputs in seen:
-        for name, tally in tallies.items():
-          tally.add(outputs[name])
-      self.statistics = {name: tally.statistics() for name, tally in tallies.items()}
-      source = {"split": ev.reference_split, "images": len(real.reference)}
-      self.sources = dict.fromkeys(tallies, source)
+      self.statistics = _statistics_of(self.networks, real, mesh)
+      source = {"split": real.split, "images": len(real.reference)}
+      self.sources = dict.fromkeys(self.statistics, source)
     self._warn_of_count(num_images or ev.num_images)
 
   @property
@@ -258,15 +257,10 @@ class Reference:
 
   def _draw_floor(self, name, count):
     real = self.statistics[name]
-    if name not in self._drawn_from:
-      (network,) = (n for n in self.networks if n.name == name)
-      self._drawn_from[name] = (
-        features.of_images(network, self._mesh, self.images.training[0])
-        if self.images.held_out
-        else real.kept
-      )
+    few = real.kept is None
+    drawn_from = self.training(name) if self.images.held_out or few else real.kept
     mean, sd = distances.bootstrap_floor(
-      self._drawn_from[name], seed=0, repeats=FLOOR_REPEATS, count=count, real=real.features
+      drawn_from, seed=0, repeats=FLOOR_REPEATS, count=count, real=real.features
     )
     if mean <= 1e-12 * np.trace(real.features.covariance):
       logging.warning("To %s all real images are alike: its distances have no floor.", name)
@@ -274,13 +268,58 @@ class Reference:
     what = "training images" if self.images.held_out else "images drawn from the reference"
     return {"mean": mean, "sd": sd, "count": count, "is": f"{count} {what}"}
 
+  def training(self, space: str) -> np.ndarray:
+    """The images trained on, as a network sees them, or as `PIXELS`: [N, F]."""
+    if space == PIXELS:
+      return self.images.flat
+    if space not in self._training:
+      (network,) = (n for n in self.networks if n.name == space)
+      seen = features.of_images(network, self._mesh, self.images.training[0])
+      self._training[space] = finite_rows(seen, f"features of {space}")
+    return self._training[space]
+
+  def copying(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """{space: `distances.share_nearer`} of samples [N, F], where images are held out."""
+    to_training = lambda a, space: distances.nearest(a, self.training(space), 1)[0][:, 0]
+    shares = {}
+    for space, generated in rows.items():
+      if space not in self._held_out_distances:
+        if space == PIXELS:
+          real = _flat(_spread(self.images.reference))
+        else:
+          real = _spread(self.statistics[space].kept)
+        self._held_out_distances[space] = to_training(real, space)
+      distance = to_training(finite_rows(generated, f"samples in {space}"), space)
+      shares[space] = distances.share_nearer(distance, self._held_out_distances[space])
+    return shares
+
+  def neighbours(self, images) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{space: (distances [N, k], images uint8 [N, k, H, W, C])} of the nearest training images.
+
+    The spaces are those of pixels and of the first network.
+
+    Args:
+      images: uint8 [N, H, W, C].
+    """
+    network, (real, _) = self.networks[0], self.images.training
+    seen = {
+      PIXELS: _flat(images),
+      network.name: features.of_images(network, self._mesh, images),
+    }
+    nearest = {
+      space: distances.nearest(rows, self.training(space), min(PICTURED, len(real)))
+      for space, rows in seen.items()
+    }
+    return {space: (distance, real[rows]) for space, (distance, rows) in nearest.items()}
+
   def _warn_of_count(self, num_images: int) -> None:
     """Warns of distances that would mean little, after hours of sampling."""
     for name, real in self.statistics.items():
       if 0 < real.features.count <= len(real.features.mean):
         logging.warning(
           f"The reference of {name} is of {real.features.count} images, which do not determine the "
-          f"covariance of its {len(real.features.mean)} features: make it of more."
+          f"covariance of its {len(real.features.mean)} features: make it of more"
+          + (" (a larger data.held_out, or more images)." if self.images else ".")
         )
       if num_images <= (size := len(real.features.mean)):
         logging.warning(
@@ -395,7 +434,8 @@ class Judging:
 
   def result(self) -> dict:
     """{"scores": {network: {metric: value}}}, and of described samples their "nearest_neighbour"
-    (mean distance of the first ones to the training images), "spectrum" and "bands".
+    (mean distance of the first ones to the training images), where images are
+    held out "copying" (see `Reference.copying`), "spectrum" and "bands".
     """
     result = {"scores": {}}
     for name, tally in self._tallies.items():
@@ -404,9 +444,12 @@ class Judging:
         values["times_floor"] = values["frechet_distance"] / floor["mean"]
       result["scores"][name] = values
     if self._images:
-      result["nearest_neighbour"] = distances.nearest_neighbour_distance(
-        _flat(np.concatenate(self._first)), self._images.flat
-      )
+      first = _flat(np.concatenate(self._first))
+      result["nearest_neighbour"] = distances.nearest_neighbour_distance(first, self._images.flat)
+      if self._images.held_out:
+        name = self._reference.networks[0].name
+        kept = self._tallies[name].statistics().kept  # all are kept, in their order
+        result["copying"] = self._reference.copying({PIXELS: first, name: kept[:NEIGHBOURS]})
       result["spectrum"] = (self._spectrum / self._added).tolist()
       result["bands"] = (self._bands / self._added).tolist()
     return result
@@ -418,20 +461,32 @@ class DatasetImages:
   Attributes:
     training: (uint8 [N, H, W, C], labels [N]).
     reference: uint8 [N, H, W, C], of `evaluation.reference_split`.
+    split: the name of that: "train" where too few are held out.
     held_out: whether that is another split than the one trained on.
     spectrum, bands: of the reference, see `spectra`.
     flat: float64 [N, H W C], the training images.
-    cache_dir: of judges.
+    cache_dir, statistics_dir: of judges, and of what published networks see.
   """
 
   def __init__(self, exp: Experiment):
-    split = exp.evaluation.reference_split
-    self.held_out = split != "train"
+    self.split = exp.evaluation.reference_split
     self.training = data.all_images(data.load_source(exp.data))
     self.reference = self.training[0]
-    if self.held_out:
-      self.reference, _ = data.all_images(data.load_source(exp.data, split))
-    self.cache_dir = os.path.join(data.directory(exp.data), "judges")
+    if self.split != "train":
+      source = data.load_source(exp.data, self.split)
+      if len(source) > scores.NEIGHBOURHOOD:
+        self.reference, _ = data.all_images(source)
+      else:
+        logging.warning(
+          f"{len(source)} images are in the split {self.split!r}, too few to compare with: samples "
+          "are compared with those trained on, to which copies are nearest. Have more images, or a "
+          "larger data.held_out."
+        )
+        self.split = "train"
+    self.held_out = self.split != "train"
+    folder = data.directory(exp.data)
+    self.cache_dir = os.path.join(folder, "judges")
+    self.statistics_dir = os.path.join(folder, "statistics")
     self.spectrum = spectra.radial_power(self.reference)
     self.bands = spectra.band_energies(self.reference)
     self.num_classes = exp.data.num_classes
@@ -447,16 +502,81 @@ class DatasetImages:
     if self.held_out:
       chosen = rng.permutation(len(images))[:num_images]
       images, labels = images[chosen], labels[chosen]
-    class_means = np.stack([images[labels == c].mean(0) for c in range(self.num_classes)])
+    classes, label = np.unique(labels, return_inverse=True)
+    class_means = np.stack([images[labels == c].mean(0) for c in classes])
     n, h, w, _ = images.shape
-    coarse = images.reshape(n, h // 2, 2, w // 2, 2, -1).mean((2, 4)).repeat(2, 1).repeat(2, 2)
+    even = images[:, : h // 2 * 2, : w // 2 * 2]  # the others' last row or column stays
+    means = even.reshape(n, h // 2, 2, w // 2, 2, -1).mean((2, 4)).repeat(2, 1).repeat(2, 2)
+    coarse = images.astype(np.float64)
+    coarse[:, : h // 2 * 2, : w // 2 * 2] = means
     noise = np.asarray(generate.to_uint8(rng.standard_normal(images.shape)))
     return {
       "training images" if self.held_out else "real images": (images, labels),
       "at half resolution": (np.uint8(coarse.round()), labels),
-      "class means": (np.uint8(class_means.round())[labels], labels),
+      "class means": (np.uint8(class_means.round())[label], labels),
       "noise": (noise, labels),
     }
+
+
+def _networks_of(exp: Experiment) -> tuple[str, ...]:
+  """Those of `evaluation.networks`; of one class without its classifier, which is said."""
+  names = exp.evaluation.network_names()
+  if exp.data.num_classes > 1 or "classifier" not in names:
+    return names
+  if others := tuple(name for name in names if name != "classifier"):
+    logging.warning("There is one class, of which there is no classifier: it is left out.")
+    return others
+  raise ValueError(
+    f"evaluation.networks={exp.evaluation.networks!r}, and there is one class, of which there is "
+    "no classifier: set it to random, or inception or dinov2."
+  )
+
+
+def _statistics_of(networks, real: "DatasetImages", mesh) -> dict[str, scores.Statistics]:
+  """{network: what it sees in the reference}; of published ones, kept beside the dataset."""
+  digest = hashlib.sha256(repr(real.reference.shape).encode() + real.reference.tobytes())
+  digest, statistics, files_of = digest.hexdigest(), {}, {}
+  for network in networks:
+    if network.name in PUBLISHED:
+      protocol = {"network": network.name, "weights": network.sha256, "images": digest}
+      name = f"{network.name}-{digest[:16]}-{network.sha256[:16]}.npz"
+      path = os.path.join(real.statistics_dir, name)
+      files_of[network.name] = path, protocol
+      try:
+        statistics[network.name] = _read_kept(path, protocol, network, mesh)
+      except FileNotFoundError:
+        pass
+      except Exception as error:  # a cache may never stop a run
+        logging.warning("The kept statistics %s are no use (%s): making them anew.", path, error)
+  # Of fewer, precision and recall would have no neighbours.
+  keep = KEPT if len(real.reference) > scores.NEIGHBOURHOOD else 0
+  missing = tuple(n for n in networks if n.name not in statistics)
+  tallies = {n.name: scores.Tally(n, len(real.reference), keep=keep) for n in missing}
+  seen = features.of_batches(missing, mesh, features.in_batches(real.reference)) if missing else ()
+  for _, outputs in seen:
+    for name, tally in tallies.items():
+      tally.add(outputs[name])
+  for name, tally in tallies.items():
+    statistics[name] = tally.statistics()
+    if name in files_of and jax.process_index() == 0:
+      path, protocol = files_of[name]
+      try:
+        write(path, statistics[name], protocol)
+      except OSError as error:  # as of a folder that others share
+        logging.warning("The statistics could not be kept (%s).", error)
+  return statistics
+
+
+def _read_kept(path: str, protocol: dict, network: Network, mesh) -> scores.Statistics:
+  statistics, source = read(path, network, mesh)
+  if source.get("protocol") != protocol:
+    raise ValueError("it is of other images")
+  return statistics
+
+
+def _spread(rows):
+  """`NEIGHBOURS` of the rows, evenly spread: images are in the order of their classes."""
+  return rows[np.linspace(0, len(rows) - 1, min(NEIGHBOURS, len(rows))).round().astype(int)]
 
 
 def _flat(images):

@@ -79,6 +79,14 @@ def as_markdown(report: dict) -> str:
       "of the finest octave of frequencies over that of the real images. Accuracy alone says "
       "little: over-guided samples reach 1.",
     ]
+    if any(result.get("copying") for result in report["results"]):
+      lines += [
+        "",
+        "Copying: of pairs of a sample and a held-out image, the share in which the sample is "
+        "nearer to a training image (Meehan et al. 2020), in pixels and to a network: 0.5 where "
+        "samples are as near as images that were not trained on, 1 of copies. nearest.png shows "
+        "some.",
+      ]
   rows = [_row(report, result) for result in report["results"]]
   rows += [_row(report, result, name) for name, result in report["yardsticks"].items()]
   names = dict.fromkeys(column for row in rows for column in row)
@@ -121,6 +129,8 @@ def _row(report: dict, result: dict, name: str = "") -> dict[str, str]:
   if "spectrum" in result:
     octave = spectra.finest_octave(result["spectrum"])
     row["nearest neighbour"] = f"{result['nearest_neighbour']:.3f}"
+    for space, share in result.get("copying", {}).items():
+      row[f"copying, {space}"] = f"{share:.2f}"
     if real := spectra.finest_octave(report["reference_spectrum"]):  # 0 of images of one grey each
       row["high frequencies"] = f"{octave / real:.2f}"
   if speed := result.get("images_per_second"):

@@ -20,24 +20,29 @@ The same command again does nothing. Only the first process works, on its own de
 from collections.abc import Iterator
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import hashlib
+import json
 import os
 
 from absl import flags, logging
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 import numpy as np
 
 from ism_jax import data, experiment, ranges
 from ism_jax.data import images as images_lib
-from ism_jax.data import pipeline, recipe, samples
+from ism_jax.data import latents, pipeline, recipe, samples
 from ism_jax.data.samples import ImageSet
 from ism_jax.evaluation import reference, scores
 from ism_jax.metrics import features
+from ism_jax.pretrained import weights as weights_lib
 from ism_jax.protocol import parse_files
 from ism_jax.runtime import commands, files, logs, multihost, sharding
 
+_TOGETHER = 64  # images on each device
 _BATCHES_AHEAD = 4  # cropped while the devices work
 # What a file says and two runs of the same protocol may differ in.
 _DESCRIPTIONS = ("source", "features", "images", "unreadable", "jax")
@@ -45,7 +50,12 @@ _DESCRIPTIONS = ("source", "features", "images", "unreadable", "jax")
 
 def of_images(named: str, tfds_dir: str, size, num_threads: int) -> ImageSet:
   """ADM's centre crops of a size, see `images.centre_crop`, of a source, see `open_source`."""
-  source, contents = images_lib.noting(images_lib.open_source(named, tfds_dir))
+  return of_source(named, images_lib.open_source(named, tfds_dir), size, num_threads)
+
+
+def of_source(named: str, source: images_lib.Source, size, num_threads: int) -> ImageSet:
+  """`of_images` of an open source of this name."""
+  source, contents = images_lib.noting(source)
   crop, unreadable = functools.partial(images_lib.read_crop, source, size), {}
 
   def batches(batch_size):
@@ -206,6 +216,70 @@ def _is_done(path, wanted) -> bool:
   return True
 
 
+def for_latents(exp: experiment.Experiment, mesh) -> experiment.Experiment:
+  """The experiment with a reference, where its data are latents and the images still there.
+
+  Their statistics are made by the first process, and kept beside the latents, or else in the cache
+  of weights. Where the manifest does not say which images were encoded, or these have gone or
+  changed, the experiment is returned as it is: `reference.Reference` says what to do.
+  """
+  ev, names = exp.evaluation, exp.evaluation.network_names()
+  if not exp.data.vae or ev.reference or not set(names) <= set(features.PUBLISHED):
+    return exp
+  try:
+    manifest = latents.read_manifest(exp.data.dir)
+    where = manifest["source"]
+    files.check_shape(where, latents.SOURCE, "source")
+  except (KeyError, OSError, ValueError):
+    return exp
+  networks = tuple(features.published(n, ev.weight_files().get(n, "")) for n in names)
+  identity = [manifest[key] for key in ("listing", "contents", "crop", "size") if key in manifest]
+  identity += [[n.name, n.sha256] for n in networks]
+  key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+  out = os.path.join(exp.data.dir, "statistics", key)
+  try:
+    files.check_writable(out)
+  except OSError:
+    out = os.path.join(weights_lib.cache(), "statistics", key)
+  if jax.process_index() == 0:
+    _make_for_latents(manifest, networks, out, mesh)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("statistics of the latents' images")
+  paths = {name: os.path.join(out, f"{name}.npz") for name in names}
+  if not all(map(os.path.exists, paths.values())):
+    return exp
+  reference_files = ",".join(f"{name}={path}" for name, path in paths.items())
+  return dataclasses.replace(exp, evaluation=dataclasses.replace(ev, reference=reference_files))
+
+
+def _make_for_latents(manifest: dict, networks, out: str, mesh) -> None:
+  """Makes what is missing of the statistics of encoded images, if they are still there."""
+  for path in (os.path.join(out, f"{network.name}.npz") for network in networks):
+    try:
+      if os.path.exists(path):
+        reference.read_protocol(path)
+    except ValueError as error:  # a cache may never stop a run
+      logging.warning("%s Making it anew.", error)
+      os.remove(path)
+  missing = [n for n in networks if not os.path.exists(os.path.join(out, f"{n.name}.npz"))]
+  if not missing:
+    return
+  where = manifest["source"]
+  try:
+    source = images_lib.open_source(where["images"], where["tfds_dir"])
+  except (OSError, ValueError) as error:
+    logging.warning("The images that were encoded are not where they were: %s", error)
+    return
+  if source.listing != manifest["listing"]:
+    logging.warning("%s has other images than were encoded.", where["images"])
+    return
+  logging.info("Making the reference of the images in %s, once.", where["images"])
+  size = manifest["size"] if isinstance(manifest["size"], int) else tuple(manifest["size"])
+  images = of_source(where["images"], source, size, os.cpu_count())
+  devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+  make(images, missing, out, keep=reference.KEPT, batch_size=_TOGETHER, devices=devices)
+
+
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string("images", None, "Images to crop: a source that `encode` takes.")
@@ -224,7 +298,7 @@ def define_flags() -> None:
   flags.DEFINE_string("weights", "", text)
   text = "The most images whose features a file holds."
   flags.DEFINE_integer("keep_features", reference.KEPT, text, lower_bound=0, upper_bound=2**20)
-  positive("batch_size", 64, "Images at a time, on each device.")
+  positive("batch_size", _TOGETHER, "Images at a time, on each device.")
   positive("num_threads", os.cpu_count(), "Threads that decode images.")
   flags.mark_flags_as_required(["out"])
   multihost.define_flags()

@@ -6,7 +6,8 @@
 - Kernel distance (Bińkowski et al. 2018; KID): all moments up to the third.
 - Precision and recall (Kynkäänniemi et al. 2019): which samples lie among real ones, and of how
   many real ones the samples are neighbours.
-- Nearest-neighbour distance: tells copies of the training set from new images.
+- Nearest-neighbour distance, and the share of samples that are nearer to a training image than
+  held-out images are (Meehan et al. 2020): tell copies of the training set from new images.
 
 Axes: N, M samples, F (or D) features.
 """
@@ -152,8 +153,6 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
     a, b: [N, D] and [M, D].
     exclude_self: a is the first rows of b, in the same order, and row i must not find itself.
   """
-  from sklearn.neighbors import NearestNeighbors  # slow to import
-
   a, b = (finite_rows(np.asarray(x, np.float64), name) for x, name in ((a, "a"), (b, "b")))
   if a.shape[1] != b.shape[1]:
     raise ValueError(
@@ -167,13 +166,40 @@ def nearest_neighbour_distance(a, b, exclude_self=False):
     raise ValueError(
       f"{len(a)} rows have no neighbours among {len(b)} (exclude_self={exclude_self}); add rows."
     )
-  search = NearestNeighbors(n_neighbors=1 + exclude_self, algorithm="brute").fit(b)
-  neighbours = search.kneighbors(a, return_distance=False)
+  # Of the row itself and another one, the other is the farther, or as near.
+  distances, _ = nearest(a, b, 1 + exclude_self)
+  return float(distances.max(axis=1).mean())
+
+
+def nearest(a, b, k: int) -> tuple[np.ndarray, np.ndarray]:
+  """(Euclidean distances, rows of b), [N, k] each, of the k <= M nearest rows of b, nearest first.
+
+  Args:
+    a, b: [N, D] and [M, D], finite.
+  """
+  from sklearn.neighbors import NearestNeighbors  # slow to import
+
+  rows = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(b).kneighbors(a)[1]
   # The search expands the square, which cancels for close rows: it only picks the neighbours. Their
-  # distance is taken from the difference, and an exact copy is at exactly 0. Of the row itself and
-  # another one, the other is the farther, or as near.
-  distances = [np.linalg.norm(a - b[index], axis=1) for index in neighbours.T]
-  return float(np.max(distances, axis=0).mean())
+  # distance is taken from the difference, and an exact copy is at exactly 0.
+  distances = np.stack([np.linalg.norm(a - b[index], axis=1) for index in rows.T], axis=1)
+  order = np.argsort(distances, axis=1, kind="stable")
+  return np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def share_nearer(samples, held_out) -> float:
+  """Share of pairs (sample, held-out image) of which the sample is nearer to a training image.
+
+  The statistic of Meehan et al. (2020, arXiv:2004.05675), Mann and Whitney's U over the number of
+  pairs, of one cell: 1/2 where samples are as near as images that were not trained on; 1 of copies;
+  0 of samples that are far from all images.
+
+  Args:
+    samples, held_out: [N] and [M], distances to the nearest training image; ties count half.
+  """
+  samples, held_out = np.asarray(samples), np.sort(held_out)
+  farther = [np.searchsorted(held_out, samples, side) for side in ("left", "right")]
+  return float(1 - np.mean(farther) / len(held_out))
 
 
 def bootstrap_floor(features, seed, repeats, count=None, real=None):

@@ -171,6 +171,15 @@ def test_uniform_labels_are_drawn_and_balanced_ones_are_not():
   assert (uniform != other).any()
 
 
+def test_labels_of_the_data_are_as_frequent_as_its_classes():
+  exp = experiment.parse(config_of(labels="data"))
+  counts = [600, 0, *[50] * 8]
+  labels = generate.class_labels(exp, 10_000, seed=3, counts=counts)
+  np.testing.assert_allclose(np.bincount(labels, minlength=10) / 10, counts, atol=30)
+  with pytest.raises(ValueError, match=r"labels='data', and neither .* set it to balanced or"):
+    generate.class_labels(exp, 1)
+
+
 def test_truncation_is_half_a_level_darker_than_rounding():
   x = jnp.linspace(-1, 1, 10_001)
   nearest, truncated = (np.asarray(generate.to_uint8(x, r), float) for r in protocol.ROUNDINGS)
@@ -185,7 +194,7 @@ def test_truncation_is_half_a_level_darker_than_rounding():
     ({"networks": "vgg"}, "'vgg' is unknown; known are classifier, random, inception, dinov2"),
     ({"networks": "random,random"}, "names a network twice"),
     ({"rounding": "floor"}, "known are nearest, truncate"),
-    ({"labels": "all"}, "known are balanced, uniform"),
+    ({"labels": "all"}, "known are balanced, uniform, data"),
     ({"networks": "inception,dinov2", "reference": "a.npz"}, "no NETWORK=FILE"),
     ({"networks": "inception,dinov2", "reference": "inception=a"}, "no file for dinov2; add dino"),
     ({"networks": "classifier", "reference": "a.npz"}, "classifier is made of the dataset"),

@@ -12,6 +12,7 @@ import sys
 import tracemalloc
 import zipfile
 
+from examples import tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +20,12 @@ from PIL import Image
 import pytest
 from sklearn.datasets import load_sample_images
 
-from ism_jax import data
+from ism_jax import data, experiment
 from ism_jax.data import images as images_lib
 from ism_jax.data import samples
 from ism_jax.evaluation import reference, statistics
 from ism_jax.metrics import distances, features, moments
+from ism_jax.performance import benchmark
 from ism_jax.runtime import sharding
 
 SIZE = 16
@@ -540,3 +542,39 @@ def test_the_command_makes_inceptions_statistics(tmp_path):
       )
     np.testing.assert_allclose(file["features"], seen["features"][[0, 2, 5]], rtol=1e-3, atol=1e-5)
   assert "is there already" in run(flags).stderr
+
+
+def test_latents_have_the_reference_of_the_images_that_they_were_made_of(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(features, "published", lambda name, weights: network(name))
+  images, folder = crops(12), tmp_path / "images"
+  (folder / "a").mkdir(parents=True)
+  for i, image in enumerate(images):
+    (folder / "a" / f"{i:02d}.png").write_bytes(png(image))
+  config = tiny_config()
+  config.data.update({"name": "latents", "vae": "random-small", "channels": 4, "image_size": 2})
+  config.data.update({"num_classes": 1, "dir": str(tmp_path / "latents")})
+  config.evaluation.update({"networks": "inception", "enlarge": 1})
+  config.model.size = "SiT-XXS/2"
+  exp = experiment.parse(config)
+  (tmp_path / "latents").mkdir()
+  benchmark.write_random_latents(exp.data, exp.data.dir)
+  manifest = tmp_path / "latents" / "manifest.json"
+  mesh = sharding.data_mesh(jax.devices()[:1])
+  assert statistics.for_latents(exp, mesh) == exp  # an older manifest does not say where they were
+  content = json.loads(manifest.read_text())
+  content["source"] = {"images": str(folder), "tfds_dir": ""}
+  manifest.write_text(json.dumps(content))
+  assert statistics.for_latents(exp, mesh) == exp and "other images than were" in caplog.text
+  content["listing"] = images_lib.open_source(str(folder), "").listing
+  manifest.write_text(json.dumps(content))
+  named = statistics.for_latents(exp, mesh).evaluation.reference_files()["inception"]
+  check_file(named, images)
+  assert named.startswith(exp.data.dir)
+
+  shutil.rmtree(folder)
+  assert statistics.for_latents(exp, mesh).evaluation.reference_files() == {"inception": named}
+  pathlib.Path(named).write_bytes(b"PK")
+  assert statistics.for_latents(exp, mesh) == exp
+  assert "are not where they were" in caplog.text

@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import scipy.spatial
 import scipy.special
+import scipy.stats
 
 from ism_jax.metrics import distances, moments
 
@@ -535,3 +536,19 @@ def test_inception_score_is_that_of_torch_fidelity(pytorch, rng):
     score.update(batch)
   expected = [expected[f"inception_score_{k}"] for k in ("mean", "std")]
   np.testing.assert_allclose(score.result(), expected, rtol=1e-12)
+
+
+def test_the_share_of_nearer_samples_is_mann_and_whitneys():
+  rng = np.random.default_rng(0)
+  samples, held_out = rng.integers(0, 9, 40), rng.integers(2, 12, 25)  # with ties
+  u = scipy.stats.mannwhitneyu(held_out, samples).statistic
+  assert distances.share_nearer(samples, held_out) == pytest.approx(u / (40 * 25), abs=1e-12)
+
+
+def test_the_nearest_rows_come_in_the_order_of_their_distances():
+  rng = np.random.default_rng(0)
+  a, b = rng.standard_normal((7, 3)), rng.standard_normal((20, 3))
+  every = np.linalg.norm(a[:, None] - b, axis=-1)
+  nearest, rows = distances.nearest(a, b, 4)
+  np.testing.assert_array_equal(rows, np.argsort(every, axis=1)[:, :4])
+  np.testing.assert_allclose(nearest, np.sort(every, axis=1)[:, :4], rtol=1e-12)
