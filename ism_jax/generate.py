@@ -277,7 +277,8 @@ def write_samples(config, source: str, out: str, devices=None) -> None:
   if out.endswith(".gif"):
     if jax.process_count() > 1:
       raise ValueError(f"--out={out}: one process alone writes a gif.")
-    numbers = numbers[: GRID[0] * GRID[1]]
+    columns = min(GRID[1], len(numbers))
+    numbers = numbers[: min(GRID[0], len(numbers) // columns) * columns]  # those of a grid
     states = trajectory(exp, mesh, trained.params, numbers, cfg.schedule, cfg.w, cfg.seed)
     files.write_whole(out, animation([grid_png(s, exp.evaluation.enlarge) for s in states]))
   else:
