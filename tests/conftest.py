@@ -3,10 +3,16 @@
 import gc
 import importlib.util
 import pathlib
+import signal
 import tempfile
 
 import jax
 import pytest
+
+# A shell starts what runs in the background deaf to Ctrl-C, and so would be all processes that the
+# tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
