@@ -12,7 +12,7 @@ from absl import logging
 import ml_collections
 
 from ism_jax.data import folders, latents, pipeline, published
-from ism_jax.pretrained import dinov2, inception, weights
+from ism_jax.pretrained import weights
 from ism_jax.runtime import files
 
 _EPOCHS = 500
@@ -154,6 +154,8 @@ def fill(config: ml_collections.ConfigDict, facts: Facts) -> ml_collections.Conf
 
 def _networks(classes: int) -> str:
   """Published feature networks whose weights are here; else those that are made of the dataset."""
+  from ism_jax.pretrained import dinov2, inception  # whoever reads a config needs no networks
+
   modules = {"inception": inception, "dinov2": dinov2}
   here = [n for n, m in modules.items() if (weights.cache() / m.PUBLISHED.file).is_file()]
   return ",".join(here or ["random", "classifier"][: 1 if classes == 1 else 2])
