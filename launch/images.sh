@@ -24,6 +24,5 @@ ensure_env test
 python -m ism_jax train --config="${CONFIG:-configs/images.py:quick}" \
   --config.data.dir="$images" --workdir="$out" ${command[@]+"${command[@]}"}
 python -m ism_jax sweep --workdir="$out"
-rm -rf "$out/samples"
-python -m ism_jax sample --workdir="$out" --out="$out/samples/"
-echo "Open $out/samples.png, $out/sweep.png and $out/samples/."
+[ -e "$out/samples" ] || python -m ism_jax sample --workdir="$out" --out="$out/samples/"
+echo "Open $out/sweep/sweep.md, sweep.png beside it, and $out/samples/ (delete it to draw them anew)."
