@@ -333,11 +333,20 @@ def to_unit_range(images, dtype=np.float32):
   return images.astype(dtype) / 127.5 - 1
 
 
-def all_images(source):
-  """A small dataset whole, in its own order: images uint8 [N, H, W, C] and labels int32 [N]."""
+def all_images(source, most: int | None = None):
+  """A dataset whole, in its own order: images uint8 [N, H, W, C] and labels int32 [N].
+
+  Args:
+    most: bytes of the images; of a dataset that has more, as many as fit, evenly spread.
+  """
   if not isinstance(source, Images):
     raise ValueError(
       "data.name='latents' has no images, only their latents, and what was asked for compares "
       "samples with images: it takes a dataset of images."
     )
-  return source.stored(range(len(source)))
+  count = len(source)
+  if most is not None and count:
+    count = max(1, min(count, most // source.stored([0])[0].nbytes))
+  if count < len(source):
+    logging.warning("%d of %d images are taken, evenly spread.", count, len(source))
+  return source.stored(np.linspace(0, len(source) - 1, count).round().astype(int))

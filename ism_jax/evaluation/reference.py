@@ -29,6 +29,7 @@ from ism_jax.runtime import arrays, files
 FLOOR_REPEATS = 20
 NEIGHBOURS = 512  # samples whose nearest real image is searched, among all
 PICTURED = 3  # nearest real images of a sample that are shown
+LARGEST = 2**29  # bytes of the images of a split that are judged with: eight times that in memory
 KEPT = 50_000  # the most real images whose features statistics hold
 _MOMENTS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))  # ours, ADM's and jax-fid's; MeanFlow's
 PIXELS = "pixels"  # where distances are measured, beside the networks
@@ -434,8 +435,8 @@ class Judging:
 
   def result(self) -> dict:
     """{"scores": {network: {metric: value}}}, and of described samples their "nearest_neighbour"
-    (mean distance of the first ones to the training images), where images are
-    held out "copying" (see `Reference.copying`), "spectrum" and "bands".
+    (mean distance of the first ones to the training images), where images are held out "copying"
+    (see `Reference.copying`), "spectrum" and "bands".
     """
     result = {"scores": {}}
     for name, tally in self._tallies.items():
@@ -448,8 +449,9 @@ class Judging:
       result["nearest_neighbour"] = distances.nearest_neighbour_distance(first, self._images.flat)
       if self._images.held_out:
         name = self._reference.networks[0].name
-        kept = self._tallies[name].statistics().kept  # all are kept, in their order
-        result["copying"] = self._reference.copying({PIXELS: first, name: kept[:NEIGHBOURS]})
+        features_of_all = self._tallies[name].statistics().kept  # in their order
+        rows = {PIXELS: first, name: features_of_all[:NEIGHBOURS]}
+        result["copying"] = self._reference.copying(rows)
       result["spectrum"] = (self._spectrum / self._added).tolist()
       result["bands"] = (self._bands / self._added).tolist()
     return result
@@ -457,6 +459,8 @@ class Judging:
 
 class DatasetImages:
   """The dataset's own images: those trained on, and those compared with.
+
+  Of a split that would take more than `LARGEST` bytes, images that are evenly spread over it.
 
   Attributes:
     training: (uint8 [N, H, W, C], labels [N]).
@@ -470,12 +474,12 @@ class DatasetImages:
 
   def __init__(self, exp: Experiment):
     self.split = exp.evaluation.reference_split
-    self.training = data.all_images(data.load_source(exp.data))
+    self.training = data.all_images(data.load_source(exp.data), LARGEST)
     self.reference = self.training[0]
     if self.split != "train":
       source = data.load_source(exp.data, self.split)
       if len(source) > scores.NEIGHBOURHOOD:
-        self.reference, _ = data.all_images(source)
+        self.reference, _ = data.all_images(source, LARGEST)
       else:
         logging.warning(
           f"{len(source)} images are in the split {self.split!r}, too few to compare with: samples "

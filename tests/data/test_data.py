@@ -487,3 +487,13 @@ def test_other_data_than_the_checkpoints_is_an_error_unless_it_is_meant(caplog):
   with caplog.at_level("INFO", logger="absl"):
     data.check_same(None, now, False)
   assert "checkpoint does not say which data" in caplog.text
+
+
+def test_of_a_dataset_that_memory_would_not_hold_evenly_spread_images_are_taken(source):
+  images, labels = data.all_images(source)
+  few, of_few = data.all_images(source, most=65 * 64 - 1)  # bytes of 64 images and a part of one
+  rows = np.linspace(0, len(source) - 1, 64).round().astype(int)
+  assert rows[0] == 0 and rows[-1] == 1796
+  np.testing.assert_array_equal(few, images[rows])
+  np.testing.assert_array_equal(of_few, labels[rows])
+  np.testing.assert_array_equal(data.all_images(source, most=2**20)[0], images)
