@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ism_jax import experiment, guidance, model, restore, sampling
-from ism_jax.data import DataConfig, labels, pipeline, samples
+from ism_jax.data import DataConfig, pipeline, samples
+from ism_jax.data import labels as labels_lib
 from ism_jax.experiment import Experiment
 from ism_jax.pretrained import vae as vae_lib
 from ism_jax.pretrained.weights import Pretrained
@@ -264,9 +265,10 @@ def write_samples(config, source: str, out: str, devices=None) -> None:
   check_decoder(trained)
   exp, cfg = trained.exp, trained.exp.sample
   names = trained.names or pipeline.class_names(exp.data)
-  numbers = class_labels(exp, cfg.num_images, cfg.seed, trained.class_counts)
-  if cfg.label not in labels.ALL:
-    numbers = np.full(cfg.num_images, labels.number_of(cfg.label, exp.data.num_classes, names))
+  labels = class_labels(exp, cfg.num_images, cfg.seed, trained.class_counts)
+  if cfg.label not in labels_lib.ALL:
+    label = labels_lib.number_of(cfg.label, exp.data.num_classes, names)
+    labels = np.full(cfg.num_images, label)
   settings = {name: getattr(cfg, name) for name in ("schedule", "w", "seed", "batch_size")}
   pixels = cfg.num_images * math.prod(decoded_shape(exp)[:2]) * exp.evaluation.enlarge**2
   if out.endswith(".png") and pixels > LARGEST:
@@ -277,12 +279,12 @@ def write_samples(config, source: str, out: str, devices=None) -> None:
   if out.endswith(".gif"):
     if jax.process_count() > 1:
       raise ValueError(f"--out={out}: one process alone writes a gif.")
-    columns = min(GRID[1], len(numbers))
-    numbers = numbers[: min(GRID[0], len(numbers) // columns) * columns]  # those of a grid
-    states = trajectory(exp, mesh, trained.params, numbers, cfg.schedule, cfg.w, cfg.seed)
+    columns = min(GRID[1], len(labels))
+    labels = labels[: min(GRID[0], len(labels) // columns) * columns]  # those of a grid
+    states = trajectory(exp, mesh, trained.params, labels, cfg.schedule, cfg.w, cfg.seed)
     files.write_whole(out, animation([grid_png(s, exp.evaluation.enlarge) for s in states]))
   else:
-    parts = batches(exp, mesh, trained.params, numbers, **settings)
+    parts = batches(exp, mesh, trained.params, labels, **settings)
     progress, drawn = logs.Progress(cfg.num_images), []
     with contextlib.ExitStack() as stack:
       if out.endswith(".png"):
@@ -297,7 +299,7 @@ def write_samples(config, source: str, out: str, devices=None) -> None:
     if drawn and jax.process_index() == 0:
       tiles = picture(np.concatenate(drawn), enlarge=exp.evaluation.enlarge)
       files.write_whole(out, as_png(tiles))
-  logging.info("Wrote %d images of the %s to %s.", len(numbers), trained.about, out)
+  logging.info("Wrote %d images of the %s to %s.", len(labels), trained.about, out)
 
 
 @functools.lru_cache
@@ -319,14 +321,14 @@ def step_function(exp: Experiment, mesh, finest: bool):
   return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(AXIS)))
 
 
-def trajectory(exp: Experiment, mesh, params, numbers, schedule, w, seed) -> list[np.ndarray]:
+def trajectory(exp: Experiment, mesh, params, labels, schedule, w, seed) -> list[np.ndarray]:
   """What samples of these labels [N] look like before and after each step: uint8 [N, H, W, C]."""
   experiment.check_guidance(exp, schedule, w)
-  count = len(numbers)
+  count = len(labels)
   rows = np.arange(-(-count // mesh.size) * mesh.size)
   x_t = noise_function(exp.image_shape, mesh)(jax.random.key(seed), np.int32(rows))
   pixels = pixels_function(exp.data, mesh, exp.evaluation.rounding)
-  c, strength = np.int32(numbers[rows % count]), np.full(len(rows), w, np.float32)
+  c, strength = np.int32(labels[rows % count]), np.full(len(rows), w, np.float32)
   params, states = jax.device_put(params, sharding.replicated(mesh)), [x_t]
   for t, d in schedule:
     x_t = step_function(exp, mesh, d == 0)(params, x_t, np.float32(t), np.float32(d), c, strength)

@@ -116,17 +116,7 @@ def evaluate(
   generate.pixels_function(exp.data, mesh, ev.rounding)  # a VAE may be missing
   reference = load_reference(exp, mesh)
   _check_enough(exp, reference)
-  header = {
-    "variant": exp.variant,
-    "step": trained.step,
-    "parameters": restore.TREES[trained.tree],
-    "parameters_checksum": trained.checksum,
-    "vae": exp.data.vae,
-    "vae_sha256": generate.load_vae(exp.data.vae).sha256 if exp.data.vae else "",
-    "labels": ev.labels,
-    "rounding": ev.rounding,
-    "computed_in": exp.model.dtype,
-  } | protocol(mesh, reference, ev.num_images)
+  header = _describe(trained) | protocol(mesh, reference, ev.num_images)
   path = functools.partial(os.path.join, out)
   samples_at = lambda steps, w: path(f"samples_steps{steps}_w{w:g}")  # files of samples
   pairs = list(ev.settings() if settings is None else settings)
@@ -151,15 +141,9 @@ def evaluate(
       partial = {"fingerprint": fingerprint, "results": list(results.values())}
       files.write_whole(path(PARTIAL), json.dumps(partial))
       logging.info("%d steps, w=%g, seed %d: %s.", steps, w, seed, format_scores(result["scores"]))
-  # 128 steps of all paths on every device: affordable for small networks.
-  straight = []
-  strengths = sorted({w for _, w in pairs})
-  for w in strengths if reference.images else ():
-    deviation = straightness(exp, params, w, ev.seeds[0], draw_labels(PATHS))
-    if np.isfinite(deviation):
-      straight.append({"w": w, "deviation_from_chord": deviation})
-    else:
-      logging.warning("Paths of 128 steps at w=%g diverge: their straightness is left out.", w)
+  strengths, straight = sorted({w for _, w in pairs}), []
+  if reference.images:  # of a small dataset, so that 128 steps of many paths are affordable
+    straight = _straightness_at(strengths, exp, params, draw_labels(PATHS))
   if jax.process_index() != 0:
     return None
   report = header | {
@@ -170,13 +154,40 @@ def evaluate(
   }
   write_report(out, report)
   figures.sweep(summary.as_run(report), path("evaluation.png"))
-  grid_of = {(n, w): f"{samples_at(n, w)}.png" for n, w in pairs}
-  by_w = {
-    f"w = {w:g}": {n: path for (n, of_w), path in grid_of.items() if of_w == w} for w in strengths
-  }
-  figures.grids(by_w, path("samples.png"))
+  grids = {f"w = {w:g}": {} for w in strengths}
+  for n, w in pairs:
+    grids[f"w = {w:g}"][n] = f"{samples_at(n, w)}.png"
+  figures.grids(grids, path("samples.png"))
   epath.Path(path(PARTIAL)).unlink(missing_ok=True)
   return report
+
+
+def _describe(trained: restore.Trained) -> dict:
+  """What the samples of a network depend on beside the schedule, w and seed."""
+  exp = trained.exp
+  return {
+    "variant": exp.variant,
+    "step": trained.step,
+    "parameters": restore.TREES[trained.tree],
+    "parameters_checksum": trained.checksum,
+    "vae": exp.data.vae,
+    "vae_sha256": generate.load_vae(exp.data.vae).sha256 if exp.data.vae else "",
+    "labels": exp.evaluation.labels,
+    "rounding": exp.evaluation.rounding,
+    "computed_in": exp.model.dtype,
+  }
+
+
+def _straightness_at(strengths, exp: Experiment, params, labels) -> list[dict]:
+  """`straightness` at each w, of which paths that diverge are left out."""
+  straight = []
+  for w in strengths:
+    deviation = straightness(exp, params, w, exp.evaluation.seeds[0], labels)
+    if np.isfinite(deviation):
+      straight.append({"w": w, "deviation_from_chord": deviation})
+    else:
+      logging.warning("Paths of 128 steps at w=%g diverge: their straightness is left out.", w)
+  return straight
 
 
 def evaluate_samples(config, out: str, path: str) -> dict:

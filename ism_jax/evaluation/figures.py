@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ism_jax import paths
 from ism_jax.evaluation import summary
 from ism_jax.evaluation.summary import Run
-from ism_jax.generate import LETTERS
+from ism_jax.generate import LETTERS, as_png
 from ism_jax.runtime import files
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -225,9 +225,7 @@ def neighbours(samples, nearest: dict[str, tuple], enlarge: int, path: str) -> N
       if distances is not None:
         place = margin + x * across, y * down + height * enlarge
         draw.text(place, f"{distances[x]:.3g}", "black", font)
-  png = io.BytesIO()
-  paper.save(png, "PNG")
-  files.write_whole(path, png.getvalue())
+  files.write_whole(path, as_png(paper))
 
 
 def pools(gains: list[dict], path: str) -> None:

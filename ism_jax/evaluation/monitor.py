@@ -26,6 +26,9 @@ class Monitor:
   Few samples are farther from the reference by chance: these distances compare with each other, not
   with those of an evaluation of more samples. In floors of their own number neither: where chance
   is larger, a difference is fewer floors.
+
+  Attributes:
+    distances: names of the entries that compare runs: the Fréchet distances.
   """
 
   def __init__(self, exp: Experiment, mesh, workdir: str, class_counts=None):
