@@ -11,7 +11,8 @@ _TECHNIQUES = ("ig", "interval", "wavelet", "sot", "twin")
 _ROWS = {"sm": (), "sm_compounding": ()}
 _ROWS |= {name: _TECHNIQUES[: i + 1] for i, name in enumerate((*_TECHNIQUES[:-1], "ism"))}
 _ROWS |= {f"no_{out}": tuple(t for t in _TECHNIQUES if t != out) for out in _TECHNIQUES[:-1]}
-VARIANTS = tuple(_ROWS)
+PEERS = ("fm", "meanflow", "imf", "split")
+VARIANTS = (*_ROWS, *PEERS)
 
 
 def get_base() -> ml_collections.ConfigDict:
@@ -71,6 +72,20 @@ def get_base() -> ml_collections.ConfigDict:
         "label_dropout": 0.1,  # open; SiT, DiT and SM
         "times": "grid",  # open; SM
         "clip": 0.0,  # open; SM clips at 4
+        # What follows is not the paper's, and off.
+        "times_mean": 0.4,
+        "times_deviation": 1.0,
+        "grid_share": 0.0,
+        "jumps": "dyadic",
+        "jump_probabilities": (),
+        "target": "two_steps",
+        "split": 0.5,
+        "tangent": "path",
+        "rollout": False,
+        "curriculum": 0.0,
+        "w_drawn": "grid",
+        "w_ramp": 0.0,
+        "w_scaled": False,
       },
       "wavelet": {
         "form": "norm",  # open
@@ -79,6 +94,7 @@ def get_base() -> ml_collections.ConfigDict:
         "weights": (),
         "losses": ("consistency",),  # open
         "epsilon": 1e-3,  # open
+        "tree": "pyramid",
       },
       "coupling": {
         "coupling": "ot",  # paper
@@ -148,6 +164,8 @@ def apply_variant(
   if variant not in VARIANTS:
     raise ValueError(f"variant {variant!r} is unknown; known are {', '.join(VARIANTS)}.")
   config.variant = variant
+  if variant in PEERS:
+    return _apply_peer(config, variant)
   techniques = _ROWS[variant]
   if "twin" not in techniques:
     decay = config.ema.inference_decay if one_ema is None else one_ema
@@ -172,4 +190,26 @@ def apply_variant(
     config.objective.alpha = 7 / 8  # one mean over the batch
     config.objective.gamma = 1 / 8
     config.objective.clip = 4.0
+  return config
+
+
+def _apply_peer(config, variant):
+  """Turns iSM into another method, at the same network, data and optimizer; configs/README.md."""
+  config.ema.target_decay = config.ema.inference_decay  # only iSM's and split's targets have one
+  config.coupling.coupling = "independent"
+  config.wavelet.form = "l2"
+  objective = config.objective
+  if variant == "fm":
+    objective.update({"guidance": "two_pass", "shares": (1, 0, 0), "times": "logit_normal"})
+    objective.times_mean = 0.0  # SiT
+    return config
+  objective.update({"times": "logit_normal", "jumps": "continuous"})
+  config.wavelet.update({"form": "adaptive", "losses": ("velocity", "guidance", "consistency")})
+  if variant == "split":
+    objective.split = 0.1
+    config.ema.target_decay = 0.95
+  else:
+    objective.target = "identity"
+    objective.tangent = {"meanflow": "path", "imf": "network"}[variant]
+    config.model.attention = "xla"  # which has a derivative in forward mode
   return config

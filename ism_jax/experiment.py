@@ -208,7 +208,8 @@ class Experiment:
 
   def network(self, device_kind: str | None = None) -> model_lib.SiT:
     """The model, for devices of this kind; it has a w input where guidance is intrinsic."""
-    return model_lib.SiT(self.model, self.data.num_classes, self.objective.intrinsic, device_kind)
+    guidance = (self.objective.intrinsic, device_kind, self.objective.w_scaled)
+    return model_lib.SiT(self.model, self.data.num_classes, *guidance)
 
 
 def _marks(config_class, section=None, prefix: str = "") -> dict[str, Marks]:
@@ -280,6 +281,11 @@ def parse(config) -> Experiment:
       f"{MAX_ENLARGED} are the most: set it to {max(1, MAX_ENLARGED // pixels)} or less."
     )
   wavelets.depth(exp.wavelet, exp.image_shape[:2])
+  if exp.objective.target == "identity" and exp.model.attention != "xla":
+    raise ValueError(
+      f"objective.target='identity' is a derivative in forward mode, which fused attention has not:"
+      f" set model.attention='xla' (it is {exp.model.attention!r})."
+    )
   drawn = [("sample", exp.sample.steps, exp.sample.w)]
   drawn += [("monitor", steps, exp.monitor.w) for steps in exp.monitor.steps if exp.monitor.every]
   drawn += [("evaluation", steps, w) for steps, w in exp.evaluation.settings()]
@@ -311,7 +317,8 @@ def check_guidance(exp: Experiment, schedule, w: float) -> None:
   objective = exp.objective
   if objective.intrinsic and w > objective.w_max:
     logging.warning("w=%g is beyond the trained maximum, w_max=%g.", w, objective.w_max)
-  if not objective.intrinsic and w != objective.fixed_w and any(d > 0 for _, d in schedule):
+  fixed = not objective.intrinsic and objective.guidance != "two_pass"
+  if fixed and w != objective.fixed_w and any(d > 0 for _, d in schedule):
     raise ValueError(
       f"w={w} in {len(schedule)} steps: variant {exp.variant!r} has learnt the fixed guidance "
       f"w={objective.fixed_w} in its long steps. Use w={objective.fixed_w}, or 128 steps."
@@ -359,4 +366,13 @@ def check_devices(exp: Experiment, devices: int) -> None:
       f"batch_size={exp.batch_size} does not split over {devices} devices x {exp.micro_batches} "
       f"micro-batches, or into shares {shares}: it must be a multiple of {pieces} and of "
       f"{sum(shares)}; the nearest is {nearest}."
+    )
+  together = sum(shares) * (1 + shares[2] % 2)
+  if exp.objective.rollout and exp.batch_size // pieces % together:
+    unit = pieces * together
+    raise ValueError(
+      f"batch_size={exp.batch_size} gives {exp.batch_size // pieces} rows to each of {pieces} "
+      f"devices' micro-batches, and objective.rollout joins consistency rows in twos: shares "
+      f"{shares} need a multiple of {unit}; the nearest is "
+      f"{max(unit, round(exp.batch_size / unit) * unit)}."
     )

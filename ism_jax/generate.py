@@ -53,12 +53,24 @@ def sampler(exp: Experiment, schedule, device_kind: str | None = None) -> Callab
   With a `device_kind`, see `SiT`, only inside of shard_map: XLA cannot divide a kernel among
   devices. A `schedule` is as `paths.parse_schedule` returns it, here and everywhere in this module.
   """
-  velocity = functools.partial(model.velocity_function, exp.network(device_kind))
+  velocity, objective = functools.partial(guided_velocity, exp, device_kind), exp.objective
   integrate = sampling.sample
-  if not exp.objective.intrinsic:
-    fixed = {"t_interval": exp.objective.t_interval, "null_class": exp.null_class}
+  if not objective.intrinsic and objective.guidance != "two_pass":
+    velocity = functools.partial(model.velocity_function, exp.network(device_kind))
+    fixed = {"t_interval": objective.t_interval, "null_class": exp.null_class}
     integrate = functools.partial(sampling.sample_fixed, **fixed)
   return lambda params, x0, c, w: integrate(velocity(params), x0, c, w, schedule)
+
+
+def guided_velocity(exp: Experiment, device_kind: str | None, params) -> Callable:
+  """velocity(x_t, t, c, d, w) as samples follow it: with two passes where w is no input."""
+  velocity = model.velocity_function(exp.network(device_kind), params)
+  settings = {"t_interval": exp.objective.t_interval, "null_class": exp.null_class}
+  if exp.objective.intrinsic:
+    return velocity
+  if exp.objective.guidance == "two_pass":
+    return guidance.two_pass(velocity, **settings)
+  return guidance.fixed(velocity, every_level=False, **settings)
 
 
 @functools.lru_cache
@@ -311,10 +323,10 @@ def step_function(exp: Experiment, mesh, finest: bool):
   kind = sharding.device_kind(mesh)
 
   def step(params, x_t, t, d, c, w):
-    velocity = model.velocity_function(exp.network(kind), params)
-    if finest and not exp.objective.intrinsic:
-      fixed = {"t_interval": exp.objective.t_interval, "null_class": exp.null_class}
-      velocity = guidance.fixed(velocity, every_level=False, **fixed)
+    if finest or exp.objective.guidance == "two_pass":
+      velocity = guided_velocity(exp, kind, params)
+    else:
+      velocity = model.velocity_function(exp.network(kind), params)
     return sampling.sample(velocity, x_t, c, w, ((t, d),))
 
   specs = P(), P(AXIS), P(), P(), P(AXIS), P(AXIS)

@@ -198,6 +198,7 @@ class SiT(nn.Module):
     cfg: size and numerics.
     num_classes: classes; the label table has one row more, the null class, its last.
     guided: whether w is an input. (A network with fixed guidance has no w embedder.)
+    w_scaled: whether the output is multiplied by 1 + w, see `ObjectiveConfig`.
     device_kind: of the devices that compute it, as JAX names it; None for a program that XLA may
       divide among devices by itself, or that is for several platforms. It decides layout and
       kernels, not what is computed.
@@ -207,6 +208,7 @@ class SiT(nn.Module):
   num_classes: int
   guided: bool
   device_kind: str | None = None
+  w_scaled: bool = False
 
   @nn.compact
   def __call__(self, x, t, c, d, w):
@@ -261,7 +263,8 @@ class SiT(nn.Module):
       x.reshape(b * tokens, width)
     )
     x = x.reshape(b, *grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, height, wide, channels).astype(jnp.float32)
+    x = x.reshape(b, height, wide, channels).astype(jnp.float32)
+    return x * paths.expand(1 + w, x) if self.w_scaled else x
 
   def attention_for(self, image_shape: tuple[int, ...]) -> str:
     """What computes the attention of images [H, W, ..]; see `attention.choose`."""

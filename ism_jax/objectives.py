@@ -12,20 +12,27 @@ Axes: B batch, H/W image size, C channels.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from ism_jax import guidance, paths, ranges, wavelets
 
-GUIDANCES = ("intrinsic", "fixed_finest", "fixed_every_level")
+GUIDANCES = ("intrinsic", "fixed_finest", "fixed_every_level", "two_pass")
 PARAMETERS = ("online", "target")
-TIMES = ("grid", "uniform")
+TIMES = ("grid", "uniform", "logit_normal")
+JUMPS = ("dyadic", "continuous")
+TARGETS = ("two_steps", "identity")
+TANGENTS = ("path", "network")
+STRENGTHS = ("grid", "log_uniform")
 Share = Annotated[int, "[0, 1000]"]
 Weight = Annotated[float, "[0, 1e4]"]
+OfRun = Annotated[float, "[0, 1]"]  # a part of the run; 0 is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,8 @@ class ObjectiveConfig:
     gamma: weight of the consistency loss.
     guidance: "intrinsic": w is a network input (iSM). "fixed_finest": SM; guidance of `fixed_w` in
       only the finest step of the consistency target. "fixed_every_level": the same at every level,
-      the compounding that iSM's Sec. 3 describes.
+      the compounding that iSM's Sec. 3 describes. "two_pass": none is learnt, and every step of a
+      sample is guided in two passes, as usual for flow matching; there are velocity rows only.
     fixed_w: w of the two fixed forms.
     w_max: the largest w that is drawn.
     w_spacing: w is drawn from 0, w_spacing, ..., w_max.
@@ -49,9 +57,27 @@ class ObjectiveConfig:
       (the fast EMA). Open in the paper.
     label_dropout: share of the velocity rows that train the null class (of the consistency rows
       too where fixed guidance needs a null class at every level).
-    times: t of the velocity and guidance rows: "grid", multiples of 1/128 (SM), or "uniform" on
-      [0, 1). Open in the paper.
+    times: t of the velocity and guidance rows: "grid", multiples of 1/128 (SM), "uniform" on
+      [0, 1), or "logit_normal". Open in the paper.
     clip: bound on |x_{t+d}| and on the consistency target, as SM's code has at 4; 0 is none.
+
+  What follows is not the paper's, and off; configs/README.md says where it is from.
+
+  Attributes:
+    times_mean, times_deviation: of the logit of t, where times are logit-normal.
+    grid_share: share of the rows whose times (and jumps) are on the grid all the same.
+    jumps: of the consistency rows: "dyadic", or "continuous", between any two times.
+    jump_probabilities: of d = 1/64, 1/32, ..., 1, as seven weights; () is uniform.
+    target: of the consistency rows: "two_steps" (E7), or "identity", MeanFlow's (E16).
+    split: the first of the two steps, as a share of the jump; 1/2 is E7.
+    tangent: of the identity: "path", along the guided velocity of the path (MeanFlow), or
+      "network", along the network's own at d = 0 (iMF).
+    rollout: whether every second consistency row begins where the network's own jump of the row
+      before it ends, with the gradient of that state.
+    curriculum: part of the run in which long jumps are faded in, see `curriculum_weight`.
+    w_drawn: "grid", or "log_uniform", of the scale 1 + w in [1, 1 + w_max].
+    w_ramp: part of the run in which the largest w grows to w_max.
+    w_scaled: whether the network's output is multiplied by 1 + w, and each error divided by it.
   """
 
   shares: tuple[Share, Share, Share]
@@ -67,6 +93,19 @@ class ObjectiveConfig:
   label_dropout: Annotated[float, "[0, 1]"]
   times: Annotated[str, TIMES]
   clip: Annotated[float, "[0, 1e6]"]
+  times_mean: Annotated[float, "[-10, 10]"] = 0.4
+  times_deviation: Annotated[float, "[0.01, 10]"] = 1.0
+  grid_share: Annotated[float, "[0, 1]"] = 0.0
+  jumps: Annotated[str, JUMPS] = "dyadic"
+  jump_probabilities: tuple[Weight, ...] = ()
+  target: Annotated[str, TARGETS] = "two_steps"
+  split: Annotated[float, "[1e-4, 0.5]"] = 0.5
+  tangent: Annotated[str, TANGENTS] = "path"
+  rollout: bool = False
+  curriculum: OfRun = 0.0
+  w_drawn: Annotated[str, STRENGTHS] = "grid"
+  w_ramp: OfRun = 0.0
+  w_scaled: bool = dataclasses.field(default=False, metadata={"fixed": True})
 
   def __post_init__(self):
     ranges.check_fields(self, "objective")
@@ -84,6 +123,38 @@ class ObjectiveConfig:
       raise ValueError(
         f"objective.shares={self.shares} gives rows to the guidance loss, which "
         f"guidance={self.guidance!r} does not have: set the second share to 0."
+      )
+    if self.guidance == "two_pass" and any(self.shares[1:]):
+      raise ValueError(
+        f"objective.shares={self.shares} with guidance='two_pass', which learns velocities alone: "
+        "set shares to (1, 0, 0)."
+      )
+    if self.w_scaled and not self.intrinsic:
+      raise ValueError(
+        f"objective.w_scaled with guidance={self.guidance!r}: that network has no w to scale by; "
+        "set it to False."
+      )
+    if self.target == "identity" and not self.intrinsic:
+      raise ValueError(
+        f"objective.target='identity' with guidance={self.guidance!r}: it is of intrinsic "
+        "guidance; set target='two_steps'."
+      )
+    if self.jumps == "continuous" and self.times == "grid":
+      raise ValueError(
+        "objective.jumps='continuous' are between two times, and times='grid' has none between: "
+        "set times to uniform or logit_normal."
+      )
+    if self.jump_probabilities and (
+      len(self.jump_probabilities) != len(paths.JUMPS) or not sum(self.jump_probabilities)
+    ):
+      raise ValueError(
+        f"objective.jump_probabilities={self.jump_probabilities}: give {len(paths.JUMPS)} weights, "
+        "of d = 1/64, 1/32, ..., 1, which are not all 0, or () for equal ones."
+      )
+    if self.split != 0.5 and self.jumps == "dyadic":
+      raise ValueError(
+        f"objective.split={self.split} makes two steps that are not dyadic, which dyadic jumps "
+        "never train: set jumps='continuous'."
       )
     steps = self.w_max / self.w_spacing
     if not math.isclose(steps, round(steps), abs_tol=1e-6):
@@ -148,33 +219,121 @@ class Conditions(NamedTuple):
   w: jax.Array
 
 
-def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int) -> Conditions:
+def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int, progress=1.0):
   """Draws (t, c, d, w) for a global batch with labels c [B], row by row for the row's loss.
 
   Velocity rows: d = 0, w = 0, c dropped at random. Guidance rows: d = 0, any w. Consistency rows:
   a jump d in {1/64, ..., 1} from a multiple of d, any w, or `fixed_w` where guidance is fixed.
+
+  Args:
+    progress: the part of the run that is done, for `w_ramp`.
   """
   n = c.shape[0]
   rows = deal_rows(n, cfg.shares)
   is_velocity = np.isin(np.arange(n), rows.velocity)
   is_consistency = np.isin(np.arange(n), rows.consistency)
   key_t, key_jump, key_start, key_w, key_drop = jax.random.split(key, 5)
-  if cfg.times == "grid":
-    t = paths.draw_start(key_t, jnp.zeros(n))
-  else:
-    t = jax.random.uniform(key_t, (n,))
-  jump = paths.draw_jump(key_jump, (n,))
-  t = jnp.where(is_consistency, paths.draw_start(key_start, jump), t)
-  d = jnp.where(is_consistency, jump, 0.0)
+  t, d = _draw_times(key_t, key_jump, key_start, is_consistency, cfg)
   if cfg.intrinsic:
-    count = round(cfg.w_max / cfg.w_spacing) + 1
-    drawn = cfg.w_spacing * jax.random.randint(key_w, (n,), 0, count).astype(jnp.float32)
-    w = jnp.where(is_velocity, 0.0, drawn)
+    w = jnp.where(is_velocity, 0.0, _draw_strengths(key_w, n, cfg, progress))
   else:
     w = jnp.where(is_consistency, cfg.fixed_w, jnp.zeros(n))
   may_drop = is_velocity | (is_consistency & (cfg.guidance == "fixed_every_level"))
   drop = jax.random.bernoulli(key_drop, cfg.label_dropout, (n,)) & may_drop
-  return Conditions(t, jnp.where(drop, null_class, c), d, w)
+  conditions = Conditions(t, jnp.where(drop, null_class, c), d, w)
+  return _join_jumps(conditions, rows.consistency) if cfg.rollout else conditions
+
+
+def _draw_times(key_t, key_jump, key_start, is_consistency, cfg: ObjectiveConfig):
+  """(t, d) of all rows."""
+  n = len(is_consistency)
+  jump = paths.draw_jump(key_jump, (n,), cfg.jump_probabilities)
+  start = paths.draw_start(key_start, jump)
+  if cfg.times == "grid":
+    t = paths.draw_start(key_t, jnp.zeros(n))
+  else:
+    draw = functools.partial(jax.random.uniform, shape=(n,))
+    if cfg.times == "logit_normal":
+      law = (cfg.times_mean, cfg.times_deviation)
+      draw = lambda key: paths.draw_times(key, (n,), *law)
+    t = draw(key_t)
+    key_end, key_grid, key_share = jax.random.split(jax.random.fold_in(key_t, 1), 3)
+    on_grid = jax.random.bernoulli(key_share, cfg.grid_share, (n,))
+    if cfg.jumps == "continuous":
+      any_start, any_jump = paths.between(t, draw(key_end))
+      start, jump = jnp.where(on_grid, start, any_start), jnp.where(on_grid, jump, any_jump)
+    t = jnp.where(on_grid, paths.draw_start(key_grid, jnp.zeros(n)), t)
+  return jnp.where(is_consistency, start, t), jnp.where(is_consistency, jump, 0.0)
+
+
+def _draw_strengths(key, n: int, cfg: ObjectiveConfig, progress):
+  """Guidance w [n]."""
+  part = jnp.minimum(1.0, progress / cfg.w_ramp) if cfg.w_ramp else 1.0
+  if cfg.w_drawn == "log_uniform":
+    return jnp.expm1(jax.random.uniform(key, (n,)) * jnp.log1p(part * cfg.w_max))
+  count = round(cfg.w_max / cfg.w_spacing) + 1
+  if cfg.w_ramp:
+    count = 1 + jnp.round(part * (count - 1)).astype(int)
+  return cfg.w_spacing * jax.random.randint(key, (n,), 0, count).astype(jnp.float32)
+
+
+def _join_jumps(conditions: Conditions, rows) -> Conditions:
+  """Of each two consistency rows the second goes on where the first ends, with its d, c and w.
+
+  A jump beyond 1/2 has none to follow, and there the second row stays as it was drawn.
+  """
+  first, second = rows[0::2], rows[1::2]
+  t, c, d, w = (a[first] for a in conditions)
+  follows = d <= 0.5
+  t = jnp.where(follows, jnp.minimum(t, 1 - 2 * d), t)
+  joined = Conditions(t + d, c, d, w)
+  after = (jnp.where(follows, a, b[second]) for a, b in zip(joined, conditions, strict=True))
+  conditions = Conditions(*(a.at[second].set(b) for a, b in zip(conditions, after, strict=True)))
+  return conditions._replace(t=conditions.t.at[first].set(t))
+
+
+def follow_jumps(s_online, x_t, conditions: Conditions, shares):
+  """The states x_t [B, H, W, C] where the second of two jumps begins where the first one ends.
+
+  x_{t+d} = x_t + d s(x_t, t, c, d, w), with its gradient (cumulative consistency, rollout of two).
+
+  Args:
+    s_online: velocity function.
+    conditions: [B], as `draw_conditions` joins them.
+    shares: of the rows.
+  """
+  rows = deal_rows(len(x_t), shares).consistency
+  first, second = rows[0::2], rows[1::2]
+  of_first = Conditions(*(a[first] for a in conditions))
+  x_next = paths.advance(x_t[first], s_online(x_t[first], *of_first), of_first.d)
+  follows = paths.expand(of_first.d <= 0.5, x_next)
+  return x_t.at[second].set(jnp.where(follows, x_next, x_t[second]))
+
+
+def curriculum_weight(d, progress, cfg: ObjectiveConfig):
+  """Of consistency rows [B]: 1 - s + s (1 - d) / E[1 - d], where s falls from 1 to 0.
+
+  Short jumps first: the longest learn from the shorter. It has mean 1, and is 1 once `progress`,
+  the part of the run that is done, reaches `curriculum`: a run that is given another length goes
+  on where that is in the new one.
+  """
+  s = jnp.maximum(0.0, 1 - progress / cfg.curriculum)
+  return 1 - s + s * (1 - d) / (1 - mean_jump(cfg))
+
+
+@functools.lru_cache
+def mean_jump(cfg: ObjectiveConfig) -> float:
+  """E[d] of the consistency rows."""
+  weights = cfg.jump_probabilities or (1.0,) * len(paths.JUMPS)
+  dyadic = float(np.average(paths.JUMPS, weights=weights))
+  if cfg.jumps == "dyadic":
+    return dyadic
+  quantiles = (np.arange(256) + 0.5) / 256
+  if cfg.times == "logit_normal":
+    logits = cfg.times_mean + cfg.times_deviation * scipy.special.ndtri(quantiles)
+    quantiles = scipy.special.expit(logits)
+  between = np.maximum(np.abs(quantiles[:, None] - quantiles), 1 / paths.FINEST).mean()
+  return cfg.grid_share * dyadic + (1 - cfg.grid_share) * float(between)
 
 
 def guidance_target(v, s_cond, s_uncond, w, t, t_interval):
@@ -192,27 +351,48 @@ def guidance_target(v, s_cond, s_uncond, w, t, t_interval):
   return v + paths.expand(w, v) * (s_cond - s_uncond)
 
 
-def consistency_target(s_first, velocity, x_t, t, c, d, w, clip=0.0):
-  """E7: the mean velocity of two d-steps, which one 2d-step must predict (iSM, self-consistency).
+def consistency_target(s_first, velocity, x_t, t, c, d, w, clip=0.0, split=0.5):
+  """E7: the mean velocity of the two steps that one jump d must predict (iSM, self-consistency).
 
-  (s(x_t, t, c, d, w) + s(x_{t+d}, t + d, c, d, w)) / 2.
+  (s(x_t, t, c, d/2, w) + s(x_{t+d/2}, t + d/2, c, d/2, w)) / 2, and with another `split` a
+  a s(x_t, t, c, a d, w) + (1 - a) s(x_{t+ad}, t + a d, c, (1 - a) d, w) (SoFlow, alpha-Flow).
 
   Args:
-    s_first: [B, H, W, C], velocity(x_t, t, c, d, w): an argument since its call can be shared.
+    s_first: [B, H, W, C], the velocity of the first step: an argument since its call can be shared.
     velocity: the velocity function of the second step.
     x_t: [B, H, W, C] state at time t.
-    t: [B], with t + 2 length(d) <= 1.
+    t: [B], with t + d <= 1.
     c: [B] classes.
-    d: [B] size of each of the two steps.
+    d: [B] the jump.
     w: [B] guidance of both.
     clip: bound on |x_{t+d}| and on the target, 0 for none.
+    split: the share of the first step.
   """
-  x_next = paths.advance(x_t, s_first, d)
+  first, second = paths.split(d, split)
+  x_next = paths.travel(x_t, s_first, first)
   if clip:
     x_next = jnp.clip(x_next, -clip, clip)
-  s_second = velocity(x_next, t + paths.length(d), c, d, w)
-  target = (s_first + s_second) / 2
+  s_second = velocity(x_next, t + first, c, paths.as_step_size(second), w)
+  target = split * s_first + (1 - split) * s_second
   return jnp.clip(target, -clip, clip) if clip else target
+
+
+def identity_target(velocity, v, tangent, x_t, t, c, d, w):
+  """E16: v + d (ds/dx . tangent + ds/dt - ds/dd), which the mean velocity of a jump is (MeanFlow).
+
+  d s(x_t, t, d) is the integral of the velocity from t to t + d: its derivative along the path,
+  with t + d held, is -v.
+
+  Args:
+    velocity: velocity function, which is differentiated in forward mode.
+    v: [B, H, W, C] (guided) velocity of the path.
+    tangent: [B, H, W, C] along which x_t moves.
+    x_t, t, c, d, w: as of `consistency_target`.
+  """
+  mean_velocity = lambda x_t, t, d: velocity(x_t, t, c, d, w)
+  along = (tangent, jnp.ones_like(t), -jnp.ones_like(d))
+  _, derivative = jax.jvp(mean_velocity, (x_t, t, d), along)
+  return v + paths.expand(d, v) * derivative
 
 
 def in_one_call(velocity, *inputs):
@@ -232,34 +412,55 @@ def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class
   x_t [B, H, W, C] are the states on the paths from x0 to x1; the others are as `losses` has them.
   """
   rows = deal_rows(len(x_t), cfg.shares)
-  x_g, guided = x_t[rows.guidance], Conditions(*(a[rows.guidance] for a in conditions))
-  x_c, jump = x_t[rows.consistency], Conditions(*(a[rows.consistency] for a in conditions))
-  zero, null = jnp.zeros(len(x_g)), jnp.full(len(x_g), null_class)
-  cond = (x_g, guided.t, guided.c, zero, zero)
-  uncond = (x_g, guided.t, null, zero, zero)
-  half_jump = (x_c, *jump._replace(d=paths.halve(jump.d)))
   s_target = s_ema
   if not cfg.intrinsic:
     every_level = cfg.guidance == "fixed_every_level"
     s_target = guidance.fixed(
       s_ema, null_class=null_class, t_interval=cfg.t_interval, every_level=every_level
     )
+  of_consistency = x_t[rows.consistency], Conditions(*(a[rows.consistency] for a in conditions))
+  if identity := cfg.target == "identity":
+    guided_rows = np.concatenate([rows.guidance, rows.consistency])  # their targets have the pair
+  else:
+    guided_rows = rows.guidance
+  x_g, guided = x_t[guided_rows], Conditions(*(a[guided_rows] for a in conditions))
+  zero, null = jnp.zeros(len(x_g)), jnp.full(len(x_g), null_class)
+  cond = (x_g, guided.t, guided.c, zero, zero)
+  uncond = (x_g, guided.t, null, zero, zero)
+  x_c, jump = of_consistency
+  first, _ = paths.split(jump.d, cfg.split)
+  first_step = [] if identity else [(x_c, *jump._replace(d=paths.as_step_size(first)))]
   if cfg.guidance_parameters == "online":
     s_cond, s_uncond = in_one_call(s_online, cond, uncond)
-    (s_first,) = in_one_call(s_target, half_jump)
+    s_first = in_one_call(s_target, *first_step)
   else:
-    s_cond, s_uncond, s_first = in_one_call(s_target, cond, uncond, half_jump)
+    s_cond, s_uncond, *s_first = in_one_call(s_target, cond, uncond, *first_step)
   v = paths.velocity(x0, x1)
-  v_guided = guidance_target(v[rows.guidance], s_cond, s_uncond, guided.w, guided.t, cfg.t_interval)
-  y = v.at[rows.guidance].set(v_guided)
-  if rows.consistency.size:
-    two_steps = consistency_target(s_first, s_target, *half_jump, clip=cfg.clip)
+  v_guided = guidance_target(v[guided_rows], s_cond, s_uncond, guided.w, guided.t, cfg.t_interval)
+  y = v.at[guided_rows].set(v_guided)
+  if rows.consistency.size and identity:
+    v_c = y[rows.consistency]
+    tangent = v_c if cfg.tangent == "path" else s_online(x_c, *jump._replace(d=0 * jump.d))
+    y = y.at[rows.consistency].set(identity_target(s_online, v_c, tangent, x_c, *jump))
+  elif rows.consistency.size:
+    settings = {"clip": cfg.clip, "split": cfg.split}
+    two_steps = consistency_target(*s_first, s_target, x_c, *jump, **settings)
     y = y.at[rows.consistency].set(two_steps)
   return jax.lax.stop_gradient(y)
 
 
 def losses(
-  s_online, s_ema, x0, x1, conditions, cfg, wavelet_cfg, null_class, batch_size, weights=None
+  s_online,
+  s_ema,
+  x0,
+  x1,
+  conditions,
+  cfg,
+  wavelet_cfg,
+  null_class,
+  batch_size,
+  weights=None,
+  progress=1.0,
 ):
   """`regression_losses` (E8) of whole periods of rows (see `deal_rows`), with their targets.
 
@@ -272,16 +473,27 @@ def losses(
     cfg: the ObjectiveConfig.
     wavelet_cfg: the WaveletConfig of their distances.
     null_class: label of "no class".
-    batch_size, weights: as for `regression_losses`, and so are the results.
+    batch_size, weights, progress: as for `regression_losses`, and so are the results.
   """
   x_t = paths.interpolate(x0, x1, conditions.t)
+  if cfg.rollout:
+    x_t = follow_jumps(s_online, x_t, conditions, cfg.shares)
   y = regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class)
-  settings = (cfg, wavelet_cfg, batch_size, weights)
+  settings = (cfg, wavelet_cfg, batch_size, weights, progress)
   return regression_losses(s_online, x_t, y, conditions, None, *settings)
 
 
 def regression_losses(
-  s_online, x_t, y, conditions, loss_of_row, cfg, wavelet_cfg, batch_size, weights=None
+  s_online,
+  x_t,
+  y,
+  conditions,
+  loss_of_row,
+  cfg,
+  wavelet_cfg,
+  batch_size,
+  weights=None,
+  progress=1.0,
 ):
   """E8: alpha L_velocity + beta L_guidance + gamma L_consistency, of these rows.
 
@@ -300,15 +512,18 @@ def regression_losses(
     batch_size: rows of the global batch. The sum of the results over all devices and micro-batches
       is the loss of the global batch.
     weights: (alpha, beta, gamma), scalars or an array [3]; None for those of `cfg`.
+    progress: the part of the run that is done, for the curriculum.
   Returns:
     (loss, {"velocity": .., "guidance": .., "consistency": .., "jumps": ..}): scalars, and for each
-    d of `paths.JUMPS` the sum of the consistency distances and their number, [2, 7]. (The other
-    two losses have d = 0 only.)
+    d of `paths.JUMPS` the sum of the consistency distances and their number, [2, 7], those of other
+    jumps at the nearest level. (The other two losses have d = 0 only.)
   """
   weights = cfg.weights if weights is None else weights
   # A network with fixed guidance has no input w: see `guidance.fixed`.
   w = conditions.w if cfg.intrinsic else jnp.zeros_like(conditions.w)
   error = s_online(x_t, *conditions._replace(w=w)) - y
+  if cfg.w_scaled:
+    error /= paths.expand(1 + w, error)
   total, parts = 0.0, {}
   for loss, (name, share, weight) in enumerate(zip(Rows._fields, cfg.shares, weights, strict=True)):
     if not share:
@@ -317,10 +532,17 @@ def regression_losses(
     distances = wavelets.distance(error[rows], wavelet_cfg, name)
     if loss_of_row is not None:
       distances = jnp.where(loss_of_row == loss, distances, 0.0)
-    parts[name] = jnp.sum(distances) / (batch_size * share // sum(cfg.shares))
-    total += weight * parts[name]
+    count = batch_size * share // sum(cfg.shares)
+    parts[name] = jnp.sum(distances) / count
+    if name == "consistency" and cfg.curriculum:
+      of_row = curriculum_weight(conditions.d[rows], progress, cfg)
+      total += weight * jnp.sum(of_row * distances) / count
+    else:
+      total += weight * parts[name]
     if name == "consistency":
       # Rows of the other losses have d = 0, which is no jump.
-      is_jump = conditions.d[rows] == jnp.array(paths.JUMPS)[:, None]
+      d = conditions.d[rows]
+      level = jnp.where(d > 0, jnp.clip(jnp.round(paths.level(d)), 1), 0)
+      is_jump = level == jnp.arange(1, paths.LEVELS)[:, None]
       parts["jumps"] = jnp.stack([is_jump @ distances, is_jump.sum(1)])
   return total, parts

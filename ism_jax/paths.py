@@ -57,25 +57,55 @@ def level(d):
   return jnp.log2(length(d) * FINEST)
 
 
-def halve(d):
-  """The step size of each of the two half-steps of d >= 1/64; the half of 1/64 is 0."""
-  return jnp.where(d * FINEST > 2, d / 2, 0.0)
+def split(d, share):
+  """The lengths of the two steps that a jump d is made of, the first `share` of it."""
+  first = share * d
+  return first, d - first
+
+
+def as_step_size(distance):
+  """The step size d of a step of this length: 0 up to 1/128, the instantaneous velocity."""
+  return jnp.where(distance * FINEST > 1, distance, 0.0)
+
+
+def travel(x_t, s, distance):
+  """x_t + distance s, for distances [B]."""
+  return x_t + expand(distance, x_t) * s
 
 
 def advance(x_t, s, d):
   """E4: x_{t+d} = x_t + d s, for d [B] (d = 0 travels 1/128)."""
-  return x_t + expand(length(d), x_t) * s
+  return travel(x_t, s, length(d))
 
 
-def draw_jump(key, shape):
-  """Step sizes d in {1/64, ..., 1}, uniform over the levels (open in the paper; as in SM)."""
-  return step_size(jax.random.randint(key, shape, 1, LEVELS))
+def draw_jump(key, shape, probabilities=()):
+  """Step sizes d in {1/64, ..., 1}, uniform over the levels (open in the paper; as in SM).
+
+  Args:
+    probabilities: of the seven sizes, as weights that need not add up to 1; () is uniform.
+  """
+  if probabilities:
+    levels = 1 + jax.random.categorical(key, jnp.log(jnp.array(probabilities)), shape=shape)
+  else:
+    levels = jax.random.randint(key, shape, 1, LEVELS)
+  return step_size(levels)
 
 
 def draw_start(key, d):
   """Start times of steps d: uniform over the multiples of `length(d)` in [0, 1)."""
   starts = jnp.round(1 / length(d)).astype(jnp.int32)
   return jax.random.randint(key, d.shape, 0, starts) * length(d)
+
+
+def draw_times(key, shape, mean: float, deviation: float):
+  """Times in (0, 1) whose logit is normal, with this mean and standard deviation (SD 3; SiT)."""
+  return jax.nn.sigmoid(mean + deviation * jax.random.normal(key, shape))
+
+
+def between(first, second):
+  """(t, d) of the jumps between two times [B]: d is never below 1/128, and t + d <= 1."""
+  d = jnp.maximum(jnp.abs(first - second), 1.0 / FINEST)
+  return jnp.minimum(jnp.minimum(first, second), 1 - d), d
 
 
 def parse_schedule(steps) -> tuple[tuple[float, float], ...]:

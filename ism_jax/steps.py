@@ -42,26 +42,26 @@ def base_keys(seed: int) -> Keys:
 
 
 def gradient_function(exp: Experiment, mesh) -> Callable:
-  """gradient(params, target_params, x0, x1, conditions, weights=None) of the global batch.
+  """gradient(params, target_params, x0, x1, conditions, weights=None, progress=1.0) of a batch.
 
   Returns:
     A function to ((loss, parts), gradient), placed as the parameters of the train state are. Rows
-    [M, ...] may live anywhere; they are split over the devices. The weights are those of
-    `objectives.losses`.
+    [M, ...] of the global batch may live anywhere; they are split over the devices. The weights and
+    the progress are those of `objectives.losses`.
   """
   network = exp.network(sharding.device_kind(mesh))
   rows_at_once = exp.batch_size // (mesh.size * exp.micro_batches)
   has_all_losses = rows_at_once % sum(exp.objective.shares) == 0
 
-  def share_of_loss(params, target_params, weights, *rows):
+  def share_of_loss(params, target_params, scalars, *rows):
     s_online, s_ema = (model.velocity_function(network, p) for p in (params, target_params))
     settings = (exp.objective, exp.wavelet, exp.null_class, exp.batch_size)
-    return objectives.losses(s_online, s_ema, *rows, *settings, weights)
+    return objectives.losses(s_online, s_ema, *rows, *settings, *scalars)
 
-  def share_of_regression(params, _, weights, *rows):
+  def share_of_regression(params, _, scalars, *rows):
     settings = (exp.objective, exp.wavelet, exp.batch_size)
     s_online = model.velocity_function(network, params)
-    return objectives.regression_losses(s_online, *rows, *settings, weights)
+    return objectives.regression_losses(s_online, *rows, *settings, *scalars)
 
   share_and_gradient = jax.value_and_grad(
     share_of_loss if has_all_losses else share_of_regression, has_aux=True
@@ -80,31 +80,32 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
 
     return jax.lax.psum(share, AXIS), jax.tree.map(reduce_array, gradient, specs)
 
-  def on_device(params, target_params, weights, rows):
+  def on_device(params, target_params, scalars, rows):
     # Each device differentiates its share of the loss with respect to its copy of the
     # parameters; one sum at the end adds the shares. (Left replicated, `params` would make
     # jax.grad sum over the devices in every micro-batch.)
     params = jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
     if exp.micro_batches == 1:
-      return reduce(*share_and_gradient(params, target_params, weights, *rows))
+      return reduce(*share_and_gradient(params, target_params, scalars, *rows))
     micro_batches = jax.tree.map(lambda a: a.reshape(exp.micro_batches, -1, *a.shape[1:]), rows)
     first = jax.tree.map(lambda a: a[0], micro_batches)
     others = jax.tree.map(lambda a: a[1:], micro_batches)
 
     def add(total, micro):
-      share = share_and_gradient(params, target_params, weights, *micro)
+      share = share_and_gradient(params, target_params, scalars, *micro)
       return jax.tree.map(jnp.add, total, share), None
 
-    total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, weights, *first), others)
+    total, _ = jax.lax.scan(add, share_and_gradient(params, target_params, scalars, *first), others)
     return reduce(*total)
 
   whole, rows = P(), P(AXIS)
   in_specs, out_specs = (whole, whole, whole, rows), (whole, specs)
   sharded = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
-  def gradient(params, target_params, x0, x1, conditions, weights=None):
+  def gradient(params, target_params, x0, x1, conditions, weights=None, progress=1.0):
+    scalars = (weights, progress)
     if has_all_losses:
-      return sharded(params, target_params, weights, (x0, x1, conditions))
+      return sharded(params, target_params, scalars, (x0, x1, conditions))
     # Each device would wait for the one with the dearest targets, so the rows that have any to
     # compute are dealt anew to all devices.
     s_online, s_ema = (velocity_over_mesh(network, p, mesh) for p in (params, target_params))
@@ -112,7 +113,7 @@ def gradient_function(exp: Experiment, mesh) -> Callable:
     settings = (exp.objective, exp.null_class)
     y = objectives.regression_targets(s_online, s_ema, x0, x1, x_t, conditions, *settings)
     loss_of_row = objectives.number_losses(len(x0), exp.objective.shares)
-    return sharded(params, None, weights, (x_t, y, conditions, loss_of_row))
+    return sharded(params, None, scalars, (x_t, y, conditions, loss_of_row))
 
   return gradient
 
@@ -145,7 +146,7 @@ def gradient_norms_function(exp: Experiment, mesh) -> Callable:
     rows = (batch["x0"], batch["x1"], conditions)
 
     def norm(weights):
-      _, grad = gradient(state.params, state.target_ema, *rows, weights)
+      _, grad = gradient(state.params, state.target_ema, *rows, weights, progress(exp, state))
       return optax.tree.norm(grad)
 
     norms = jax.lax.map(norm, one_loss_each)
@@ -289,8 +290,13 @@ def couple_function(exp: Experiment, mesh) -> Callable:
 
 def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Conditions:
   """The conditions of the step that follows `state`."""
-  key = jax.random.fold_in(keys.conditions, state.step)
-  return objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class)
+  key, done = jax.random.fold_in(keys.conditions, state.step), progress(exp, state)
+  return objectives.draw_conditions(key, batch["c"], exp.objective, exp.null_class, done)
+
+
+def progress(exp: Experiment, state):
+  """The part of the run that is done, in [0, 1]."""
+  return state.step / exp.total_steps
 
 
 def update_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
@@ -316,8 +322,9 @@ def steps_function(exp: Experiment, mesh, update=state_lib.update) -> Callable:
 
   def train_step(state, batch, keys: Keys):
     conditions = draw_conditions(exp, state, batch, keys)
+    rows = (batch["x0"], batch["x1"], conditions)
     (loss, parts), grad = gradient(
-      state.params, state.target_ema, batch["x0"], batch["x1"], conditions
+      state.params, state.target_ema, *rows, progress=progress(exp, state)
     )
     state = apply(state, grad)
     norms = {

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import jaxwt
 import pywt
@@ -19,7 +20,8 @@ import pywt
 from ism_jax import ranges
 
 LOSSES = ("velocity", "guidance", "consistency")
-FORMS = ("l2", "norm", "weighted")
+FORMS = ("l2", "norm", "weighted", "adaptive")
+TREES = ("pyramid", "packet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,8 @@ class WaveletConfig:
       "norm": sum_b sqrt(n_b) sqrt(mean(c_b^2) + epsilon) / sum_b sqrt(n_b) over bands b of n_b
         coefficients c_b: a norm per band, so no band drowns in another.
       "weighted": sum_b weights[level of b] n_b mean(c_b^2) / n; equal to "l2" for unit weights.
+      "adaptive": ||e||^2 / (||e||^2 + epsilon), the divisor without a gradient; no wavelets, and
+        not the paper's, but MeanFlow's.
     family: a PyWavelets name. Haar is the only one that reaches full depth.
     levels: depth of the decomposition; -1 is the deepest the size allows, 0 is a single band (the
       error itself).
@@ -39,7 +43,9 @@ class WaveletConfig:
       (levels + 1 of them); () means all 1.
     losses: which of the three losses it covers. A norm learns medians where targets are random, so
       it biases velocity and guidance; consistency targets are deterministic.
-    epsilon: of "norm", in squared error: below it the norm turns quadratic.
+    epsilon: of "norm" and "adaptive", in squared error: below it they turn quadratic.
+    tree: "pyramid", which splits the approximation again at each level, or "packet", which splits
+      every band (with Haar at full depth, a Walsh-Hadamard transform), for "norm".
   """
 
   form: Annotated[str, FORMS]
@@ -48,9 +54,15 @@ class WaveletConfig:
   weights: tuple[Annotated[float, "[0, 1e4]"], ...]
   losses: tuple[Annotated[str, LOSSES], ...]
   epsilon: Annotated[float, "[1e-12, 1000]"]
+  tree: Annotated[str, TREES] = "pyramid"
 
   def __post_init__(self):
     ranges.check_fields(self, "wavelet")
+    if self.tree == "packet" and self.form == "weighted":
+      raise ValueError(
+        "wavelet.form='weighted' weighs levels, and the bands of wavelet.tree='packet' are all of "
+        "one: set form='norm', or tree='pyramid'."
+      )
 
 
 def depth(cfg: WaveletConfig, size: tuple[int, int]) -> int:
@@ -88,6 +100,17 @@ def bands(e, family: str, levels: int):
   return bands_by_level
 
 
+def packet(e, family: str, levels: int):
+  """The bands of the wavelet packet of e [B, H, W, C]: [B, 4^levels, N], of N coefficients each."""
+  b, *_, channels = e.shape
+  bands_BxFxHxW = jnp.moveaxis(e, -1, 1)
+  for _ in range(levels):
+    approximation, details = jaxwt.wavedec2(bands_BxFxHxW, family, mode="symmetric", level=1)
+    split = jnp.stack([approximation, *details], axis=2)
+    bands_BxFxHxW = split.reshape(b, -1, *split.shape[3:])
+  return bands_BxFxHxW.reshape(b, channels, 4**levels, -1).swapaxes(1, 2).reshape(b, 4**levels, -1)
+
+
 def distance(e, cfg: WaveletConfig, loss: str):
   """E9: the distance per example [B] of an error e [B, H, W, C], for one of the three losses.
 
@@ -95,7 +118,13 @@ def distance(e, cfg: WaveletConfig, loss: str):
   """
   if cfg.form == "l2" or loss not in cfg.losses:
     return jnp.mean(jnp.square(e).reshape(e.shape[0], -1), axis=-1)
+  if cfg.form == "adaptive":
+    squares = jnp.sum(jnp.square(e).reshape(e.shape[0], -1), axis=-1)
+    return squares / jax.lax.stop_gradient(squares + cfg.epsilon)
   levels = depth(cfg, e.shape[1:3])
+  if cfg.form == "norm" and cfg.tree == "packet":  # whose bands are all of one size
+    energy = jnp.mean(jnp.square(packet(e, cfg.family, levels)), axis=-1)
+    return jnp.mean(jnp.sqrt(energy + cfg.epsilon), axis=-1)
   energies = [  # (level of b, n_b, mean(c_b^2))
     (level, c_b.shape[-1], jnp.mean(jnp.square(c_b), axis=-1))
     for level, c_b in bands(e, cfg.family, levels)

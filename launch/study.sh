@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains and judges rows of a study with two seeds each, and compares them:
+# Trains and judges rows of a study with the seeds $SEEDS (default "0 1") each, and compares them:
 #
 #   bash launch/study.sh [--config=configs/NAME.py] [OUT] ["VARIANT [--config.KEY=VALUE ...]" ...] \
 #     [-- FLAG ...]
@@ -7,8 +7,10 @@
 # The config defaults to configs/digits.py, OUT to runs/study (with another config, to
 # runs/study-NAME), the rows to sm, sm_compounding and ism. The row "ablation" stands for all of the
 # paper's ablation, iSM less one technique each, and plain l2 with its consistency weight raised to
-# $GAMMA (default 6), where its gradient is about as large as that of the wavelet loss. Flags after
-# "--" go to every run:
+# $GAMMA (default 6), where its gradient is about as large as that of the wavelet loss; "techniques"
+# for ism with one technique each that is not the paper's; "guidance" for what intrinsic guidance
+# costs, one thing at a time; "methods" for ism and the other methods. Flags after "--" go to every
+# run:
 #
 #   bash launch/study.sh --config=configs/photos.py runs/ablation ablation -- --config.steps=1000
 #
@@ -52,10 +54,38 @@ ablation=(
   sm sm_compounding ig interval "interval $gamma" wavelet sot ism
   no_ig no_interval no_wavelet "no_wavelet $gamma" no_sot
 )
+objective=--config.objective
+continuous="$objective.times=logit_normal $objective.grid_share=0.5 $objective.jumps=continuous"
+techniques=(
+  ism
+  "ism $objective.rollout=True"
+  "ism $objective.curriculum=1.0"
+  "ism $objective.times=logit_normal $objective.grid_share=0.5"
+  "ism --config.optimizer.b2=0.95"
+  "ism $objective.jump_probabilities=(1.0,1.0,1.0,1.0,1.0,1.0,3.0)"
+  "ism $objective.w_scaled=True"
+  "ism $objective.w_drawn=log_uniform"
+  "ism --config.wavelet.tree=packet"
+  "ism $continuous"
+  "ism $continuous $objective.split=0.25"
+  "ism $continuous $objective.split=0.1"
+)
+guidance=(
+  ism
+  no_ig
+  "ism $objective.w_max=0.5 $objective.w_spacing=0.5"
+  "ism $objective.guidance_parameters=target"
+  "ism $objective.shares=(5,1,2)"
+  "no_ig --config.batch_size=96 $objective.shares=(2,0,1)"
+)
+methods=(fm sm ism split meanflow plus)
 expanded=()
 for row in "${rows[@]}"; do
   case "$row" in
     ablation) expanded+=("${ablation[@]}") ;;
+    techniques) expanded+=("${techniques[@]}") ;;
+    guidance) expanded+=("${guidance[@]}") ;;
+    methods) expanded+=("${methods[@]}") ;;
     *) expanded+=("$row") ;;
   esac
 done
@@ -104,7 +134,7 @@ workdirs=()
 todo=() # of each run the words for run_one, then an empty one
 for row in "${expanded[@]}"; do
   read -r -a words <<< "$row $flags"
-  for seed in 0 1; do
+  for seed in ${SEEDS:-0 1}; do
     workdir="$out/${words[0]}$(printf %s "${words[*]:1}" | tr -cs '[:alnum:]._=' -)-$seed"
     [[ " ${workdirs[*]-} " != *" $workdir "* ]] || continue
     workdirs+=("$workdir")

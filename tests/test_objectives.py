@@ -91,7 +91,7 @@ def test_a_linear_flow_is_its_own_two_step_target():
   x = jax.random.normal(jax.random.key(0), (3, 4, 4, 1))
   speed = jax.random.normal(jax.random.key(1), (3, 4, 4, 1))
   velocity = lambda *_: speed
-  t, d, one = jnp.array([0.0, 0.25, 0.5]), jnp.array([0.5, 0.0, 0.25]), jnp.ones(3)
+  t, d, one = jnp.array([0.0, 0.25, 0.5]), jnp.array([1.0, 1 / 64, 0.5]), jnp.ones(3)
   s = velocity(x, t, one, d, one)
   np.testing.assert_allclose(
     objectives.consistency_target(s, velocity, x, t, one, d, one), speed, rtol=1e-6
@@ -102,7 +102,7 @@ def test_the_two_step_target_of_a_growing_flow_is_its_closed_form():
   """x' = a x: two Euler steps of h multiply x by (1 + a h)^2."""
   a, x = 1.7, jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
   velocity = lambda x, t, c, d, w: a * x
-  d = jnp.array([0.0, 1 / 64, 1 / 4, 1 / 2])
+  d = jnp.array([1 / 64, 1 / 32, 1 / 2, 1])
   h = np.array([1 / 128, 1 / 64, 1 / 4, 1 / 2]).reshape(-1, 1, 1, 1)
   t = zero = jnp.zeros(4)
   target = objectives.consistency_target(a * x, velocity, x, t, zero, d, zero)

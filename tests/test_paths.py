@@ -25,7 +25,7 @@ def test_the_eight_step_sizes_are_zero_and_the_powers_of_two_from_a_64th():
 
 def test_two_half_steps_are_as_long_as_the_step():
   d = paths.step_size(jnp.arange(1, paths.LEVELS))
-  np.testing.assert_array_equal(2 * paths.length(paths.halve(d)), d)
+  np.testing.assert_array_equal(2 * paths.length(paths.as_step_size(paths.split(d, 0.5)[0])), d)
 
 
 def test_jumps_cover_every_level_alike_and_start_at_multiples_of_themselves(key):

@@ -20,7 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from ism_jax import data, experiment, generate, guidance, model, paths, restore, sampling
+from ism_jax import data, experiment, generate, paths, restore, sampling
 from ism_jax.data import samples as samples_lib
 from ism_jax.evaluation import figures, scores, statistics, summary
 from ism_jax.evaluation import reference as reference_lib
@@ -36,11 +36,7 @@ PICTURED = 10  # samples that are shown with their nearest real images
 
 def straightness(exp: Experiment, params, w: float, seed: int, labels) -> float:
   """`diagnosis.deviation_from_chord` of paths of these labels [N], as 128 steps sample them."""
-  velocity = model.velocity_function(exp.network(), params)
-  if not exp.objective.intrinsic:
-    velocity = guidance.fixed(
-      velocity, null_class=exp.null_class, t_interval=exp.objective.t_interval, every_level=False
-    )
+  velocity = generate.guided_velocity(exp, None, params)
   x0 = sampling.draw_noise(jax.random.key(seed), np.arange(len(labels)), exp.image_shape)
   c, strength = np.int32(labels), np.full(len(labels), w, np.float32)
   deviation = functools.partial(diagnosis.deviation_from_chord, velocity)
