@@ -83,6 +83,7 @@ def get_base() -> ml_collections.ConfigDict:
         "tangent": "path",
         "rollout": False,
         "curriculum": 0.0,
+        "guided_velocity": "path",
         "w_drawn": "grid",
         "w_ramp": 0.0,
         "w_scaled": False,

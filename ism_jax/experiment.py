@@ -317,8 +317,7 @@ def check_guidance(exp: Experiment, schedule, w: float) -> None:
   objective = exp.objective
   if objective.intrinsic and w > objective.w_max:
     logging.warning("w=%g is beyond the trained maximum, w_max=%g.", w, objective.w_max)
-  fixed = not objective.intrinsic and objective.guidance != "two_pass"
-  if fixed and w != objective.fixed_w and any(d > 0 for _, d in schedule):
+  if not objective.any_w and w != objective.fixed_w and any(d > 0 for _, d in schedule):
     raise ValueError(
       f"w={w} in {len(schedule)} steps: variant {exp.variant!r} has learnt the fixed guidance "
       f"w={objective.fixed_w} in its long steps. Use w={objective.fixed_w}, or 128 steps."

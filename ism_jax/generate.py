@@ -55,7 +55,7 @@ def sampler(exp: Experiment, schedule, device_kind: str | None = None) -> Callab
   """
   velocity, objective = functools.partial(guided_velocity, exp, device_kind), exp.objective
   integrate = sampling.sample
-  if not objective.intrinsic and objective.guidance != "two_pass":
+  if not objective.any_w:
     velocity = functools.partial(model.velocity_function, exp.network(device_kind))
     fixed = {"t_interval": objective.t_interval, "null_class": exp.null_class}
     integrate = functools.partial(sampling.sample_fixed, **fixed)

@@ -39,7 +39,7 @@ def fixed(velocity, *, null_class: int, t_interval: float, every_level: bool):
 
 
 def two_pass(velocity, *, null_class: int, t_interval: float):
-  """E15 of plain flow matching: a velocity function that guides every step, in two passes.
+  """A velocity function that guides every step by E15, in two passes, as usual for flow matching.
 
   The network has learnt instantaneous velocities only, so that each step, however long, is one of
   Euler's: `velocity` is called at d = 0.

@@ -28,7 +28,7 @@ PARAMETERS = ("online", "target")
 TIMES = ("grid", "uniform", "logit_normal")
 JUMPS = ("dyadic", "continuous")
 TARGETS = ("two_steps", "identity")
-TANGENTS = ("path", "network")
+VELOCITIES = ("path", "network")
 STRENGTHS = ("grid", "log_uniform")
 Share = Annotated[int, "[0, 1000]"]
 Weight = Annotated[float, "[0, 1e4]"]
@@ -75,6 +75,8 @@ class ObjectiveConfig:
     rollout: whether every second consistency row begins where the network's own jump of the row
       before it ends, with the gradient of that state.
     curriculum: part of the run in which long jumps are faded in, see `curriculum_weight`.
+    guided_velocity: v of E6: "path", or "network", the network's own s_cond, whose target has no
+      variance: guidance is then distilled, not regressed on noise.
     w_drawn: "grid", or "log_uniform", of the scale 1 + w in [1, 1 + w_max].
     w_ramp: part of the run in which the largest w grows to w_max.
     w_scaled: whether the network's output is multiplied by 1 + w, and each error divided by it.
@@ -100,9 +102,10 @@ class ObjectiveConfig:
   jump_probabilities: tuple[Weight, ...] = ()
   target: Annotated[str, TARGETS] = "two_steps"
   split: Annotated[float, "[1e-4, 0.5]"] = 0.5
-  tangent: Annotated[str, TANGENTS] = "path"
+  tangent: Annotated[str, VELOCITIES] = "path"
   rollout: bool = False
   curriculum: OfRun = 0.0
+  guided_velocity: Annotated[str, VELOCITIES] = "path"
   w_drawn: Annotated[str, STRENGTHS] = "grid"
   w_ramp: OfRun = 0.0
   w_scaled: bool = dataclasses.field(default=False, metadata={"fixed": True})
@@ -167,6 +170,11 @@ class ObjectiveConfig:
   def intrinsic(self) -> bool:
     """Whether w is a network input."""
     return self.guidance == "intrinsic"
+
+  @property
+  def any_w(self) -> bool:
+    """Whether a sample may have any w in any number of steps."""
+    return self.guidance in ("intrinsic", "two_pass")
 
   @property
   def weights(self) -> tuple[float, float, float]:
@@ -436,7 +444,8 @@ def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class
   else:
     s_cond, s_uncond, *s_first = in_one_call(s_target, cond, uncond, *first_step)
   v = paths.velocity(x0, x1)
-  v_guided = guidance_target(v[guided_rows], s_cond, s_uncond, guided.w, guided.t, cfg.t_interval)
+  v_cond = v[guided_rows] if cfg.guided_velocity == "path" else s_cond
+  v_guided = guidance_target(v_cond, s_cond, s_uncond, guided.w, guided.t, cfg.t_interval)
   y = v.at[guided_rows].set(v_guided)
   if rows.consistency.size and identity:
     v_c = y[rows.consistency]

@@ -64,6 +64,7 @@ techniques=(
   "ism --config.optimizer.b2=0.95"
   "ism $objective.jump_probabilities=(1.0,1.0,1.0,1.0,1.0,1.0,3.0)"
   "ism $objective.w_scaled=True"
+  "ism $objective.guided_velocity=network"
   "ism $objective.w_drawn=log_uniform"
   "ism --config.wavelet.tree=packet"
   "ism $continuous"

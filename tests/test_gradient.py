@@ -36,6 +36,7 @@ def problem(
   config.batch_size, config.micro_batches = batch_size, micro_batches
   config.model.unroll = unroll
   config.placement, config.gradient_dtype = placement, gradient_dtype
+  config.model.attention = "xla"
   config.objective.update(objective)
   exp = experiment.parse(config)
   keys = jax.random.split(jax.random.key(1), 6)
@@ -192,3 +193,29 @@ def test_the_gradient_norm_of_each_loss_is_that_of_its_loss():
   np.testing.assert_allclose(
     norms["gradient_norm/consistency"], 3 * expected["consistency"], rtol=1e-4
   )
+
+
+@pytest.mark.parametrize(
+  ("variant", "loss", "norm"),
+  [("ism", 5.54225, 4.845316), ("sm", 2.148267, 1.710173)],
+)
+def test_the_gradients_of_the_papers_methods_stay_what_they_are(reference, variant, loss, norm):
+  """Of weights and rows that are written down: another value is another method."""
+  grad, now = reference if variant == "ism" else gradient_and_loss(1, 1, variant=variant)
+  np.testing.assert_allclose(now, loss, rtol=1e-4)
+  np.testing.assert_allclose(optax.tree.norm(grad), norm, rtol=1e-4)
+
+
+BEYOND = {
+  "rollout": {"rollout": True, "curriculum": 0.5, "w_scaled": True},
+  "identity": {"target": "identity", "times": "logit_normal", "jumps": "continuous"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", BEYOND.values(), ids=BEYOND)
+def test_nor_do_devices_change_the_gradient_of_what_is_not_the_papers(changes):
+  expected, loss = gradient_and_loss(1, 1, **changes, unroll=1)
+  grad, split = gradient_and_loss(8, 2, **changes, unroll=1)
+  np.testing.assert_allclose(split, loss, rtol=1e-5)
+  assert relative_difference(grad, expected) < 1e-5

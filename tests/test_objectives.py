@@ -110,9 +110,16 @@ def test_the_two_step_target_of_a_growing_flow_is_its_closed_form():
 
 
 @pytest.mark.parametrize("parameters", ["online", "target"])
-@pytest.mark.parametrize("clip", [0.0, 0.7])
-def test_ism_targets_are_their_equations_in_numpy(parameters, clip):
-  cfg = dataclasses.replace(ISM.objective, guidance_parameters=parameters, clip=clip)
+@pytest.mark.parametrize(
+  ("clip", "guided_velocity"), [(0.0, "path"), (0.7, "path"), (0.0, "network")]
+)
+def test_ism_targets_are_their_equations_in_numpy(parameters, clip, guided_velocity):
+  cfg = dataclasses.replace(
+    ISM.objective,
+    guidance_parameters=parameters,
+    clip=clip,
+    guided_velocity=guided_velocity,
+  )
   online, ema = toy(1.0), toy(0.6)
   x0, x1, c, conditions = draw(64, cfg)
   x_t = paths.interpolate(x0, x1, conditions.t)
@@ -126,6 +133,8 @@ def test_ism_targets_are_their_equations_in_numpy(parameters, clip):
     zero = np.zeros(1)
     s_c = guide(row(x_t), row(conditions.t), row(c), zero, zero, np)
     s_0 = guide(row(x_t), row(conditions.t), np.array([NULL]), zero, zero, np)
+    if guided_velocity == "network":
+      expected[i] = s_c[0]
     if conditions.t[i] >= 0.3:
       expected[i] += (conditions.w[i] * (s_c - s_0))[0]
   for i in consistency:

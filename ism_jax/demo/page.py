@@ -268,14 +268,15 @@ def of_export(folder) -> Sampler:
     x1 = ism_pytorch.sample(model, x0, torch.as_tensor(labels), torch.as_tensor(w), steps)
     return ism_pytorch.to_pixels(model, x1).cpu().numpy()
 
+  any_w = config.guided or config.two_pass
   return Sampler(
     title="Few-step samples",
     about=f"A network trained with ism_jax ({PAPER}), in PyTorch.",
     noise=lambda count, seed: ism_pytorch.draw_noise(model, count, seed).cpu().numpy(),
     draw=draw,
     classes=class_labels(config.num_classes, names and [names[str(i)] for i in range(len(names))]),
-    w=min(0.5, config.w_max) if config.guided else config.fixed_w,
-    w_max=config.w_max if config.guided else config.fixed_w,
+    w=min(0.5, config.w_max) if any_w else config.fixed_w,
+    w_max=config.w_max if any_w else config.fixed_w,
   )
 
 

@@ -28,7 +28,7 @@ def sampler(model: api.Model):
   from ism_jax.demo import page
 
   exp = model.experiment
-  guided, names = exp.objective.intrinsic, model.names or pipeline.class_names(exp.data)
+  any_w, names = exp.objective.any_w, model.names or pipeline.class_names(exp.data)
 
   def draw(noise, labels, steps, w):
     n = len(noise)
@@ -42,8 +42,8 @@ def sampler(model: api.Model):
     noise=model.noise,
     draw=draw,
     classes=page.class_labels(exp.data.num_classes, names),
-    w=exp.sample.w if guided else exp.objective.fixed_w,
-    w_max=exp.objective.w_max if guided else exp.objective.fixed_w,
+    w=exp.sample.w if any_w else exp.objective.fixed_w,
+    w_max=exp.objective.w_max if any_w else exp.objective.fixed_w,
   )
 
 

@@ -82,6 +82,9 @@ class Config:
     vae: autoencoder of the latents: a folder, or a name on the Hugging Face hub; "" where images
       are pixels.
     vae_scale, vae_shift: latents are vae_scale (z - vae_shift) of the autoencoder's own, z.
+    two_pass: whether it has learnt velocities alone, so that every step is one of Euler's, guided
+      in two passes from t_interval on.
+    w_scaled: whether the output is multiplied by 1 + w.
   """
 
   depth: int
@@ -98,6 +101,8 @@ class Config:
   vae: str
   vae_scale: float
   vae_shift: float = 0.0
+  two_pass: bool = False
+  w_scaled: bool = False
 
 
 def image_shape(config) -> tuple[int, int, int]:
@@ -252,7 +257,8 @@ class SiT(nn.Module):
     x = self.final_layer(x, condition)
     patch, (channels, height, wide) = config.patch, image_shape(config)
     x = x.reshape(-1, height // patch, wide // patch, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, wide).float()
+    x = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, wide).float()
+    return x * (1 + w)[:, None, None, None] if config.w_scaled else x
 
 
 def load(folder, device="cpu", dtype=None) -> SiT:
@@ -438,7 +444,7 @@ def prepare(model, x0, c, w, steps):
     raise ValueError("w is negative or beyond 100; w = 0 is no guidance (a CFG scale of 1 + w).")
   if config.guided and bool((w > config.w_max).any()):
     warnings.warn(f"w is beyond the trained maximum, w_max={config.w_max}.", stacklevel=4)
-  longer = any(d > 0 for _, d in schedule)
+  longer = any(d > 0 for _, d in schedule) and not config.two_pass
   other = (w - config.fixed_w).abs() > 1e-6  # which a scale of 1 + w may round away
   if not config.guided and longer and bool(other.any()):
     raise ValueError(
@@ -451,7 +457,8 @@ def prepare(model, x0, c, w, steps):
 def velocity(model, x, t: float, d: float, c, w) -> torch.Tensor:
   """The guided velocity of one step, of a schedule's t and d.
 
-  Networks with fixed guidance are called twice in steps of 1/128, and guided from t_interval on.
+  Networks with fixed guidance are called twice in steps of 1/128, and guided from t_interval on;
+  those that have learnt velocities alone in every step.
 
   Args:
     x: [B, C, H, W].
@@ -462,6 +469,7 @@ def velocity(model, x, t: float, d: float, c, w) -> torch.Tensor:
   """
   config = model.config
   on_each = lambda a, n: torch.full((n,), a, device=x.device)
+  d = 0.0 if config.two_pass else d
   if config.guided or d:
     return model(x, on_each(t, len(x)), c, on_each(d, len(x)), w)
   c = torch.cat([c, torch.full_like(c, config.num_classes)])
@@ -582,6 +590,8 @@ def _in_diffusers():
       vae: str,
       vae_scale: float,
       vae_shift: float = 0.0,
+      two_pass: bool = False,
+      w_scaled: bool = False,
       auto_map: dict | None = None,  # AutoModel's entry of config.json
     ):
       values = dict(self.config)

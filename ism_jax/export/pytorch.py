@@ -187,6 +187,8 @@ def describe(trained: Trained, dtype: str) -> dict:
     **{name: getattr(exp.objective, name) for name in ("w_max", "fixed_w", "t_interval")},
     "vae": vae,
     **{name: getattr(exp.data, name) for name in ("vae_scale", "vae_shift")},
+    "two_pass": exp.objective.guidance == "two_pass",
+    "w_scaled": exp.objective.w_scaled,
     "step": trained.step,
     "tree": trained.tree,
     "checksum": trained.checksum,
@@ -244,7 +246,7 @@ def card(
   guided, null = exp.objective.intrinsic, exp.null_class
   vae = public_vae(exp.data.vae)
   title = pipeline.title(exp.data, names)
-  w = exp.sample.w if guided else exp.objective.fixed_w
+  w = exp.sample.w if exp.objective.any_w else exp.objective.fixed_w
   sees = "x".join(map(str, exp.image_shape)) + (
     " images" if not vae else f" latents of `{vae}`" + ("/" if vae == _VAE else "")
   )
@@ -252,6 +254,9 @@ def card(
     f"`w` is the guidance, one number or one for each sample: 0 is none, {exp.objective.w_max:g} "
     "the most it was trained at."
     if guided
+    else "`w` is the guidance, one number or one for each sample: 0 is none, and every step takes "
+    "two passes."
+    if exp.objective.any_w
     else f"The guidance is fixed at `w` = {w:g}; only 128 steps take any other."
   )
   decoding = (

@@ -85,7 +85,7 @@ def write(exp: Experiment, params, out: str, schedules, *, about: str) -> None:
       "x0": ["b", *exp.image_shape],
       "classes": exp.data.num_classes,
       "null_class": exp.null_class,
-      "w_max": exp.objective.w_max if exp.objective.intrinsic else exp.objective.fixed_w,
+      "w_max": exp.objective.w_max if exp.objective.any_w else exp.objective.fixed_w,
       "vae": export_lib.public_vae(exp.data.vae),
       "jax": jax.__version__,
     }
@@ -112,7 +112,7 @@ def _readme(exp: Experiment, programs: dict[str, str], about: str) -> str:
   w = exp.sample.w
   guided = (
     f"`w` is the guidance, 0 to {exp.objective.w_max:g}, for each image (a CFG scale of 1 + w)"
-    if exp.objective.intrinsic
+    if exp.objective.any_w
     else f"the guidance is the fixed one of training, w = {exp.objective.fixed_w:g}, and only 128 "
     "steps take any other"
   )

@@ -677,6 +677,24 @@ def test_guidance_of_either_kind_samples_alike(pytorch, ours, workdir, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"w_scaled": True}], ids=["fm", "w_scaled"])
+def test_networks_that_are_not_the_papers_sample_alike(pytorch, ours, tmp_path, changes):
+  config = tiny_config("ism" if changes else "fm")
+  config.objective.update(changes)
+  exp = experiment.parse(config)
+  params = random_params(exp.network(), exp.image_shape)
+  trained = restore.Trained(exp, files.as_dict(config), 4, "ema", params)
+  export.write(trained, str(tmp_path / "out"), dtype="float32")
+  module = ours.load(tmp_path / "out")
+  x, c, w = inputs(exp.image_shape, 10)[0], np.array([3, 0, 10, 9]), np.float32([0, 0.5, 2, 3.5])
+  for steps in (1, 4, "1/2,1/4,1/4"):
+    sample = generate.sampler(exp, paths.parse_schedule(steps))
+    expected = np.asarray(jax.jit(sample)(params, x, c, w))
+    actual = ours.sample(module, to_torch(pytorch, x), c, w, steps)
+    assert relative(to_numpy(actual), expected) < 1e-4
+
+
+@pytest.mark.slow
 def test_the_folder_works_alone_as_its_card_says(pytorch, ours, trained, tmp_path):
   exp, _, state, folder = trained
   code = (folder / "README.md").read_text().split("```python\n")[2].partition("```")[0]
