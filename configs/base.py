@@ -86,6 +86,7 @@ def get_base() -> ml_collections.ConfigDict:
         "guided_velocity": "path",
         "w_drawn": "grid",
         "w_ramp": 0.0,
+        "t_interval_max": 0.0,
         "w_scaled": False,
       },
       "wavelet": {

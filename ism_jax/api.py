@@ -166,10 +166,11 @@ class Model:
     May be called inside of jit, where the parameters become constants of the program; those of a
     large network are better an argument, see `model.velocity_function`.
     """
-    network, n = self.experiment.network(), x_t.shape[0]
+    exp, n = self.experiment, x_t.shape[0]
+    network = model.at_interval(exp.network(), self.params, exp.objective.t_interval)
     t, d, w = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), (n,)) for a in (t, d, w))
     c = jnp.broadcast_to(jnp.asarray(c, jnp.int32), (n,))
-    return model.velocity_function(network, self.params)(jnp.asarray(x_t), t, c, d, w)
+    return model.velocity_function(*network)(jnp.asarray(x_t), t, c, d, w)
 
   def export_sampler(self, out: str, schedules=(1, 4)) -> None:
     """Writes the sampler as StableHLO, a folder that samples without this package: `stablehlo`.

@@ -208,8 +208,10 @@ class Experiment:
 
   def network(self, device_kind: str | None = None) -> model_lib.SiT:
     """The model, for devices of this kind; it has a w input where guidance is intrinsic."""
-    guidance = (self.objective.intrinsic, device_kind, self.objective.w_scaled)
-    return model_lib.SiT(self.model, self.data.num_classes, *guidance)
+    objective = self.objective
+    inputs = {"w_scaled": objective.w_scaled, "interval": objective.t_interval_max > 0}
+    cfg, classes = self.model, self.data.num_classes
+    return model_lib.SiT(cfg, classes, objective.intrinsic, device_kind, **inputs)
 
 
 def _marks(config_class, section=None, prefix: str = "") -> dict[str, Marks]:

@@ -63,8 +63,12 @@ def sampler(exp: Experiment, schedule, device_kind: str | None = None) -> Callab
 
 
 def guided_velocity(exp: Experiment, device_kind: str | None, params) -> Callable:
-  """velocity(x_t, t, c, d, w) as samples follow it: with two passes where w is no input."""
-  velocity = model.velocity_function(exp.network(device_kind), params)
+  """velocity(x_t, t, c, d, w) as samples follow it: with two passes where w is no input.
+
+  Where the start of the interval is one, it is the config's `t_interval`.
+  """
+  network = model.at_interval(exp.network(device_kind), params, exp.objective.t_interval)
+  velocity = model.velocity_function(*network)
   settings = {"t_interval": exp.objective.t_interval, "null_class": exp.null_class}
   if exp.objective.intrinsic:
     return velocity
@@ -323,7 +327,7 @@ def step_function(exp: Experiment, mesh, finest: bool):
   kind = sharding.device_kind(mesh)
 
   def step(params, x_t, t, d, c, w):
-    if finest or exp.objective.guidance == "two_pass":
+    if finest or exp.objective.any_w:
       velocity = guided_velocity(exp, kind, params)
     else:
       velocity = model.velocity_function(exp.network(kind), params)

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from ism_jax import paths
 
 
+def parts(w):
+  """(w [B], the start of its interval [B]) of w [B, 2]."""
+  return w[:, 0], w[:, 1]
+
+
 def interval_weight(w, t, t_interval):
   """w where t >= t_interval, else 0: interval guidance spares the noisy side (iSM, Sec. 4)."""
   return jnp.where(t >= t_interval, w, 0.0)

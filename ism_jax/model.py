@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax import attention, paths, ranges
+from ism_jax import attention, guidance, paths, ranges
 
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "names", "dots", "full")
@@ -26,6 +26,7 @@ ATTENTIONS = ("auto", "xla")
 MAX_TOKENS = 2**16
 # What remat "names" keeps of a block: what its matrix products and its attention make.
 NAMES = ("modulation", "qkv", "attention", "proj", "fc1", "fc2")
+_INTERVAL = "interval_embedder"
 _SIZES = {  # depth, width, heads; the published sizes, and two small ones for 8x8 digits
   "XL": (28, 1152, 16),
   "L": (24, 1024, 16),
@@ -199,6 +200,7 @@ class SiT(nn.Module):
     num_classes: classes; the label table has one row more, the null class, its last.
     guided: whether w is an input. (A network with fixed guidance has no w embedder.)
     w_scaled: whether the output is multiplied by 1 + w, see `ObjectiveConfig`.
+    interval: whether the start of the guidance interval is an input beside w.
     device_kind: of the devices that compute it, as JAX names it; None for a program that XLA may
       divide among devices by itself, or that is for several platforms. It decides layout and
       kernels, not what is computed.
@@ -209,10 +211,14 @@ class SiT(nn.Module):
   guided: bool
   device_kind: str | None = None
   w_scaled: bool = False
+  interval: bool = False
 
   @nn.compact
   def __call__(self, x, t, c, d, w):
-    """x [B, H, W, C]; t, c (int), d, w [B] -> [B, H, W, C] float32."""
+    """x [B, H, W, C]; t, c (int), d, w [B] -> [B, H, W, C] float32.
+
+    Where the interval is an input, w is [B, 2], with its start; see `guidance.parts`.
+    """
     depth, width, heads = self.cfg.dimensions
     patch, dtype = self.cfg.patch, jnp.dtype(self.cfg.dtype)
     b, height, wide, channels = x.shape
@@ -228,6 +234,9 @@ class SiT(nn.Module):
     )
     condition = ScalarEmbedder(width, name="t_embedder")(t) + embed(c)
     condition += ScalarEmbedder(width, name="d_embedder")(paths.level(d))
+    if self.interval:
+      w, start = guidance.parts(w)
+      condition += ScalarEmbedder(width, name=_INTERVAL)(start)
     if self.guided:
       condition += ScalarEmbedder(width, name="w_embedder")(w)
     condition = nn.silu(condition)  # every adaLN begins with it
@@ -292,7 +301,23 @@ def check_image_size(cfg: ModelConfig, size: tuple[int, int]) -> None:
 def init_params(key, model: SiT, shape: tuple[int, int, int]):
   """Parameters of a model of [H, W, C] images; float32."""
   zero = jnp.zeros(1)
-  return model.init(key, jnp.zeros((1, *shape)), zero, zero.astype(int), zero, zero)["params"]
+  w = jnp.zeros((1, 2)) if model.interval else zero
+  return model.init(key, jnp.zeros((1, *shape)), zero, zero.astype(int), zero, w)["params"]
+
+
+def at_interval(model: SiT, params, start: float):
+  """(model, params) of the network whose guidance begins at `start`, without an input for that.
+
+  The embedding of one start is a constant of the conditioning, and so is added to that of every
+  class.
+  """
+  if not model.interval:
+    return model, params
+  width = model.cfg.dimensions[1]
+  constant = ScalarEmbedder(width).apply({"params": params[_INTERVAL]}, jnp.full(1, start))
+  table = {"embedding": params["y_embedder"]["embedding"] + constant}
+  others = {name: a for name, a in params.items() if name != _INTERVAL}
+  return model.clone(interval=False), others | {"y_embedder": table}
 
 
 def velocity_function(model: SiT, params):

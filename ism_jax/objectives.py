@@ -79,6 +79,8 @@ class ObjectiveConfig:
       variance: guidance is then distilled, not regressed on noise.
     w_drawn: "grid", or "log_uniform", of the scale 1 + w in [1, 1 + w_max].
     w_ramp: part of the run in which the largest w grows to w_max.
+    t_interval_max: where it is not 0, the start of the interval is an input of the network, drawn
+      from [0, t_interval_max], and samples are guided from `t_interval` on, which any command sets.
     w_scaled: whether the network's output is multiplied by 1 + w, and each error divided by it.
   """
 
@@ -108,6 +110,9 @@ class ObjectiveConfig:
   guided_velocity: Annotated[str, VELOCITIES] = "path"
   w_drawn: Annotated[str, STRENGTHS] = "grid"
   w_ramp: OfRun = 0.0
+  t_interval_max: Annotated[float, "[0, 1]"] = dataclasses.field(
+    default=0.0, metadata={"fixed": True}
+  )
   w_scaled: bool = dataclasses.field(default=False, metadata={"fixed": True})
 
   def __post_init__(self):
@@ -136,6 +141,16 @@ class ObjectiveConfig:
       raise ValueError(
         f"objective.w_scaled with guidance={self.guidance!r}: that network has no w to scale by; "
         "set it to False."
+      )
+    if self.t_interval_max and not self.intrinsic:
+      raise ValueError(
+        f"objective.t_interval_max={self.t_interval_max} with guidance={self.guidance!r}: that "
+        "network has no input for an interval; set it to 0."
+      )
+    if self.t_interval > self.t_interval_max > 0:
+      raise ValueError(
+        f"objective.t_interval={self.t_interval} is beyond those that are drawn, up to "
+        f"t_interval_max={self.t_interval_max}: set it to that or less."
       )
     if self.target == "identity" and not self.intrinsic:
       raise ValueError(
@@ -216,7 +231,7 @@ def number_losses(n: int, shares: tuple[int, int, int]) -> np.ndarray:
 
 
 class Conditions(NamedTuple):
-  """What each row is trained for: all [B].
+  """What each row is trained for: all [B], but w [B, 2] where the interval is an input.
 
   They are the inputs of the network, but for the w of fixed guidance: it shapes targets only.
   """
@@ -244,6 +259,9 @@ def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int, progress=1.0)
   t, d = _draw_times(key_t, key_jump, key_start, is_consistency, cfg)
   if cfg.intrinsic:
     w = jnp.where(is_velocity, 0.0, _draw_strengths(key_w, n, cfg, progress))
+    if cfg.t_interval_max:
+      start = jax.random.uniform(jax.random.fold_in(key_w, 1), (n,), maxval=cfg.t_interval_max)
+      w = jnp.stack([w, start], axis=-1)
   else:
     w = jnp.where(is_consistency, cfg.fixed_w, jnp.zeros(n))
   may_drop = is_velocity | (is_consistency & (cfg.guidance == "fixed_every_level"))
@@ -295,7 +313,9 @@ def _join_jumps(conditions: Conditions, rows) -> Conditions:
   follows = d <= 0.5
   t = jnp.where(follows, jnp.minimum(t, 1 - 2 * d), t)
   joined = Conditions(t + d, c, d, w)
-  after = (jnp.where(follows, a, b[second]) for a, b in zip(joined, conditions, strict=True))
+  of_second = Conditions(*(a[second] for a in conditions))
+  choose = lambda a, b: jnp.where(paths.expand(follows, a), a, b)
+  after = map(choose, joined, of_second)
   conditions = Conditions(*(a.at[second].set(b) for a, b in zip(conditions, after, strict=True)))
   return conditions._replace(t=conditions.t.at[first].set(t))
 
@@ -353,7 +373,7 @@ def guidance_target(v, s_cond, s_uncond, w, t, t_interval):
     s_uncond: [B, H, W, C] the same for the null class.
     w: [B] guidance.
     t: [B] times.
-    t_interval: the time from which guidance is on.
+    t_interval: the time from which guidance is on, one or [B].
   """
   w = guidance.interval_weight(w, t, t_interval)
   return v + paths.expand(w, v) * (s_cond - s_uncond)
@@ -433,8 +453,12 @@ def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class
     guided_rows = rows.guidance
   x_g, guided = x_t[guided_rows], Conditions(*(a[guided_rows] for a in conditions))
   zero, null = jnp.zeros(len(x_g)), jnp.full(len(x_g), null_class)
-  cond = (x_g, guided.t, guided.c, zero, zero)
-  uncond = (x_g, guided.t, null, zero, zero)
+  unguided, strength, start = jnp.zeros_like(guided.w), guided.w, cfg.t_interval
+  if cfg.t_interval_max:
+    strength, start = guidance.parts(guided.w)
+    unguided = jnp.stack([zero, start], axis=-1)
+  cond = (x_g, guided.t, guided.c, zero, unguided)
+  uncond = (x_g, guided.t, null, zero, unguided)
   x_c, jump = of_consistency
   first, _ = paths.split(jump.d, cfg.split)
   first_step = [] if identity else [(x_c, *jump._replace(d=paths.as_step_size(first)))]
@@ -445,7 +469,7 @@ def regression_targets(s_online, s_ema, x0, x1, x_t, conditions, cfg, null_class
     s_cond, s_uncond, *s_first = in_one_call(s_target, cond, uncond, *first_step)
   v = paths.velocity(x0, x1)
   v_cond = v[guided_rows] if cfg.guided_velocity == "path" else s_cond
-  v_guided = guidance_target(v_cond, s_cond, s_uncond, guided.w, guided.t, cfg.t_interval)
+  v_guided = guidance_target(v_cond, s_cond, s_uncond, strength, guided.t, start)
   y = v.at[guided_rows].set(v_guided)
   if rows.consistency.size and identity:
     v_c = y[rows.consistency]
@@ -532,7 +556,8 @@ def regression_losses(
   w = conditions.w if cfg.intrinsic else jnp.zeros_like(conditions.w)
   error = s_online(x_t, *conditions._replace(w=w)) - y
   if cfg.w_scaled:
-    error /= paths.expand(1 + w, error)
+    strength = guidance.parts(w)[0] if cfg.t_interval_max else w
+    error /= paths.expand(1 + strength, error)
   total, parts = 0.0, {}
   for loss, (name, share, weight) in enumerate(zip(Rows._fields, cfg.shares, weights, strict=True)):
     if not share:

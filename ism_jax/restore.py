@@ -163,9 +163,9 @@ def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
   """
   if is_run(source):
     trained = read(source)
-    state = sit.from_params(
-      jax.device_get(trained.params), trained.exp.network(), trained.exp.image_shape
-    )
+    began, params = trained.exp, jax.device_get(trained.params)
+    network = model.at_interval(began.network(), params, began.objective.t_interval)
+    state = sit.from_params(*network[::-1], began.image_shape)
     about, known = f"the {trained.about} of {source}", trained.names
   else:
     (state, about), known = sit.read(source), None

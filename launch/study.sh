@@ -66,6 +66,7 @@ techniques=(
   "ism $objective.w_scaled=True"
   "ism $objective.guided_velocity=network"
   "ism $objective.w_drawn=log_uniform"
+  "ism $objective.t_interval_max=0.5"
   "ism --config.wavelet.tree=packet"
   "ism $continuous"
   "ism $continuous $objective.split=0.25"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from examples import tiny_config
+from examples import random_params, tiny_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 import scipy.special
 
-from ism_jax import experiment, guidance, objectives, paths, sampling, wavelets
+from ism_jax import experiment, guidance, model, objectives, paths, sampling, wavelets
 
 NULL = 10
 ISM = experiment.parse(tiny_config())
@@ -217,6 +217,34 @@ def test_a_scaled_network_and_its_errors_are_those_of_w():
   np.testing.assert_allclose(parts["guidance"], squares.mean(), rtol=1e-5)
 
 
+def test_a_network_that_is_given_the_interval_learns_guidance_from_its_start_on():
+  config = tiny_config()
+  config.objective.t_interval_max = 0.5
+  exp = experiment.parse(config)
+  conditions, rows = draw(4_000, t_interval_max=0.5)
+  start = conditions.w[:, 1]
+  assert start.min() >= 0
+  assert 0.49 < start.max() <= 0.5
+  assert abs(start.mean() - 0.25) < 0.01
+  few = objectives.Conditions(*(jnp.asarray(a[:64]) for a in conditions))
+  x0, x1 = jax.random.normal(jax.random.key(6), (2, 64, 8, 8, 1))
+  x_t = paths.interpolate(x0, x1, few.t)
+  label = lambda x, t, c, d, w: x * 0 + paths.expand(jnp.where(c == NULL, 0.0, 3.0), x)
+  y = objectives.regression_targets(label, label, x0, x1, x_t, few, exp.objective, NULL)
+  is_on = few.t >= few.w[:, 1]
+  expected = (x1 - x0) + 3 * paths.expand(jnp.where(is_on, few.w[:, 0], 0.0), x1)
+  guided = objectives.deal_rows(64, exp.objective.shares).guidance
+  assert 0 < is_on[guided].sum() < len(guided)
+  np.testing.assert_allclose(y[guided], expected[guided], rtol=1e-5, atol=1e-5)
+  # At one start the network is one without that input.
+  params = random_params(exp.network(), exp.image_shape)
+  plain, without = model.at_interval(exp.network(), params, 0.25)
+  w = jnp.stack([few.w[:, 0], jnp.full(64, 0.25)], axis=-1)
+  actual = plain.apply({"params": without}, x_t, few.t, few.c, few.d, few.w[:, 0])
+  expected = exp.network().apply({"params": params}, x_t, few.t, few.c, few.d, w)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_packet_at_full_depth_is_the_walsh_hadamard_transform(key):
   x = jax.random.normal(key, (3, 8, 8, 2))
   bands = wavelets.packet(x, "haar", 3)
@@ -250,6 +278,7 @@ def test_an_adaptive_distance_weighs_each_gradient_by_its_square(key):
     ("objective", {"split": 0.25}, "jumps='continuous'"),
     ("objective", {"split": 0.75}, r"\[1e-4, 0.5\]"),
     ("objective", {"target": "identity"}, "model.attention='xla'"),
+    ("objective", {"t_interval_max": 0.2}, "t_interval=0.3 is beyond those that are drawn"),
     ("objective", {"curriculum": 1.5}, r"\[0, 1\]"),
     ("wavelet", {"tree": "packet", "form": "weighted"}, "tree='pyramid'"),
   ],

@@ -48,7 +48,8 @@ def effective_guidance(run: Run, w: float, examples: int) -> list[float]:
   key_noise, key_start = jax.random.split(jax.random.key(0))
   x1 = jnp.asarray(data.to_unit_range(images[chosen]))
   x0 = jax.random.normal(key_noise, x1.shape)
-  jumps = model.velocity_function(exp.network(), params), x0, x1, jnp.asarray(labels[chosen])
+  network = model.at_interval(exp.network(), params, exp.objective.t_interval)
+  jumps = model.velocity_function(*network), x0, x1, jnp.asarray(labels[chosen])
   training = {"null_class": exp.null_class, "t_interval": exp.objective.t_interval}
   scales = []
   for d in JUMPS:

@@ -171,6 +171,7 @@ def _describe(trained: restore.Trained) -> dict:
     "labels": exp.evaluation.labels,
     "rounding": exp.evaluation.rounding,
     "computed_in": exp.model.dtype,
+    **({"t_interval": exp.objective.t_interval} if exp.objective.t_interval_max else {}),
   }
 
 

@@ -12,6 +12,7 @@ autoencoder. It is written whole or not at all, and replaces nothing. Training b
 serves the page of `python -m ism_jax demo` on PyTorch alone.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,7 +25,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import generate, ranges, restore
+from ism_jax import generate, model, ranges, restore
 from ism_jax.data import pipeline
 from ism_jax.evaluation import summary
 from ism_jax.evaluation.report import as_markdown
@@ -96,6 +97,7 @@ def write(
     picture: its samples, as PNG.
     space: whether it is a Space too, see `export`.
   """
+  trained = _at_interval(trained)
   exp, vae = trained.exp, _autoencoder(trained)
   names = trained.names or pipeline.class_names(exp.data)
   state = sit.from_params(jax.device_get(trained.params), exp.network(), exp.image_shape)
@@ -113,6 +115,18 @@ def write(
     _write_for_diffusers(folder, settings, vae)
     if space:
       _make_space(folder)
+
+
+def _at_interval(trained: Trained) -> Trained:
+  """The network whose guidance begins at the config's `t_interval`, which is no input of it."""
+  exp = trained.exp
+  if not exp.objective.t_interval_max:
+    return trained
+  _, params = model.at_interval(exp.network(), trained.params, exp.objective.t_interval)
+  objective = dataclasses.replace(exp.objective, t_interval_max=0.0)
+  config = trained.config | {"objective": trained.config["objective"] | {"t_interval_max": 0.0}}
+  exp = dataclasses.replace(exp, objective=objective)
+  return dataclasses.replace(trained, exp=exp, config=config, params=params)
 
 
 def _autoencoder(trained: Trained):

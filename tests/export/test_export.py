@@ -677,7 +677,11 @@ def test_guidance_of_either_kind_samples_alike(pytorch, ours, workdir, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"w_scaled": True}], ids=["fm", "w_scaled"])
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"w_scaled": True}, {"t_interval_max": 0.5, "t_interval": 0.25}],
+  ids=["fm", "w_scaled", "interval"],
+)
 def test_networks_that_are_not_the_papers_sample_alike(pytorch, ours, tmp_path, changes):
   config = tiny_config("ism" if changes else "fm")
   config.objective.update(changes)
@@ -688,10 +692,14 @@ def test_networks_that_are_not_the_papers_sample_alike(pytorch, ours, tmp_path, 
   module = ours.load(tmp_path / "out")
   x, c, w = inputs(exp.image_shape, 10)[0], np.array([3, 0, 10, 9]), np.float32([0, 0.5, 2, 3.5])
   for steps in (1, 4, "1/2,1/4,1/4"):
-    sample = generate.sampler(exp, paths.parse_schedule(steps))
-    expected = np.asarray(jax.jit(sample)(params, x, c, w))
+    sample_of = lambda trained, steps=steps: generate.sampler(
+      trained.exp, paths.parse_schedule(steps)
+    )
+    expected = np.asarray(jax.jit(sample_of(trained))(params, x, c, w))
     actual = ours.sample(module, to_torch(pytorch, x), c, w, steps)
     assert relative(to_numpy(actual), expected) < 1e-4
+  again = restore.read(str(tmp_path / "out"))
+  assert relative(np.asarray(jax.jit(sample_of(again))(again.params, x, c, w)), expected) < 1e-5
 
 
 @pytest.mark.slow
