@@ -69,7 +69,9 @@ class EmaConfig:
   inference_decay: Decay
   target_decay: Decay
   warmup: bool
-  others: tuple[Decay, ...] = dataclasses.field(default=(), metadata={"fixed": True})
+  others: tuple[Decay, ...] = dataclasses.field(
+    default=(), metadata={"learnt": False, "fixed": True}
+  )
 
   def __post_init__(self):
     ranges.check_fields(self, "ema")
