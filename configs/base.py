@@ -123,6 +123,7 @@ def get_base() -> ml_collections.ConfigDict:
         "inference_decay": 0.9999,  # paper
         "target_decay": 0.95,  # paper
         "warmup": False,
+        "others": (),  # paper: none
       },
       "log": {"every": 100, "gradients_every": 1_000, "wandb": ""},
       "checkpoint": {"every": 10_000, "keep": 3, "keep_every": 0},

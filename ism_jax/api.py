@@ -43,7 +43,8 @@ def load(source: str, *, tree: str = "ema", step: int | None = None, devices=Non
       file; or the repository of such an export on the Hugging Face hub: OWNER/NAME, perhaps with
       @REVISION behind it, or the address of its page. "digits" is a small network of handwritten
       digits that comes with this package.
-    tree: of a workdir, the parameters that sample: "ema", "target_ema" or "params".
+    tree: of a workdir, the parameters that sample: "ema", "target_ema", "params", or of the run's
+      further averages one such as "ema:0.999", see `EmaConfig.others`.
     step: of a workdir, the checkpoint; default the newest whole one.
     devices: that sample; default all.
   Raises:

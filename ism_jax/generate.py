@@ -264,20 +264,20 @@ def check_output(out: str) -> None:
     )
 
 
-def write_samples(config, source: str, out: str, devices=None) -> None:
+def write_samples(config, source: str, out: str, devices=None, *, tree: str = "ema") -> None:
   """Draws `config.sample`, in the form that the name of `out` asks for.
 
   Args:
     config: a ConfigDict of the run.
-    source: its workdir, of which the inference EMA in the newest checkpoint samples, or an export:
-      see `restore.read`.
+    source: its workdir, of which the newest checkpoint samples, or an export: see `restore.read`.
     out: an npz for other evaluators, images arr_0 and labels arr_1; a png, of all images side by
       side; a gif, of the first ones on their way from noise to image; or a folder, of a PNG each.
     devices: that sample; default all.
+    tree: the parameters of a workdir, see `restore.trees_of`.
   """
   check_output(out)
   mesh = sharding.data_mesh(devices)
-  trained = restore.read(source, config=config, mesh=mesh)
+  trained = restore.read(source, tree, config=config, mesh=mesh)
   check_decoder(trained)
   exp, cfg = trained.exp, trained.exp.sample
   names = trained.names or pipeline.class_names(exp.data)

@@ -1,7 +1,7 @@
 """Trains, evaluates or samples.
 
   python -m ism_jax train --config=configs/digits.py [--workdir=W]
-  python -m ism_jax evaluate --workdir=W [--out=DIR] [--samples=FILE_OR_FOLDER]
+  python -m ism_jax evaluate --workdir=W [--out=DIR] [--samples=FILE_OR_FOLDER] [--tree=ema]
   python -m ism_jax sweep --workdir=W [--out=DIR] [--first=N] [--trees=ema,target_ema]
   python -m ism_jax sample --workdir=W --out=OUT --config.sample.steps=4 --config.sample.label=tabby
 
@@ -14,6 +14,10 @@ runs/digits-sm for configs/digits.py:sm, and for images of your own the name of 
 same training command continues a run. Several processes are one run, on the same --workdir: see
 launch/README.md. Exit codes: 0 done, 1 an error; 143, 130 or 129 training that SIGTERM, Ctrl-C or
 SIGHUP stopped after saving a checkpoint.
+
+--tree chooses the parameters: ema, target_ema, params, or of the run's ema.others one such as
+ema:0.999. An evaluation of other ones than ema goes to a folder of that name in the workdir.
+--trees=all are all inference averages, ema among them.
 
 Of weights alone, evaluate and sample take as --workdir a folder that python -m ism_jax export
 wrote, or what the Hugging Face hub has: OWNER/NAME, OWNER/NAME@REVISION, the address of its page.
@@ -45,11 +49,13 @@ def define_flags(mode: str | None = None) -> None:
   if mode != "train":
     purposes = {
       "sample": "When sampling: an npz, png or gif to write, or a folder for PNGs.",
-      "evaluate": "When evaluating: folder of the results, by default the workdir.",
+      "evaluate": "When evaluating: folder of the results, by default the workdir; see --tree.",
       "sweep": "When sweeping: the same, by default sweep/ there.",
     }
     about = purposes[mode] if mode else " ".join(purposes.values())
     flags.DEFINE_string("out", None, about)
+  if mode in (None, "evaluate", "sample"):
+    flags.DEFINE_string("tree", "ema", "When evaluating or sampling: which parameters of a run.")
   if mode in (None, "evaluate"):
     flags.DEFINE_string(
       "samples",
@@ -60,7 +66,8 @@ def define_flags(mode: str | None = None) -> None:
     flags.DEFINE_integer(
       "first", 0, "When sweeping: samples of each setting before the best is judged.", lower_bound=0
     )
-    flags.DEFINE_list("trees", ["ema"], "When sweeping: the parameters that are tried.")
+    about = "When sweeping: the parameters that are tried; all for all inference averages."
+    flags.DEFINE_list("trees", ["ema"], about)
   multihost.define_flags()
 
 
@@ -77,6 +84,9 @@ def main(arguments):
     raise app.UsageError("--out goes with sample and evaluate: leave it out.")
   if mode != "evaluate" and samples is not None:
     raise app.UsageError("--samples goes with evaluate: leave it out.")
+  tree = value("tree") or "ema"
+  if tree != "ema" and (mode not in ("evaluate", "sample") or samples is not None):
+    raise app.UsageError("--tree goes with sample and evaluate, without --samples: leave it out.")
   if mode == "train" and config is None:
     raise app.UsageError("train needs --config, such as --config=configs/digits.py.")
   if workdir is None:
@@ -87,7 +97,7 @@ def main(arguments):
 
   # Behind the flags: these import JAX, and a wrong flag should not wait for it.
   from ism_jax import data, generate, restore, train
-  from ism_jax.evaluation import evaluate, sweep
+  from ism_jax.evaluation import evaluate, report, sweep
 
   with multihost.shared_fate(), commands.one_line_errors():
     multihost.initialize_from_flags(preemption=mode == "train")
@@ -95,7 +105,7 @@ def main(arguments):
     if mode in ("evaluate", "sweep") and out is None:
       # Whoever brings a config and samples needs no checkpoints.
       own = restore.is_run(source) or (config is not None and samples is not None)
-      out = workdir if own else default_results(source)
+      out = report.folder_of(workdir, tree) if own else default_results(source)
       out = os.path.join(out, "sweep") if mode == "sweep" else out
       if not own:
         logging.info("Results: %s", out)
@@ -110,11 +120,11 @@ def main(arguments):
     if samples is not None:
       evaluate.evaluate_samples(config, out, samples)
     elif mode == "evaluate" or (mode == "train" and config.evaluation.at_end):
-      evaluate.evaluate(config, source, out=out or workdir)
+      evaluate.evaluate(config, source, out=out or workdir, tree=tree)
     elif mode == "sweep":
       sweep.sweep(config, source, out, first=args["first"].value, trees=args["trees"].value)
     elif mode == "sample":
-      generate.write_samples(config, source, out)
+      generate.write_samples(config, source, out, tree=tree)
 
 
 def default_workdir(filename: str, config) -> str:

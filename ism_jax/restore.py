@@ -23,7 +23,7 @@ from ism_jax.experiment import Experiment
 from ism_jax.pretrained import hub, sit, vae
 from ism_jax.runtime import checkpoints, files, sharding
 
-TREES = {  # of the train state
+TREES = {  # of every train state
   "ema": "inference EMA",
   "target_ema": "target EMA",
   "params": "online parameters",
@@ -41,7 +41,7 @@ class Trained:
 
   Attributes:
     config: the config in the checkpoint or export, a nested dict.
-    tree: one of `TREES`.
+    tree: one of `trees_of` the experiment.
     params: the tree, a nested dict of arrays.
     checksum: of the tree, see `checkpoints.tree_checksum`; two runs have other ones at one step.
     dataset: identity of the data that it was trained on, see `data.pipeline`; {} of older ones.
@@ -65,9 +65,29 @@ class Trained:
     return describe(self.tree, self.step)
 
 
+def trees_of(exp: Experiment) -> tuple[str, ...]:
+  """The parameter trees that a run has: `TREES`, and `EmaConfig.others` such as "ema:0.999"."""
+  return (*TREES, *exp.ema.decays)
+
+
+def check_trees(exp: Experiment, trees: Sequence[str]) -> None:
+  """Raises ValueError unless a run has these parameter trees."""
+  known = trees_of(exp)
+  if unknown := [tree for tree in trees if tree not in known]:
+    raise ValueError(f"tree={unknown[0]!r} is unknown; known are {', '.join(known)}.")
+
+
+def name_of(tree: str) -> str:
+  """What a tree is, in words: "inference EMA", or "inference EMA of decay 0.999"."""
+  if tree in TREES:
+    return TREES[tree]
+  kind, _, decay = tree.partition(":")
+  return f"{TREES[kind]} of decay {float(decay)}"
+
+
 def describe(tree: str, step: int) -> str:
   """The name of a tree and its step, in words: "inference EMA, step 8"."""
-  return f"{TREES[tree]}, step {step}"
+  return f"{name_of(tree)}, step {step}"
 
 
 def is_run(source: str) -> bool:
@@ -85,7 +105,7 @@ def read(
   Args:
     source: the workdir of a run; an export, its folder or file of weights; or what `hub.parse`
       takes for the repository of an export.
-    tree: of a workdir, one of `TREES`.
+    tree: of a workdir, one of `trees_of` its experiment.
     step: of a workdir, the checkpoint; None for the newest that is whole.
     config: a ConfigDict that the run is continued with, such as the checkpoint's own with other
       settings of an evaluation; None for the checkpoint's own.
@@ -94,8 +114,6 @@ def read(
     FileNotFoundError: nothing of the kind is at `source`, or no such checkpoint.
     ValueError: it is damaged, or is one of another run than that of `config`.
   """
-  if tree not in TREES:
-    raise ValueError(f"tree={tree!r} is unknown; known are {', '.join(TREES)}.")
   mesh = sharding.data_mesh(jax.local_devices()[:1]) if mesh is None else mesh
   continued = None if config is None else experiment.parse(config)
 
@@ -132,11 +150,13 @@ def read(
     def read_step(step):
       saved = checkpoints.read_config(manager, step)
       exp = experiment_of(saved)
+      check_trees(exp, [tree])
+      field = f"others/{tree}" if tree in exp.ema.decays else tree
       create = lambda: model.init_params(jax.random.key(0), exp.network(), exp.image_shape)
       on_mesh = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh))
       abstract = jax.tree.map(on_mesh, jax.eval_shape(create))
-      params = checkpoints.restore_tree(manager, tree, abstract, step)
-      checksum = checkpoints.tree_checksum(manager, tree, step)
+      params = checkpoints.restore_tree(manager, field, abstract, step)
+      checksum = checkpoints.tree_checksum(manager, field, step)
       position = checkpoints.read_position(manager, step)
       about = [position.get(key) for key in ("dataset", "classes", "class_counts")]
       return Trained(exp, saved, step, tree, params, checksum, about[0] or {}, *about[1:])

@@ -1,7 +1,8 @@
-"""The train state: parameters, optimizer and both EMA trees, and how a gradient moves them.
+"""The train state: parameters, optimizer and the EMA trees, and how a gradient moves them.
 
 Twin EMA (iSM, Sec. 4): a slow average of the parameters for sampling, and a fast one for the
 consistency target, which then follows the online network closely. Equal decays are one EMA.
+Further slow averages can be had beside the first, to choose among after one training.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from ism_jax import ranges
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16")
 Decay = Annotated[float, "[0, 0.999999]"]  # nearer to 1, float32 makes it 1
+MAX_OTHERS = 8  # inference averages beside the first, each as large as the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +53,43 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-  """The two averages.
+  """The averages.
 
   Attributes:
-    inference_decay: per step, of the tree that samples.
+    inference_decay: per step, of the tree that samples: `ema`.
     target_decay: per step, of the tree that makes the consistency target. Equal to
       `inference_decay`, the two trees are equal: one EMA, as SM has.
     warmup: whether decays start low, at most (1 + n) / (10 + n) after n steps, so that the average
       forgets the initialisation. (A constant 0.999 keeps 9 % of it after 2,400 steps.) It holds for
-      both trees, so that equal decays stay one EMA; 0.95 is reached after 171 steps.
+      all trees, so that equal decays stay one EMA; 0.95 is reached after 171 steps.
+    others: per step, of further averages to sample with, at most 8, each four bytes a parameter:
+      (0.999, 0.9995) are the trees `ema:0.999` and `ema:0.9995`. Nothing is trained otherwise.
   """
 
   inference_decay: Decay
   target_decay: Decay
   warmup: bool
+  others: tuple[Decay, ...] = dataclasses.field(
+    default=(), metadata={"learnt": False, "fixed": True}
+  )
 
   def __post_init__(self):
     ranges.check_fields(self, "ema")
+    if len({self.inference_decay, *self.others}) <= len(self.others):
+      raise ValueError(
+        f"config.ema.others={self.others}: give each decay once, and without inference_decay="
+        f"{self.inference_decay}, which is there anyway."
+      )
+    if len(self.others) > MAX_OTHERS:
+      raise ValueError(
+        f"config.ema.others={self.others} are {len(self.others)} decays, and {MAX_OTHERS} the "
+        "most: give fewer."
+      )
+
+  @property
+  def decays(self) -> dict[str, float]:
+    """The decay of each of the other averages by its name: {"ema:0.999": 0.999}."""
+    return {f"ema:{decay}": decay for decay in self.others}
 
 
 @flax.struct.dataclass
@@ -79,6 +101,7 @@ class TrainState:
     params: online parameters.
     ema: slow average, for sampling.
     target_ema: fast average, for the consistency target.
+    others: further averages for sampling, by the names in `EmaConfig.decays`.
   """
 
   step: jax.Array
@@ -86,6 +109,7 @@ class TrainState:
   opt_state: Any
   ema: Any
   target_ema: Any
+  others: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -117,20 +141,27 @@ def decay_at(decay: float, step, warmup: bool):
 
 
 def average(ema, params, decay):
-  """E13: decay * ema + (1 - decay) * params, leaf by leaf; `update` does it to both averages."""
+  """E13: decay * ema + (1 - decay) * params, leaf by leaf; `update` does it to all averages."""
   return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
 
-def create(params, tx: optax.GradientTransformation) -> TrainState:
-  """The state before the first step; the averages are copies, as donation needs."""
+def create(params, tx: optax.GradientTransformation, others=()) -> TrainState:
+  """The state before the first step; the averages are copies, as donation needs.
+
+  Args:
+    others: names of further averages.
+  """
   copy = lambda: jax.tree.map(jnp.copy, params)
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), copy(), copy())
+  step, opt_state = jnp.zeros((), jnp.int32), tx.init(params)
+  return TrainState(step, params, opt_state, copy(), copy(), {name: copy() for name in others})
 
 
 def update(state: TrainState, gradient, tx: optax.GradientTransformation, ema: EmaConfig):
-  """One optimizer step, then both averages."""
+  """One optimizer step, then all averages."""
   updates, opt_state = tx.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  slow = average(state.ema, params, decay_at(ema.inference_decay, state.step, ema.warmup))
-  fast = average(state.target_ema, params, decay_at(ema.target_decay, state.step, ema.warmup))
-  return TrainState(state.step + 1, params, opt_state, ema=slow, target_ema=fast)
+  averaged = lambda tree, decay: average(tree, params, decay_at(decay, state.step, ema.warmup))
+  slow = averaged(state.ema, ema.inference_decay)
+  fast = averaged(state.target_ema, ema.target_decay)
+  others = {name: averaged(state.others[name], decay) for name, decay in ema.decays.items()}
+  return TrainState(state.step + 1, params, opt_state, ema=slow, target_ema=fast, others=others)

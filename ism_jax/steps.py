@@ -180,7 +180,7 @@ def placement(exp: Experiment, mesh) -> str:
 def replicated_bytes(exp: Experiment, devices: int) -> float:
   """About what a step takes of a device's memory where the state is on every device.
 
-  Parameters, two moments, two averages and a gradient in float32, and the activations of a device's
+  Parameters, two moments, the averages and a gradient in float32, and the activations of a device's
   rows, in bytes per token, layer and unit of width, as ahead-of-time compilation for TPUs measures
   them.
   """
@@ -190,7 +190,7 @@ def replicated_bytes(exp: Experiment, devices: int) -> float:
   rows = exp.batch_size / devices / exp.micro_batches
   per_unit = {"none": 100, "names": 30, "dots": 30, "full": 4}[exp.model.remat]
   per_unit *= np.dtype(exp.model.dtype).itemsize / 2
-  return 4.0 * 6 * parameters + per_unit * rows * depth * width * tokens
+  return 4.0 * (6 + len(exp.ema.others)) * parameters + per_unit * rows * depth * width * tokens
 
 
 def _create(exp: Experiment) -> Callable:
@@ -200,7 +200,7 @@ def _create(exp: Experiment) -> Callable:
     params = model.init_params(key, exp.network(), exp.image_shape)
     if imported is not None:
       params = sit.complete(imported, params)
-    return state_lib.create(params, tx)
+    return state_lib.create(params, tx, exp.ema.decays)
 
   return create
 

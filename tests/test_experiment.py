@@ -273,6 +273,7 @@ def test_a_config_older_than_a_key_has_its_default():
   config = tiny_config().to_dict()
   older = copy.deepcopy(config)
   del older["gradient_dtype"], older["optimizer"]["mu_dtype"], older["model"]["attention"]
+  del older["ema"]["others"]
   experiment.check_continues(older, config)
   assert summary.row_names([older, config]) == ["`ism`", "`ism`"]
   config["optimizer"]["mu_dtype"] = "bfloat16"
@@ -284,7 +285,7 @@ def test_every_key_says_what_it_means_to_a_run():
   assert experiment.MARKS.keys() == experiment.flatten(tiny_config().to_dict()).keys()
   assert keys_marked("fixed") == {
     *("variant", "seed", "batch_size", "coupling.pool_size", "model.size"),
-    *("objective.guidance", "objective.fixed_w", "optimizer.mu_dtype"),
+    *("objective.guidance", "objective.fixed_w", "optimizer.mu_dtype", "ema.others"),
     *("data.name", "data.seed", "data.flip"),
     *("data.image_size", "data.channels", "data.num_classes"),
     *("data.vae_scale", "data.vae_shift"),
@@ -296,7 +297,7 @@ def test_every_key_says_what_it_means_to_a_run():
   watching = ("log.", "checkpoint.", "sample.", "monitor.", "evaluation.")
   watching = {key for key in experiment.MARKS if key.startswith(watching)}
   assert experiment.MARKS.keys() - keys_marked("learnt") - watching == {
-    *("seed", "micro_batches", "scan_steps", "placement", "profile_steps"),
+    *("seed", "micro_batches", "scan_steps", "placement", "profile_steps", "ema.others"),
     *(
       "data.dir",
       "data.title",

@@ -164,7 +164,7 @@ def test_what_is_accepted_makes_numbers(values):
     value, gradient = jax.value_and_grad(loss)(s.params, s.target_ema)
     return value, gradient, state.update(s, gradient, tx, exp.ema)
 
-  s = state.create({name: jnp.ones(()) for name in ("x", "w", "still")}, tx)
+  s = state.create({name: jnp.ones(()) for name in ("x", "w", "still")}, tx, exp.ema.decays)
   for _ in range(2):
     value, gradient, s = step(s)
     for a in jax.tree.leaves((value, gradient, s)):

@@ -5,7 +5,8 @@ import pathlib
 import subprocess
 import sys
 
-from examples import flags_of, random_params, tiny_config
+import examples
+from examples import draw_samples, flags_of, random_params
 import hub_stand_in
 import jax
 import ml_dtypes
@@ -20,7 +21,14 @@ from ism_jax.export import pytorch
 from ism_jax.pretrained import sit
 from ism_jax.runtime import checkpoints, files, sharding
 
-TREES = {"params": 1.0, "ema": 2.0, "target_ema": 3.0}  # times the random parameters
+# Times the random parameters.
+TREES = {"params": 1.0, "ema": 2.0, "target_ema": 3.0, "ema:0.9": 0.5}
+
+
+def tiny_config():
+  config = examples.tiny_config()
+  config.ema.others = (0.9,)
+  return config
 
 
 def expected(step, tree):
@@ -42,7 +50,8 @@ def write_run(folder, position) -> str:
   with checkpoints.open_manager(folder, keep=2) as manager:
     for step in (4, 8):
       trees = {tree: jax.device_put(expected(step, tree)) for tree in TREES}
-      state = state_lib.create(trees["params"], optimizer).replace(**trees)
+      others = {tree: trees.pop(tree) for tree in exp.ema.decays}
+      state = state_lib.create(trees["params"], optimizer).replace(**trees, others=others)
       checkpoints.save(manager, step, state, position, files.as_dict(tiny_config()))
   return str(folder)
 
@@ -58,7 +67,8 @@ def test_any_tree_of_any_step_comes_to_every_device_of_a_mesh(workdir, tree, ste
     assert array.sharding.is_fully_replicated and len(array.devices()) == devices
   assert (trained.step, trained.tree) == (step or 8, tree)
   assert trained.config == restore.read_config(workdir) == files.as_dict(tiny_config())
-  assert trained.about == f"{restore.TREES[tree]}, step {step or 8}"
+  name = restore.TREES.get(tree, "inference EMA of decay 0.9")
+  assert trained.about == f"{name}, step {step or 8}"
 
 
 def test_a_config_is_that_of_the_run_or_is_refused(workdir):
@@ -69,8 +79,9 @@ def test_a_config_is_that_of_the_run_or_is_refused(workdir):
   config.seed = 3
   with pytest.raises(ValueError, match="was made with seed=0, now 3"):
     restore.read(workdir, config=config)
-  with pytest.raises(ValueError, match="tree='average' is unknown; known are ema"):
-    restore.read(workdir, "average")
+  known = "known are ema, target_ema, params, ema:0.9"
+  with pytest.raises(ValueError, match=rf"tree='ema:0\.5' is unknown; {known}\."):
+    restore.read(workdir, "ema:0.5")
   with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 .* there are: \[4, 8\]"):
     restore.read(workdir, step=5)
 
@@ -93,9 +104,41 @@ def test_judging_and_sampling_build_no_optimizer_and_decide_no_placement(
   config.sample.update({"num_images": 5, "batch_size": 4})
   generate.write_samples(config, workdir, str(tmp_path / "samples.npz"), devices)
   with np.load(tmp_path / "samples.npz") as archive:
-    assert archive["arr_0"].shape == (5, 8, 8, 3)
+    images = archive["arr_0"]
+  assert images.shape == (5, 8, 8, 3)
+  tree = {"tree": "ema:0.9"}
+  generate.write_samples(config, workdir, str(tmp_path / "other.npz"), devices, **tree)
+  exp, mesh = experiment.parse(config), sharding.data_mesh(devices)
+  drawing = {k: config.sample[k] for k in ("num_images", "steps", "w", "seed", "batch_size")}
+  by_hand, _ = draw_samples(exp, mesh, expected(8, "ema:0.9"), **drawing)
+  with np.load(tmp_path / "other.npz") as archive:
+    np.testing.assert_array_equal(archive["arr_0"][..., :1], by_hand)
+  assert (images[..., :1] != by_hand).any()
   config.evaluation.update({"num_images": 100, "steps": (1,), "w": (0.5,)})
-  assert evaluate.evaluate(config, workdir, devices)["step"] == 8
+  report = evaluate.evaluate(config, workdir, devices)
+  other = evaluate.evaluate(config, workdir, devices, **tree)
+  assert (report["step"], report["parameters"]) == (8, "inference EMA")
+  assert (other["step"], other["parameters"]) == (8, "inference EMA of decay 0.9")
+  for folder, written in ((workdir, report), (f"{workdir}/ema-0.9", other)):
+    assert files.read_json(f"{folder}/evaluation.json", {}, "") == written
+
+
+def test_a_checkpoint_from_before_the_other_averages_is_read_and_continued(tmp_path):
+  config = examples.tiny_config()
+  exp, before = experiment.parse(config), files.as_dict(config)
+  del before["ema"]["others"]
+  mesh = sharding.data_mesh(jax.devices()[:1])
+  state = steps.init_function(exp, mesh)(steps.base_keys(0).init)
+  with checkpoints.open_manager(tmp_path, keep=1) as manager:
+    older = {name: value for name, value in vars(state).items() if name != "others"}
+    checkpoints.save(manager, 4, older, {}, before)
+    restored, _ = checkpoints.restore(manager, steps.abstract_state(exp, mesh))
+  assert jax.tree.structure(restored) == jax.tree.structure(state) and restored.others == {}
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  trained = restore.read(str(tmp_path), config=config)
+  jax.tree.map(np.testing.assert_array_equal, trained.params, state.ema)
+  with pytest.raises(ValueError, match="known are ema, target_ema, params"):
+    restore.read(str(tmp_path), "ema:0.9")
 
 
 def test_what_judges_samples_or_exports_does_not_import_training():
@@ -115,16 +158,16 @@ def test_what_judges_samples_or_exports_does_not_import_training():
 @pytest.fixture(scope="module")
 def export(workdir, tmp_path_factory):
   folder = tmp_path_factory.mktemp("exports") / "weights"
-  pytorch.export(workdir, str(folder), tree="target_ema", dtype="float32", step=4)
+  pytorch.export(workdir, str(folder), tree="ema:0.9", dtype="float32", step=4)
   return str(folder)
 
 
 def test_an_export_is_read_as_its_workdir_is(export):
   mesh = sharding.data_mesh(jax.devices()[:2])
   trained = restore.read(export, mesh=mesh)
-  jax.tree.map(np.testing.assert_array_equal, trained.params, expected(4, "target_ema"))
+  jax.tree.map(np.testing.assert_array_equal, trained.params, expected(4, "ema:0.9"))
   assert all(len(array.devices()) == 2 for array in jax.tree.leaves(trained.params))
-  assert trained.about == "target EMA, step 4" and not trained.exp.data.vae
+  assert trained.about == "inference EMA of decay 0.9, step 4" and not trained.exp.data.vae
   assert trained.config == restore.read_config(export)
   config = tiny_config()
   config.sample.seed = 3
@@ -143,7 +186,7 @@ def test_exports_of_two_networks_are_told_apart_and_keep_the_names_of_classes(
   other = tmp_path / "other"
   pytorch.export(workdir, str(other), tree="ema", dtype="float32", step=4)
   checksums = [restore.read(str(folder)).checksum for folder in (export, other)]
-  checksums.append(restore.read(workdir, "target_ema", step=4).checksum)
+  checksums.append(restore.read(workdir, "ema:0.9", step=4).checksum)
   assert checksums[0] == checksums[2] != checksums[1]
   config = json.loads((other / "config.json").read_text())
   del config["checksum"]  # of an older version
@@ -225,7 +268,7 @@ def test_a_training_begins_with_a_run_of_another_size_of_images(workdir, export,
   begun = restore.read_start(workdir, of_data(size=size), None)  # as of the newest checkpoint
   jax.tree.map(np.testing.assert_array_equal, begun, expected(8, "ema"))
   begun = restore.read_start(export, of_data(size=size), None)
-  jax.tree.map(np.testing.assert_array_equal, begun, expected(4, "target_ema"))
+  jax.tree.map(np.testing.assert_array_equal, begun, expected(4, "ema:0.9"))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 5), (5, 1), (3, 5), (4, 4)])
@@ -275,7 +318,7 @@ def test_weights_alone_are_sampled_and_judged_and_nothing_is_written_to_them(
     assert archive["arr_0"].shape == (5, 8, 8, 3)
   run("evaluate", at, "--config.evaluation.networks=random", *small)
   report = json.loads((tmp_path / "evaluations/weights/evaluation.json").read_text())
-  assert (report["step"], report["parameters"]) == (4, "target EMA")
+  assert (report["step"], report["parameters"]) == (4, "inference EMA of decay 0.9")
   assert sorted(pathlib.Path(export).rglob("*")) == before
 
 
@@ -287,6 +330,7 @@ def test_weights_alone_are_sampled_and_judged_and_nothing_is_written_to_them(
     (["--workdir=some/folder", "--samples=x.npz", "--config={config}"], "some/folder"),
     (["--workdir={run}"], "{run}"),
     (["--workdir={run}", "--out=mine"], "mine"),
+    (["--workdir={run}", "--tree=ema:0.9"], "{run}/ema-0.9"),
   ],
 )
 def test_an_evaluation_is_written_where_it_is_asked_for(
@@ -295,7 +339,7 @@ def test_an_evaluation_is_written_where_it_is_asked_for(
   config = pathlib.Path(main.__file__).parents[1] / "configs" / "digits.py"
   place = lambda text: text.format(export=export, run=workdir, config=config)
   outs = []
-  monkeypatch.setattr(evaluate, "evaluate", lambda config, source, out: outs.append(out))
+  monkeypatch.setattr(evaluate, "evaluate", lambda config, source, out, tree: outs.append(out))
   monkeypatch.setattr(evaluate, "evaluate_samples", lambda config, out, samples: outs.append(out))
   run("evaluate", *map(place, arguments))
   assert outs == [place(written)]

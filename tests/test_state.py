@@ -24,7 +24,7 @@ EMA = state.EmaConfig(inference_decay=0.9, target_decay=0.5, warmup=False)
 def run(ema, steps=20, clip_norm=0.0):
   """Steps with gradient +1: the state, and the parameter after each step."""
   tx = state.optimizer(dataclasses.replace(ADAM, clip_norm=clip_norm), steps)
-  s = state.create({"a": jnp.zeros(3)}, tx)
+  s = state.create({"a": jnp.zeros(3)}, tx, ema.decays)
   update = jax.jit(lambda s: state.update(s, {"a": jnp.ones(3)}, tx, ema))
   trail = []
   for _ in range(steps):
@@ -34,11 +34,15 @@ def run(ema, steps=20, clip_norm=0.0):
 
 
 def test_each_average_weighs_the_past_by_powers_of_its_decay():
-  s, trail = run(EMA)
-  for tree, decay in ((s.ema, 0.9), (s.target_ema, 0.5)):
+  s, trail = run(dataclasses.replace(EMA, others=(0.99, 0.7)))
+  others = (s.others["ema:0.99"], 0.99), (s.others["ema:0.7"], 0.7)
+  for tree, decay in ((s.ema, 0.9), (s.target_ema, 0.5), *others):
     weights = (1 - decay) * decay ** np.arange(20)[::-1]
     np.testing.assert_allclose(tree["a"], np.full(3, weights @ trail), rtol=1e-5)
   assert s.step == 20
+  without, _ = run(EMA)
+  assert without.others == {}
+  jax.tree.map(np.testing.assert_array_equal, without, s.replace(others={}))
 
 
 def test_the_warm_up_forgets_the_initialisation():
@@ -58,9 +62,9 @@ def test_equal_decays_are_one_average():
 
 
 def test_no_two_trees_of_a_new_state_share_a_buffer():
-  s = state.create({"a": jnp.zeros(3)}, optax.sgd(0.1))
-  pointers = [t["a"].unsafe_buffer_pointer() for t in (s.params, s.ema, s.target_ema)]
-  assert len(set(pointers)) == 3
+  s = state.create({"a": jnp.zeros(3)}, optax.sgd(0.1), ["ema:0.9", "ema:0.99"])
+  trees = (s.params, s.ema, s.target_ema, *s.others.values())
+  assert len({t["a"].unsafe_buffer_pointer() for t in trees}) == 5
 
 
 def test_the_schedules_are_their_formulas():
@@ -108,3 +112,18 @@ def test_optimizer_values_that_mean_nothing_are_refused(change):
 def test_a_decay_of_one_is_refused():
   with pytest.raises(ValueError, match=r"ema\.target_decay=1"):
     state.EmaConfig(inference_decay=0.9, target_decay=1.0, warmup=False)
+
+
+@pytest.mark.parametrize(
+  ("others", "message"),
+  [
+    ((0.5, 0.99, 0.5), "give each decay once, and without inference_decay=0.9"),
+    ((0.9,), "give each decay once, and without inference_decay=0.9"),
+    ((0.5, 1.0), r"others\[1\]=1.0: give a number in \[0, 0.999999\]"),
+    (0.5, r"others=0.5: give values in parentheses, such as \(1,\)"),
+    (tuple(n / 10 for n in range(9)), "are 9 decays, and 8 the most: give fewer"),
+  ],
+)
+def test_averages_that_are_there_twice_or_too_many_are_refused(others, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(EMA, others=others)

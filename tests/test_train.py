@@ -8,7 +8,8 @@ import signal
 import time
 import types
 
-from examples import draw_samples, tiny_config
+import examples
+from examples import draw_samples
 import jax
 import numpy as np
 from PIL import Image
@@ -19,6 +20,13 @@ from ism_jax import data, experiment, generate, ranges, restore, steps, train
 from ism_jax.evaluation import evaluate, monitor, reference
 from ism_jax.export import pytorch
 from ism_jax.runtime import checkpoints, commands, files, locks, logs, sharding
+
+
+def tiny_config():
+  """With an average more than needed, which every run here keeps, stops and continues with."""
+  config = examples.tiny_config()
+  config.ema.others = (0.2,)  # which the warm-up reaches in two steps
+  return config
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +187,7 @@ def test_a_run_stopped_inside_a_pool_and_continued_is_the_same_run(
     assert manager.latest_step() == 6
   continued = jax.device_get(train.train(config, str(tmp_path), one_device))
   assert_equal_trees(continued, whole)
+  assert list(whole.others) == ["ema:0.2"]
   assert [e["step"] for e in entries(tmp_path)] == [4, 8]
 
 
@@ -467,6 +476,7 @@ def test_an_evaluation_leaves_numbers_tables_and_grids(run, one_device):
     ({"model": {"size": "SiT-XS/4"}}, r"model\.size='SiT-XXS/4', now 'SiT-XS/4'"),
     ({"batch_size": 128, "seed": 1}, r"batch_size=64, now 128, seed=0, now 1"),
     ({"variant": "sot"}, r"variant='ism', now 'sot'"),
+    ({"ema": {"others": ()}}, r"ema\.others=\(0\.2,\), now \(\)"),
   ],
 )
 def test_a_checkpoint_of_another_run_is_refused(run, one_device, change, message):

@@ -1,6 +1,6 @@
 """From samples to numbers, with the protocol that explains them.
 
-Samples come from a checkpoint's inference EMA, or from a file or folder that anything made. They
+Samples come from a checkpoint's average, or from a file or folder that anything made. They
 are drawn, decoded, rounded and seen by the feature networks batch by batch, and not stored.
 
 Axes: N images, B batch, H/W size, C channels.
@@ -24,7 +24,7 @@ from ism_jax import data, experiment, generate, paths, restore, sampling
 from ism_jax.data import samples as samples_lib
 from ism_jax.evaluation import figures, scores, statistics, summary
 from ism_jax.evaluation import reference as reference_lib
-from ism_jax.evaluation.report import SETTING, format_scores, write_report
+from ism_jax.evaluation.report import SETTING, folder_of, format_scores, write_report
 from ism_jax.experiment import Experiment
 from ism_jax.metrics import diagnosis, features
 from ism_jax.runtime import files, sharding
@@ -96,14 +96,15 @@ def evaluate(
   Args:
     source: a workdir, or an export: see `restore.read`.
     devices: that sample; default all.
-    out: the folder of what is written; default the workdir.
-    tree: the parameters of a workdir, see `restore.TREES`.
+    out: the folder of what is written; default that of `report.folder_of`.
+    tree: the parameters of a workdir, see `restore.trees_of`.
     settings: (steps, w) pairs instead of every number of steps with every w.
   Returns:
     The contents of evaluation.json; None in processes but the first.
   """
   mesh = sharding.data_mesh(devices)
-  trained, out = restore.read(source, tree, config=config, mesh=mesh), out or source
+  trained = restore.read(source, tree, config=config, mesh=mesh)
+  out = out or folder_of(source, tree)
   exp, params, ev = trained.exp, trained.params, trained.exp.evaluation
   draw_labels = functools.partial(generate.class_labels, exp, counts=trained.class_counts)
   generate.check_decoder(trained)
@@ -164,7 +165,7 @@ def _describe(trained: restore.Trained) -> dict:
   return {
     "variant": exp.variant,
     "step": trained.step,
-    "parameters": restore.TREES[trained.tree],
+    "parameters": restore.name_of(trained.tree),
     "parameters_checksum": trained.checksum,
     "vae": exp.data.vae,
     "vae_sha256": generate.load_vae(exp.data.vae).sha256 if exp.data.vae else "",

@@ -37,6 +37,16 @@ def title_of(network: str, metric: str) -> str | None:
   return _COLUMNS.get((network, metric), (None,))[0]
 
 
+def in_path(tree: str) -> str:
+  """The name of a parameter tree in the names of files: "ema-0.999" of "ema:0.999"."""
+  return tree.replace(":", "-")
+
+
+def folder_of(workdir: str, tree: str) -> str:
+  """Where an evaluation of a tree goes by default: the workdir is the inference EMA's alone."""
+  return workdir if tree == "ema" else os.path.join(workdir, in_path(tree))
+
+
 def write_report(workdir: str, report: dict) -> None:
   """Writes evaluation.json and evaluation.md."""
   files.write_whole(os.path.join(workdir, "evaluation.json"), json.dumps(report, indent=2))

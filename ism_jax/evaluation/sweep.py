@@ -13,8 +13,9 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from ism_jax import restore
+from ism_jax import experiment, restore
 from ism_jax.evaluation import evaluate, figures, summary
+from ism_jax.evaluation.report import in_path
 from ism_jax.runtime import files
 
 LEAST = 500  # samples of the small protocol, where it is not given
@@ -33,37 +34,41 @@ def sweep(config, source: str, out: str, *, first: int = 0, trees=("ema",)) -> d
     out: a folder.
     first: samples of each setting in the small protocol; 0 for a tenth of the full one, at least
       500.
-    trees: the parameters that are tried, see `restore.TREES`; with an export "ema".
+    trees: the parameters that are tried, see `restore.trees_of`; "all" are the inference averages
+      of a run. With an export "ema".
   Returns:
     The contents of sweep.json; None in processes but the first.
   Raises:
     ValueError: as `evaluate`.
   """
-  ev = config.evaluation
+  exp, ev = experiment.parse(config), config.evaluation
+  averages = ("ema", *exp.ema.decays) if restore.is_run(source) else ("ema",)
+  trees = dict.fromkeys(t for tree in trees for t in (averages if tree == "all" else (tree,)))
+  restore.check_trees(exp, trees)
   first = min(first or max(LEAST, ev.num_images // 10), ev.num_images)
   small = config.copy_and_resolve_references()
   # A seed that the full protocol does not have.
   seed = next(s for s in itertools.count() if s not in ev.seeds)
   small.evaluation.update({"num_images": first, "seeds": (seed,), "save_samples": False})
   chosen = {}  # {steps: (distance, w, tree)}
-  reports = {tree: _evaluated(small, source, out, f"first-{tree}", tree) for tree in trees}
+  reports = {tree: _evaluated(small, source, out, f"first-{in_path(tree)}", tree) for tree in trees}
   for tree, report in reports.items():
     run = summary.as_run(report)
     for steps in summary.step_counts([run]):
       w = summary.best_w([run], steps)
       (distance,) = summary.measured([run], "distance", steps, w)
       chosen[steps] = min(chosen.get(steps, (np.inf,)), (float(distance), w, tree))
-    name = "sweep.png" if len(trees) == 1 else f"sweep_{tree}.png"
+    name = "sweep.png" if len(trees) == 1 else f"sweep_{in_path(tree)}.png"
     if jax.process_index() == 0:
       figures.sweep(run, os.path.join(out, name))
   for steps, (_, w, tree) in sorted(chosen.items()):
-    logging.info("%d steps: the best w is %g, of the %s.", steps, w, restore.TREES[tree])
+    logging.info("%d steps: the best w is %g, of the %s.", steps, w, restore.name_of(tree))
   best = []
   for tree in trees:
     settings = [(steps, w) for steps, (_, w, of_tree) in sorted(chosen.items()) if of_tree == tree]
     if not settings:
       continue
-    report = _evaluated(config, source, out, f"best-{tree}", tree, settings)
+    report = _evaluated(config, source, out, f"best-{in_path(tree)}", tree, settings)
     run = summary.as_run(report)
     for steps, w in settings:
       again = [r["distance"] for r in run.results if (r["steps"], r["w"]) == (steps, w)]
@@ -143,7 +148,7 @@ def as_markdown(result: dict) -> str:
   row = lambda b: [
     f"{b['steps']}",
     f"{b['w']:g}",
-    restore.TREES[b["parameters"]],
+    restore.name_of(b["parameters"]),
     f"{b['first']:.4g}",
     f"{b['again']:.4g}" + (f" ± {b['sd']:.2g}" if b["sd"] is not None else ""),
   ]
@@ -153,6 +158,6 @@ def as_markdown(result: dict) -> str:
     by_setting = {(d["steps"], d["w"]): f"{d['distance']:.4g}" for d in distances}
     counts, strengths = (sorted({key[i] for key in by_setting}) for i in range(2))
     cells = [[f"{n}", *(by_setting.get((n, w), "–") for w in strengths)] for n in counts]
-    lines += [f"All, {restore.TREES[tree]}:", ""]
+    lines += [f"All, {restore.name_of(tree)}:", ""]
     lines += files.markdown_table(["NFE", *(f"w = {w:g}" for w in strengths)], cells)
   return "\n".join(lines)

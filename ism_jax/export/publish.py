@@ -203,7 +203,7 @@ def _read_report(folder, details) -> dict | None:
       f"{path} is no evaluation of a network ({type(error).__name__}: {error}): delete it, or "
       f"make it again with python -m ism_jax evaluate --workdir={folder} --out={folder}."
     ) from error
-  if measured != (details["step"], restore.TREES[details["tree"]]):
+  if measured != (details["step"], restore.name_of(details["tree"])):
     raise ValueError(
       f"{path} is of the {measured[1]}, step {measured[0]}, and the export of the "
       f"{restore.describe(details['tree'], details['step'])}: delete it, or make it again."

@@ -1,6 +1,6 @@
 """Exports the parameters of a checkpoint to PyTorch.
 
-  python -m ism_jax export --workdir=W --out=DIR [--tree=ema|target_ema|params]
+  python -m ism_jax export --workdir=W --out=DIR [--tree=ema|target_ema|params|ema:DECAY]
       [--dtype=float32|bfloat16] [--step=N] [--space]
 
 DIR works without this project. It gets `transformer/`, with a state dict that has the keys of SiT's
@@ -28,11 +28,11 @@ import safetensors.numpy
 from ism_jax import generate, model, ranges, restore
 from ism_jax.data import pipeline
 from ism_jax.evaluation import summary
-from ism_jax.evaluation.report import as_markdown
+from ism_jax.evaluation.report import as_markdown, folder_of
 from ism_jax.experiment import MARKS
 from ism_jax.pretrained import hub, sit
 from ism_jax.pretrained import vae as vae_lib
-from ism_jax.restore import TREES, Trained
+from ism_jax.restore import Trained
 from ism_jax.runtime import commands, files
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -59,7 +59,7 @@ def export(
 
   Args:
     out: a folder that is empty or not there.
-    tree: one of `restore.TREES`.
+    tree: one of `restore.trees_of` the run.
     dtype: one of `DTYPES`, of the file.
     step: of the checkpoint; None for the newest that is whole.
     space: whether it is a Space of the hub, too.
@@ -68,7 +68,8 @@ def export(
   """
   files.check_empty(out)
   trained = restore.read(workdir, tree, step=step)
-  folder = workdir if restore.is_run(workdir) else restore.find_export(workdir)[0]
+  is_run = restore.is_run(workdir)
+  folder = folder_of(workdir, tree) if is_run else restore.find_export(workdir)[0]
   evaluation, picture = read_evaluation(folder, trained), epath.Path(folder) / PICTURE
   write(
     trained,
@@ -236,7 +237,7 @@ def read_evaluation(workdir: str, trained: Trained) -> dict | None:
     # Older reports have none.
     checksum = report.get("parameters_checksum") or trained.checksum
     measured = report.get("step"), report.get("parameters"), checksum
-    if measured == (trained.step, TREES[trained.tree], trained.checksum):
+    if measured == (trained.step, restore.name_of(trained.tree), trained.checksum):
       needed = {"variant": str, "labels": str, "rounding": str, "metrics": {str: str}, "vae": str}
       files.check_shape(report, summary.REPORT | needed | {"num_images": int}, str(path))
       return report
@@ -295,7 +296,7 @@ def card(
     f"{exp.batch_size} images with ism_jax, a "
     'JAX implementation of "Improved Training Technique for Shortcut Models" '
     "([arXiv:2510.21250](https://arxiv.org/abs/2510.21250)) that is not its authors', as the "
-    f"variant `{exp.variant}`. The parameters are the {TREES[trained.tree]}, in {dtype}.",
+    f"variant `{exp.variant}`. The parameters are the {restore.name_of(trained.tree)}, in {dtype}.",
     "",
     "## Use",
     "",
@@ -405,7 +406,7 @@ def define_common_flags() -> None:
     "workdir", None, "Folder of checkpoints; or an export, or its name on the hub."
   )
   flags.DEFINE_string("out", None, "Folder to make.")
-  flags.DEFINE_enum("tree", "ema", list(TREES), "Which parameters.")
+  flags.DEFINE_string("tree", "ema", "Which parameters of a run.")
   flags.DEFINE_integer("step", None, "Of the checkpoint; the newest.", lower_bound=0)
   flags.mark_flags_as_required(["workdir", "out"])
 

@@ -1,7 +1,7 @@
 """Exports the sampler of a checkpoint as StableHLO, which samples without this package.
 
   python -m ism_jax stablehlo --workdir=W --out=DIR [--steps=1 --steps=1/2,1/4,1/4 ...]
-      [--tree=ema|target_ema|params] [--step=N]
+      [--tree=ema|target_ema|params|ema:DECAY] [--step=N]
 
 DIR is written whole or not at all, and replaces nothing:
 

@@ -215,7 +215,8 @@ def analyse(exp: Experiment, top: Topology, iterations: int, rounds: int) -> dic
     "needed": max(one["needed"] + one["meanwhile"] for one in reports.values()),
     "state": {
       field: bytes_per_device(getattr(state, field))
-      for field in ("params", "opt_state", "ema", "target_ema")
+      for field in ("params", "opt_state", "ema", "target_ema", "others")
+      if getattr(state, field)
     },
     "flops": {**step._asdict(), "model": step.model, "per_chip": step.model / mesh.size},
     "programs": reports,

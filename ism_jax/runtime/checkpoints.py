@@ -16,6 +16,7 @@ import shutil
 import zlib
 
 from absl import logging
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,15 +257,25 @@ def restore(manager, like, step=None):
 
 
 def restore_tree(manager, name, like, step=None):
-  """Reads and checks one field of the state, such as one EMA, that is `like`; else as `restore`."""
+  """Reads and checks one field of the state, such as one EMA, that is `like`; else as `restore`.
+
+  Of a field that is a dict, "FIELD/KEY" is one of its values.
+  """
   step = _existing_step(manager, step)
-  saved, checksums = _contents(manager, step)
-  if name not in saved:
+  tree, checksums = _contents(manager, step)
+  *fields, key = name.split("/")
+  for field in fields:
+    tree = tree.get(field, {})
+  if key not in tree:
     raise ValueError(
       f"the state in {manager.directory}/{step} has no {name!r}; "
-      f"it has: {', '.join(sorted(saved))}. Name one of them."
+      f"it has: {', '.join(sorted('/'.join((*fields, k)) for k in tree))}. Name one of them."
     )
-  return _read_arrays(manager, step, {name: saved[name]}, {name: like}, checksums)[name]
+  within = lambda value: traverse_util.unflatten_dict({name: value}, sep="/")
+  read = _read_arrays(manager, step, within(tree[key]), within(like), checksums)
+  for part in (*fields, key):
+    read = read[part]
+  return read
 
 
 def read_position(manager, step=None):
@@ -274,7 +285,7 @@ def read_position(manager, step=None):
 
 
 def tree_checksum(manager, name, step) -> str:
-  """A checksum of one field of the state, such as one EMA, as it was saved: 8 digits in hex."""
+  """A checksum of what `restore_tree` reads, as it was saved: 8 digits in hex."""
   sums = _read_checksums(manager, step)["state"]
   return f"{_json_checksum({k: v for k, v in sums.items() if k.startswith(f'{name}/')}):08x}"
 

@@ -106,8 +106,9 @@ def two_calls(exp, mesh):
 @pytest.mark.slow
 def test_a_sharded_state_trains_as_a_replicated_one():
   optimizer = {"eps": 1e-2, "clip_norm": 1.0}  # so that Adam does not blow rounding up
-  expected, paired = two_calls(*placed("replicated", 1, optimizer=optimizer))
-  exp, mesh = placed("sharded", 8, optimizer=optimizer)
+  changes = {"optimizer": optimizer, "ema": {"others": (0.2,)}}
+  expected, paired = two_calls(*placed("replicated", 1, **changes))
+  exp, mesh = placed("sharded", 8, **changes)
   state, info = two_calls(exp, mesh)
   for (path, a), b in zip(
     jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(state), strict=True
@@ -118,7 +119,8 @@ def test_a_sharded_state_trains_as_a_replicated_one():
   kernel = lambda tree: tree["blocks"]["fc1"]["kernel"]
   local = lambda a: a.addressable_shards[0].data.shape
   adam = next(s for s in state.opt_state[1] if hasattr(s, "mu"))
-  for tree in (state.params, state.ema, state.target_ema, adam.mu, adam.nu):
+  averages = state.ema, state.target_ema, state.others["ema:0.2"]
+  for tree in (state.params, *averages, adam.mu, adam.nu):
     assert np.prod(local(kernel(tree))) == kernel(tree).size // 8
 
 
@@ -186,6 +188,12 @@ def test_the_estimate_is_that_of_xl_on_a_pod():
     np.testing.assert_allclose(
       steps.replicated_bytes(experiment.parse(config), 64), measured, rtol=0.03
     )
+  exp = experiment.parse(config)
+  config.ema.others = (0.99, 0.999)
+  state = steps.abstract_state(exp, sharding.data_mesh())
+  parameters = sum(a.size for a in jax.tree.leaves(state.params))
+  more = steps.replicated_bytes(experiment.parse(config), 64) - steps.replicated_bytes(exp, 64)
+  assert more == 2 * 4 * parameters
 
 
 def test_a_latent_is_drawn_from_its_moments_anew_for_each_pool(mesh, monkeypatch):
