@@ -26,6 +26,7 @@ def get_base() -> ml_collections.ConfigDict:
       "micro_batches": 1,
       "scan_steps": 8,
       "init_from": "",  # a workdir; a state dict of SiT or an export, also by its name on the hub
+      "init_time": "noise_to_data",  # "data_to_noise" of REPA's and DMF's state dicts
       "placement": "auto",
       "gradient_dtype": "float32",
       "profile_steps": 0,

@@ -17,6 +17,7 @@ import ml_collections
 from ism_jax import couplings, objectives, paths, protocol, ranges, state, wavelets
 from ism_jax import model as model_lib
 from ism_jax.data import latents, pipeline
+from ism_jax.pretrained import sit
 from ism_jax.runtime import files, sharding
 
 Count = Annotated[int, "[1, 1e9]"]
@@ -155,6 +156,8 @@ class Experiment:
     init_from: the network with which a run begins: a state dict of SiT's or an export, by its path
       or its name on the Hugging Face hub, or the workdir of a run; see `restore.read_start`. "" is
       a new network. A run that continues does not read it.
+    init_time: how time runs in that state dict: "noise_to_data", as here and in SiT's own code, or
+      "data_to_noise", as in REPA's and DMF's, which is converted; see `sit.reverse_time`.
     placement: of the train state: "replicated" (all of it on every device), "sharded" (split over
       the devices of a slice; a step gathers the parameters) or "auto" (sharded where several
       accelerators share the work, but for `steps.placement`'s exceptions).
@@ -170,6 +173,9 @@ class Experiment:
   micro_batches: BatchSize = dataclasses.field(metadata=_UNLEARNT)
   scan_steps: Count = dataclasses.field(metadata=_UNLEARNT)
   init_from: str = dataclasses.field(metadata=_LEARNT | {"path": True})
+  init_time: Annotated[str, sit.TIMES] = dataclasses.field(
+    default="noise_to_data", metadata=_LEARNT
+  )
   placement: Annotated[str, sharding.PLACEMENTS] = dataclasses.field(metadata=_UNLEARNT)
   gradient_dtype: Annotated[str, state.DTYPES] = dataclasses.field(
     default="float32", metadata=_LEARNT

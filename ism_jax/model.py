@@ -81,11 +81,14 @@ class ModelConfig:
     return int(self.size.partition("/")[2])
 
 
-def sinusoid(a, dim: int = 256, max_period: float = 10_000.0):
-  """[B] -> [B, dim]: [cos(a f), sin(a f)] at dim/2 frequencies f from 1 to 1/max_period."""
-  half = dim // 2
-  frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-  angles = a.astype(jnp.float32)[:, None] * frequencies
+def frequencies(count: int, max_period: float = 10_000.0):
+  """[count] of a sinusoid, from 1 to 1/max_period."""
+  return jnp.exp(-math.log(max_period) * jnp.arange(count, dtype=jnp.float32) / count)
+
+
+def sinusoid(a, dim: int = 256):
+  """[B] -> [B, dim]: [cos(a f), sin(a f)] at dim/2 frequencies f."""
+  angles = a.astype(jnp.float32)[:, None] * frequencies(dim // 2)
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

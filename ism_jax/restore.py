@@ -171,7 +171,8 @@ def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
   has its name, and a new one that of "no class", whose own row always comes along. Where names are
   unknown, as many classes are the same by number, and 1,000 others are taken to be ImageNet's, as
   of SiT's. Positions are fixed, so that another size of images fits. Embedders that a network of
-  SiT's lacks are left out, see `sit.complete`.
+  SiT's lacks are left out, see `sit.complete`. Where its time is reversed (`exp.init_time`), it is
+  converted by `sit.reverse_time`.
 
   Args:
     source: the workdir of a run, of which the inference EMA is taken; an export; or what `sit.read`
@@ -179,7 +180,8 @@ def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
     names: of the classes of the data, by label; None where it has numbers alone.
   Raises:
     FileNotFoundError: nothing of the kind is at `source`.
-    ValueError: it is damaged, or no network of this model and as many channels.
+    ValueError: it is damaged, no network of this model and as many channels, or one of this project
+      whose time is to be reversed.
   """
   if is_run(source):
     trained = read(source)
@@ -191,6 +193,8 @@ def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
     (state, about), known = sit.read(source), None
     with contextlib.suppress(FileNotFoundError, ValueError):  # a state dict alone
       known = _names(find_export(source, beside=())[1])
+  if exp.init_time == "data_to_noise":
+    state = sit.reverse_time(state, about)
   network = exp.network()
   params = sit.to_own_params(state, network, exp.image_shape, about)
   table, count = params["y_embedder"]["embedding"], exp.data.num_classes

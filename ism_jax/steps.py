@@ -246,6 +246,14 @@ def abstract_pool(exp: Experiment, mesh):
   return images | {"c": in_pool(rows, np.int32)}
 
 
+def draw_images(exp: Experiment, arrays: dict, key):
+  """Images [N, H, W, C] of the data: its "x1", or latents drawn from its "moments"."""
+  if not exp.data.vae:
+    return arrays["x1"]
+  noise = jax.random.normal(key, (len(arrays["moments"]), *exp.image_shape))
+  return vae.sample_latent(arrays["moments"], noise, exp.data.vae_scale, exp.data.vae_shift)
+
+
 def couple_function(exp: Experiment, mesh) -> Callable:
   """couple(pool, keys, index) -> (pool {"x0", "x1": [K, M, ...], "c": [K, M]}, diagnostics).
 
@@ -267,16 +275,11 @@ def couple_function(exp: Experiment, mesh) -> Callable:
   def couple(pool, keys: Keys, index):
     key_noise = jax.random.fold_in(keys.noise, index)
     key_pairing = jax.random.fold_in(keys.pairing, index)
-    c, shape = flatten(pool["c"]), (exp.coupling.pool_size * exp.batch_size, *exp.image_shape)
-    if exp.data.vae:
-      noise = jax.random.normal(jax.random.fold_in(keys.latents, index), shape)
-      factors = (exp.data.vae_scale, exp.data.vae_shift)
-      x1 = vae.sample_latent(flatten(pool["moments"]), noise, *factors)
-    else:
-      x1 = flatten(pool["x1"])
-    x0 = jax.random.normal(key_noise, shape)
+    flat = jax.tree.map(flatten, pool)
+    x1 = draw_images(exp, flat, jax.random.fold_in(keys.latents, index))
+    x0 = jax.random.normal(key_noise, x1.shape)
     x0, info = couplings.pair(
-      x0, x1, c, key_pairing, exp.coupling, exp.data.num_classes, **over_devices
+      x0, x1, flat["c"], key_pairing, exp.coupling, exp.data.num_classes, **over_devices
     )
     return {"x0": unflatten(x0), "x1": unflatten(x1), "c": pool["c"]}, info
 
@@ -286,6 +289,28 @@ def couple_function(exp: Experiment, mesh) -> Callable:
     donate_argnames=() if exp.data.vae else "pool",
     out_shardings=(in_pool, sharding.replicated(mesh)),
   )
+
+
+def velocity_errors_function(exp: Experiment, mesh) -> Callable:
+  """errors(params, images, key) -> [2], which tell how time runs in the network.
+
+  The mean squared errors of s(x_t, t) and of -s(x_t, 1 - t), its reading with time reversed, as the
+  velocity at d = 0 and w = 0, at times of the grid. The images are a batch as the data has it,
+  split over the devices. Both errors are the same, about, of a network that knows nothing.
+  """
+  network = exp.network(sharding.device_kind(mesh))
+
+  def errors(params, images, key):
+    key_latents, key_noise, key_times = jax.random.split(key, 3)
+    x1 = draw_images(exp, images, key_latents)
+    x0 = jax.random.normal(key_noise, x1.shape)
+    t = jax.random.randint(key_times, x1.shape[:1], 0, paths.FINEST) / paths.FINEST
+    x_t, v, zero = paths.interpolate(x0, x1, t), paths.velocity(x0, x1), jnp.zeros_like(t)
+    s = velocity_over_mesh(network, params, mesh)
+    readings = s(x_t, t, images["c"], zero, zero), -s(x_t, 1 - t, images["c"], zero, zero)
+    return jnp.stack([jnp.mean(jnp.square(reading - v)) for reading in readings])
+
+  return jax.jit(errors, out_shardings=sharding.replicated(mesh))
 
 
 def draw_conditions(exp: Experiment, state, batch, keys: Keys) -> objectives.Conditions:

@@ -14,6 +14,7 @@ import numpy as np
 from ism_jax import data, experiment, restore, steps
 from ism_jax.evaluation.monitor import Monitor
 from ism_jax.experiment import Experiment
+from ism_jax.pretrained import sit
 from ism_jax.runtime import checkpoints, commands, files, locks, logs, sharding
 from ism_jax.state import TrainState
 
@@ -138,6 +139,8 @@ def _train(exp: Experiment, config, workdir: str, mesh, source):
     about = {"dataset": source.identity, "classes": source.classes}
     about["class_counts"] = source.class_counts
     state, log = start_or_continue(exp, config, workdir, mesh, manager, pools, about)
+    if exp.init_from and int(state.step) == 0:
+      check_time(exp, mesh, state.params, source)
     if int(state.step) >= total:
       logging.info("%s has all %d steps already.", workdir, total)
       return state, None
@@ -178,6 +181,30 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
   pools.set_state(position["pools"])
   logging.info("Continuing from step %d of %s.", step, workdir)
   return state, position["log"]
+
+
+def check_time(exp: Experiment, mesh, params, source) -> None:
+  """Raises ValueError where time runs the other way in the parameters that a run begins with.
+
+  Judged are 64 images, or one for each device. In the middle of the path the wrong reading of a
+  trained network points away from the data, and its error is several times that of the right one;
+  of a network that knows nothing of the data, both are the same. Half lies between.
+  """
+  count = mesh.size * -(-64 // mesh.size)
+  rows, seed = sharding.local_rows(mesh, count), exp.data.seed
+  images = data.pools(source, batch_size=count, pool_size=1, seed=seed, rows=rows, num_threads=0)
+  first = {name: array[0] for name, array in next(images).items()}
+  first = sharding.global_arrays(sharding.rows(mesh), first)
+  key = jax.random.fold_in(steps.base_keys(exp.seed).noise, exp.total_steps)  # that of no pool
+  error, reverse = map(float, steps.velocity_errors_function(exp, mesh)(params, first, key))
+  errors = (
+    f"{exp.init_from} with init_time={exp.init_time} has a mean squared velocity error of "
+    f"{error:.3g} on this data, and of {reverse:.3g} with time and sign reversed"
+  )
+  if reverse < error / 2:
+    (other,) = set(sit.TIMES) - {exp.init_time}
+    raise ValueError(f"{errors}: set init_time={other}.")
+  logging.info("%s.", errors)
 
 
 def _loop(exp, config, workdir, mesh, manager, pools, about, state, log, preempted):

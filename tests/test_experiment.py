@@ -114,6 +114,19 @@ def test_imagenet_names_variants_sizes_and_the_length_of_the_ablation():
     imagenet256.get_config("ism,sm")
 
 
+def test_fine_tuning_begins_with_sits_own_file_and_composes_with_other_words():
+  for module, file in ((imagenet256, "SiT-XL-2-256.pt"), (imagenet512, "SiT-XL-2-512.pt")):
+    exp = experiment.parse(module.get_config("finetune"))
+    assert (exp.init_from, exp.init_time, exp.variant) == (file, "noise_to_data", "ism")
+    assert exp.total_steps == exp.steps == 10 * exp.checkpoint.keep_every
+    assert (exp.objective.curriculum, exp.objective.w_ramp) == (0.5, 0.25)
+  exp = experiment.parse(imagenet256.get_config("b2,250k,finetune,sm"))
+  assert (exp.model.size, exp.steps, exp.variant) == ("SiT-B/2", 250_000, "sm")
+  assert (exp.optimizer.b2, exp.optimizer.clip_norm) == (0.95, 1.0)
+  new = experiment.parse(imagenet256.get_config())
+  assert (new.init_from, new.optimizer.clip_norm, new.objective.curriculum) == ("", 0, 0)
+
+
 def test_rows_of_the_ablation_differ_by_the_techniques_they_are_named_for():
   rows = {v: digits.get_config(v).to_dict() for v in base.VARIANTS}
 

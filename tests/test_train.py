@@ -1,5 +1,6 @@
 """The loop on real digits: what it leaves, that it continues, and that it stops when it should."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,14 +12,17 @@ import types
 import examples
 from examples import draw_samples
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import safetensors.numpy
 import sklearn.datasets
 
-from ism_jax import data, experiment, generate, ranges, restore, steps, train
+from ism_jax import data, experiment, generate, model, paths, ranges, restore, steps, train
 from ism_jax.evaluation import evaluate, monitor, reference
 from ism_jax.export import pytorch
+from ism_jax.pretrained import sit
 from ism_jax.runtime import checkpoints, commands, files, locks, logs, sharding
 
 
@@ -57,6 +61,24 @@ def run(tmp_path_factory, one_device):
   return workdir, jax.device_get(state), made
 
 
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+  """{init_time: a state dict of SiT's keys}: the packaged network of digits, at d = 0 and w = 0."""
+  trained = restore.read("digits")
+  params = jax.device_get(trained.params)
+  embedder = model.ScalarEmbedder(params["t_embedder"]["mlp_0"]["bias"].size)
+  for name, at_zero in (("d_embedder", paths.level(np.zeros(1))), ("w_embedder", np.zeros(1))):
+    condition = embedder.apply({"params": params.pop(name)}, at_zero)[0]
+    params["t_embedder"]["mlp_2"]["bias"] = params["t_embedder"]["mlp_2"]["bias"] + condition
+  state = sit.from_params(params, trained.exp.network(), trained.exp.image_shape)
+  folder, made = tmp_path_factory.mktemp("starts"), {}
+  for time_, arrays in zip(sit.TIMES, (state, sit.reverse_time(state, "it")), strict=True):
+    made[time_] = str(folder / f"{time_}.safetensors")
+    arrays = {key: np.ascontiguousarray(a, np.float32) for key, a in arrays.items()}
+    safetensors.numpy.save_file(arrays, made[time_])
+  return made
+
+
 def entries(workdir):
   with open(workdir / "metrics.jsonl") as f:
     return [json.loads(line) for line in f]
@@ -73,6 +95,46 @@ def assert_close_params(state, expected):
     jax.tree_util.tree_leaves_with_path(expected.params), jax.tree.leaves(state.params), strict=True
   ):
     np.testing.assert_allclose(b, a, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("time_", sit.TIMES)
+def test_a_run_begins_with_a_network_of_either_time_and_refuses_the_other(
+  starts, tmp_path, time_, caplog
+):
+  caplog.set_level("INFO", "absl")
+  (other,) = set(sit.TIMES) - {time_}
+  config = tiny_config()
+  config.update({"init_from": starts[time_], "init_time": other})
+  with pytest.raises(ValueError, match=rf"velocity error of .* reversed: set init_time={time_}\."):
+    train.train(config, str(tmp_path))
+  assert not list((tmp_path / "checkpoints").iterdir())
+  config.init_time = time_
+  exp, mesh = experiment.parse(config), sharding.data_mesh()
+  params = restore.read_start(exp.init_from, exp, None)
+  original = dataclasses.replace(exp, init_from=starts[sit.TIMES[0]], init_time=sit.TIMES[0])
+  expected = restore.read_start(original.init_from, original, None)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, expected)
+  params = steps.init_function(exp, mesh)(jax.random.key(0), params).params
+  train.check_time(exp, mesh, params, data.load_source(exp.data))
+  assert f"init_time={time_} has a mean squared velocity error" in caplog.text
+
+
+def test_both_readings_of_a_network_err_as_its_reverse_does_and_one_of_no_knowledge_alike(starts):
+  exp, mesh = experiment.parse(tiny_config()), sharding.data_mesh()
+  digits = sklearn.datasets.load_digits()
+  images = {"x1": np.float32(digits.images[:64, ..., None] / 8 - 1)}
+  images["c"] = np.int32(digits.target[:64])
+  images = sharding.global_arrays(sharding.rows(mesh), images)
+  init, measure = steps.init_function(exp, mesh), steps.velocity_errors_function(exp, mesh)
+  key = jax.random.key(1)
+  begun = [init(key, restore.read_start(path, exp, None)).params for path in starts.values()]
+  errors, of_reverse = (measure(params, images, key) for params in begun)
+  np.testing.assert_allclose(errors, of_reverse[::-1], rtol=1e-3)
+  assert 5 * errors[0] < errors[1]
+  # Where the output is zero, the error is the mean square of the velocity.
+  error, reverse = measure(jax.tree.map(jnp.zeros_like, begun[0]), images, key)
+  assert error == reverse
+  np.testing.assert_allclose(error, 1 + np.mean(images["x1"] ** 2), rtol=0.05)
 
 
 def test_a_whole_run_compiles_each_function_once(run):

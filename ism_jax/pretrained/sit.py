@@ -4,7 +4,8 @@ Keys and layouts are the official code's (SiT, arXiv:2401.08740), in which time 
 data and the network predicts x1 - x0, as here. The embedders of d and w, which it lacks, are named
 after its t_embedder. PyTorch's matrices are [out, in] where Flax has [in, out], its patch embedding
 is a convolution [D, C, ph, pw] where ours is a matrix [ph pw C, D], and its blocks are numbered
-where ours are stacked.
+where ours are stacked. REPA's code (arXiv:2410.06940) has the same keys, but time from data to
+noise: see `reverse_time`.
 
 Axes: T tokens, D width, C channels.
 """
@@ -18,14 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.model import SiT, init_params, position_embedding
+from ism_jax.model import SiT, frequencies, init_params, position_embedding
 from ism_jax.pretrained import hub, torch_files, weights
 
 # Of a folder that `export` writes: where diffusers looks for them; where older exports have them.
 WEIGHTS, OLDER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors", "model.safetensors"
 CONFIG = "config.json"
 EMBEDDERS = ("d_embedder", "w_embedder")  # which SiT's own code does not have
+TIMES = ("noise_to_data", "data_to_noise")  # how time runs in a state dict: as here, or reversed
 
+_TRAINING_ONLY = ("projectors", "logvar_linear")  # modules of REPA's and DMF's code
+_FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
+_TIME = "t_embedder.mlp.0.weight"
 _POSITIONS, _LABELS = "pos_embed", "y_embedder.embedding_table.weight"
 _MODULES = {  # of ours: SiT's name, with the number of the block
   "x_embedder": "x_embedder.proj",
@@ -117,6 +122,37 @@ def to_own_params(state: dict[str, Any], model: SiT, shape: tuple[int, int, int]
   return to_params(state, model, shape, source)
 
 
+def reverse_time(state: dict[str, Any], source: str) -> dict[str, Any]:
+  """The state dict of s(x, t) = -s'(x, 1 - t), of that of s'.
+
+  s' is trained with t = 0 at the data, to predict noise less data, as by REPA's code. Of its first
+  layer on [cos ft, sin ft], [A | B], that on the features of 1 - t is
+  [A cos f + B sin f | A sin f - B cos f]; the last layer changes its sign. What REPA and DMF need
+  in training only is left out.
+
+  Args:
+    state: arrays by key; `to_params` lists what is wrong with them.
+    source: where they are from, for the error.
+  Raises:
+    ValueError: it has embedders of d or w: it is of this project, and of its time.
+  """
+  modules = {str(key).partition(".")[0] for key in state}
+  if ours := [name for name in EMBEDDERS if name in modules]:
+    raise ValueError(
+      f"{source} has {' and '.join(ours)}: it is a network of this project, whose time runs from "
+      "noise to data. Set init_time=noise_to_data."
+    )
+  state = {k: a for k, a in state.items() if str(k).partition(".")[0] not in _TRAINING_ONLY}
+  floating = lambda a: isinstance(a, np.ndarray) and jnp.issubdtype(a.dtype, jnp.floating)
+  reverse = {key: -state[key] for key in _FINAL if floating(state.get(key))}
+  if floating(first := state.get(_TIME)) and first.ndim == 2 and first.shape[1] % 2 == 0:
+    f = np.asarray(frequencies(first.shape[1] // 2), np.float64)
+    a, b = np.split(first.astype(np.float64), 2, axis=1)
+    first_reverse = np.hstack([a * np.cos(f) + b * np.sin(f), a * np.sin(f) - b * np.cos(f)])
+    reverse[_TIME] = first_reverse.astype(np.promote_types(first.dtype, np.float32))
+  return state | reverse
+
+
 def _grid(positions) -> tuple[int, int] | None:
   """Rows and columns of `position_embedding` [1, T, D]; None where it is none."""
   if not isinstance(positions, np.ndarray) or positions.ndim != 3 or not positions.size:
@@ -196,7 +232,7 @@ def _to_torch(path, array, patch):
 def _without_variances(state, model, channels):
   """`state`, with the first half of the channels of each pixel where there are twice as many."""
   pixels, velocity = model.cfg.patch**2, {}
-  for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+  for key in _FINAL:
     array = state.get(key)
     if isinstance(array, np.ndarray) and array.shape[:1] == (2 * pixels * channels,):
       halves = array.reshape(pixels, 2, channels, *array.shape[1:])
@@ -228,6 +264,11 @@ def _remedy(state):
   embed = state.get("x_embedder.proj.weight")
   if getattr(embed, "ndim", 0) != 4:
     return "It is no state dict of SiT: name another file."
+  if {str(key).partition(".")[0] for key in state} & set(_TRAINING_ONLY):
+    return (
+      "It is of REPA's code or DMF's, in which time runs from data to noise: begin a training with "
+      "it by init_time=data_to_noise, which converts it."
+    )
   depth = len({key.split(".")[1] for key in state if str(key).startswith("blocks.")})
   return (
     f"It has {depth} blocks of width {embed.shape[0]}, patches of {embed.shape[2]} pixels and "

@@ -113,6 +113,33 @@ def test_of_a_published_network_all_is_taken_but_its_variances(learn_sigma):
   assert_equal(sit.to_params(state, net, SHAPE, "it"), params)
 
 
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_a_network_of_reversed_time_is_converted_exactly(learn_sigma):
+  net = network()
+  state, theirs = published(net, learn_sigma)
+  only_in_training = {"projectors.0.0.weight": np.ones((3, 3)), "logvar_linear.bias": np.ones(1)}
+  with pytest.raises(ValueError, match=r"(?s)unexpected: projectors.*init_time=data_to_noise"):
+    sit.to_params(state | only_in_training, net, SHAPE, "it")
+  ours = sit.to_params(sit.reverse_time(state | only_in_training, "it"), net, SHAPE, "it")
+  absent = {k: v for k, v in random_params(net, SHAPE).items() if k in sit.EMBEDDERS}
+  absent = jax.tree.map(np.zeros_like, absent)
+  x, t, c, d, w = inputs()
+  velocity = jax.jit(lambda params, t: net.apply({"params": params | absent}, x, t, c, d, w))
+  assert relative(velocity(ours, t), -velocity(theirs, 1 - t)) < 1e-5
+  assert relative(velocity(ours, t), velocity(theirs, t)) > 0.1
+  with pytest.raises(ValueError, match=r"has d_embedder and w_embedder.*init_time=noise_to_data"):
+    sit.reverse_time(sit.from_params(theirs | absent, net, SHAPE), "it")
+
+
+def test_the_embedding_of_reversed_time_is_that_of_the_time():
+  first, key = np.random.default_rng(2).standard_normal((7, 256)), "t_embedder.mlp.0.weight"
+  f = np.float64(model.frequencies(128))
+  features = lambda t: np.concatenate([np.cos(f * t), np.sin(f * t)])
+  reverse = sit.reverse_time({key: first}, "it")[key]
+  for t in (0.0, 1 / 128, 0.3, 0.5, 1.0):
+    np.testing.assert_allclose(reverse @ features(t), first @ features(1 - t), atol=1e-10)
+
+
 def with_new_embedders(net):
   """The parameters that a run begins with, after those of a published network."""
   state, _ = published(net)
