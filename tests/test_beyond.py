@@ -221,7 +221,7 @@ def test_a_network_that_is_given_the_interval_learns_guidance_from_its_start_on(
   config = tiny_config()
   config.objective.t_interval_max = 0.5
   exp = experiment.parse(config)
-  conditions, rows = draw(4_000, t_interval_max=0.5)
+  conditions, _ = draw(4_000, t_interval_max=0.5)
   start = conditions.w[:, 1]
   assert start.min() >= 0
   assert 0.49 < start.max() <= 0.5
