@@ -7,6 +7,7 @@ Axes: N images, in the order of the source, R noises of each.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -35,7 +36,7 @@ def noise_seeds(source, data: pipeline.DataConfig, cfg: couplings.CouplingConfig
   """The table int32 [N, R] of a source: kept in the dataset's folder, or else made and kept there.
 
   The first process makes or reads it, and the others are given it. Where the dataset's folder
-  cannot be written, it is in the cache of weights.
+  cannot be written, or is in a bucket, it is in the cache of weights.
 
   Args:
     keys: of the run, see `steps.base_keys`: with another seed it is another table.
@@ -52,12 +53,7 @@ def noise_seeds(source, data: pipeline.DataConfig, cfg: couplings.CouplingConfig
 
 def _kept_or_made(source, data, cfg, keys):
   digest = _digest(source, data, cfg, keys)
-  folder = os.path.join(pipeline.directory(data), "pairs")
-  try:
-    files.check_writable(folder)
-  except OSError:
-    folder = os.path.join(weights.cache(), "pairs")
-  path = os.path.join(folder, f"{digest[:16]}.npz")
+  path = os.path.join(_folder(data), f"{digest[:16]}.npz")
   if os.path.exists(path):
     try:
       return _read(path, (len(source), cfg.class_rounds), digest)
@@ -70,6 +66,15 @@ def _kept_or_made(source, data, cfg, keys):
   except OSError as error:
     logging.warning("The pairs could not be kept (%s): the next start makes them again.", error)
   return table
+
+
+def _folder(data) -> str:
+  folder = os.path.join(pipeline.directory(data), "pairs")
+  if "://" not in folder:
+    with contextlib.suppress(OSError):
+      files.check_writable(folder)
+      return folder
+  return os.path.join(weights.cache(), "pairs")
 
 
 def _digest(source, data, cfg, keys) -> str:
