@@ -8,7 +8,8 @@ potentials of far smaller magnitude.
 Open in the paper: solver, cost, regularisation, pairing and how labels enter; see `CouplingConfig`.
 
 "classwise" is not the paper's: the images of a class are paired with all of N(0, I), before
-training, by semi-discrete transport (AlignFlow), so that noise tells nothing about the class.
+training, by semi-discrete transport (AlignFlow, arXiv:2510.15038), so that noise tells nothing
+about the class.
 
 Axes: N images or noises of the pool (rows of the cost are images, columns noises), D dimensions; of
 a class, n images and R noises of each.
