@@ -108,6 +108,11 @@ def get_base() -> ml_collections.ConfigDict:
         "max_iterations": 300,  # open
         "threshold": 1e-3,  # open
         "momentum": 1.5,  # open
+        # Of coupling="classwise", which is not the paper's.
+        "class_rounds": 16,
+        "class_epsilon": 0.01,
+        "class_steps": 2_000,
+        "class_batch": 1_024,
       },
       "optimizer": {
         "learning_rate": 1e-4,  # open; SiT, DiT and SM

@@ -7,7 +7,12 @@ potentials of far smaller magnitude.
 
 Open in the paper: solver, cost, regularisation, pairing and how labels enter; see `CouplingConfig`.
 
-Axes: N images or noises of the pool (rows of the cost are images, columns noises), D dimensions.
+"classwise" is not the paper's: the images of a class are paired with all of N(0, I), before
+training, by semi-discrete transport (AlignFlow, arXiv:2510.15038), so that noise tells nothing
+about the class.
+
+Axes: N images or noises of the pool (rows of the cost are images, columns noises), D dimensions; of
+a class, n images and R noises of each.
 """
 
 import dataclasses
@@ -16,16 +21,22 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from ott.geometry import geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import sinkhorn
+import optax
+from ott.geometry import costs, geometry, semidiscrete_pointcloud
+from ott.problems.linear import linear_problem, semidiscrete_linear_problem
+from ott.solvers.linear import semidiscrete, sinkhorn
 
 from ism_jax import ranges
 
-COUPLINGS = ("independent", "ot")
+COUPLINGS = ("independent", "ot", "classwise")
 PAIRINGS = ("permutation", "rows")
 # Of `greedy_permutation`: digits, noise and photographs take up to 10, of 128 to 2,048 of them.
 _ROUNDS = 32
+# Of Adam on the duals, in standard deviations of the cost: it decays to 0 along a cosine.
+_DUAL_RATE = 0.03
+# Noises that are drawn for each that an image is to have: few images have to be filled up.
+_DRAWS = 2
+_DRAWN_TOGETHER = 1024  # noises
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,8 @@ class CouplingConfig:
   """How noise and data are paired.
 
   Attributes:
-    coupling: "independent" (as drawn) or "ot".
+    coupling: "independent" (as drawn), "ot" within pools, or "classwise", within classes and before
+      training: of the others it only takes what begins with `class_`, but for `class_penalty`.
     pool_size: K, the batches that are paired together.
     epsilon: entropic regularisation, relative to the standard deviation of the double-centred cost.
     pairing: from the soft plan to pairs. "permutation": every noise and every image exactly once;
@@ -46,6 +58,10 @@ class CouplingConfig:
       tight one: on 60 pools of digits, 1e-3 takes 238 iterations (63 % converge, the rest stop at
       300) and attains a gain of 0.9942, and 1e-2 takes 53.5 (all converge) for 0.9927.
     momentum: over-relaxation of Sinkhorn's updates; 1 is none.
+    class_rounds: R, the noises of each image, one an epoch and then from the first again.
+    class_epsilon: entropic regularisation, relative to the standard deviation of the cost.
+    class_steps: of Adam on the duals of a class.
+    class_batch: noises in each of these steps.
   """
 
   coupling: Annotated[str, COUPLINGS]
@@ -56,6 +72,10 @@ class CouplingConfig:
   max_iterations: Annotated[int, "[1, 1000000]"]
   threshold: Annotated[float, "(0, 1]"]
   momentum: Annotated[float, "(0, 2)"]
+  class_rounds: Annotated[int, "[1, 1024]"] = 16
+  class_epsilon: Annotated[float, "[1e-4, 1]"] = 0.01
+  class_steps: Annotated[int, "[1, 1000000]"] = 2000
+  class_batch: Annotated[int, "[1, 65536]"] = 1024
 
   def __post_init__(self):
     ranges.check_fields(self, "coupling")
@@ -203,7 +223,7 @@ def pair(x0, x1, c, key, cfg: CouplingConfig, num_classes, dot_rows=dot_rows, ta
   """Pairs n noises with n images.
 
   Args:
-    x0: [N, ...] noises, in random order.
+    x0: [N, ...] noises, in random order; with "classwise" already those of the images.
     x1: [N, ...] images.
     c: [N] int, the class of each image.
     key: for pairing="rows".
@@ -213,7 +233,7 @@ def pair(x0, x1, c, key, cfg: CouplingConfig, num_classes, dot_rows=dot_rows, ta
     (x0 [N, ...] in the order of the images, diagnostics: a dict of scalars)
   """
   flat0, flat1 = x0.reshape(len(x0), -1), x1.reshape(len(x1), -1)
-  if cfg.coupling == "independent":
+  if cfg.coupling != "ot":
     return x0, {"class_shift": class_shift(flat0, c, num_classes)}
   dot = transport_cost(flat1, flat0, dot_rows)
   deviation = centred_deviation(dot)
@@ -231,3 +251,89 @@ def pair(x0, x1, c, key, cfg: CouplingConfig, num_classes, dot_rows=dot_rows, ta
     "entropy": renormalised_entropy(log_plan),
     "class_shift": class_shift(flat0, c, num_classes),
   }
+
+
+def numbered_noise(key, c, seeds, shape):
+  """N(0, I) [N, *shape]: of class c [N] the noise of number seeds [N], whatever the others are."""
+  fold_in = jax.vmap(jax.random.fold_in, (0, 0))
+  keys = fold_in(jax.vmap(lambda label: jax.random.fold_in(key, label))(c), seeds)
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def standardise(x):
+  """(x - mean) / deviation of the images [n, D] of a class, where <x_i, z> has deviation 1.
+
+  Neither affects a plan: the mean is the same for each image, and of z alone.
+  """
+  x = x - x.mean(0)
+  deviation = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(x), axis=1)))
+  return x / jnp.maximum(deviation, 1e-12)
+
+
+def class_duals(x, is_image, key, cfg: CouplingConfig):
+  """g [n] of the semi-discrete transport between N(0, I) and the images of a class, each 1/n.
+
+  They maximise the concave dual mean(g) - E_z eps log mean_i exp((<x_i, z> + g_i) / eps), by Adam
+  with fresh noises in each step: then the plan gives each image 1/n of the noise.
+
+  Args:
+    x: [n, D] images, standardised.
+    is_image: bool [n]; the others are padding, without mass.
+  """
+  weights = is_image / is_image.sum()
+  geom = semidiscrete_pointcloud.SemidiscretePointCloud(
+    jax.random.normal, x, cost_fn=costs.NegDotProduct(), epsilon=cfg.class_epsilon
+  )
+  solver = semidiscrete.SemidiscreteSolver(
+    num_iterations=cfg.class_steps,
+    batch_size=cfg.class_batch,
+    optimizer=optax.adam(optax.cosine_decay_schedule(_DUAL_RATE, cfg.class_steps)),
+    error_eval_every=cfg.class_steps,
+    error_num_repeats=1,
+    potential_ema=1.0,  # ott's is the share of the new: none of the old
+  )
+  problem = semidiscrete_linear_problem.SemidiscreteLinearProblem(geom, b=weights)
+  with jax.numpy_rank_promotion("allow"), jax.default_matmul_precision("highest"):
+    return solver(key, problem).g
+
+
+def class_seeds(x, is_image, g, label, key_noise, key_ties, shape, cfg: CouplingConfig):
+  """R noises for each image of a class, by their numbers, see `numbered_noise`.
+
+  Noise z goes to an image drawn from its column of the plan, argmax_i <x_i, z> + g_i + eps G_i with
+  Gumbel's G; an image takes the first R that it is given of `_DRAWS` R n, and where it is given
+  fewer, then those that it lost by least.
+
+  Args:
+    x, is_image, g: as in `class_duals`.
+    label: of the class.
+    shape: of a noise, of D numbers.
+  Returns:
+    (seeds int32 [n, R], given [n]: how many of the R it was given, attained gain: the mean of
+    <x_i, z> over these pairs, divided by that of optimal ones, or rather by the dual's bound of it)
+  """
+  n, rounds = len(x), cfg.class_rounds
+  chunks = -(-_DRAWS * rounds * n // _DRAWN_TOGETHER)
+
+  def take(best, chunk):
+    margins, seeds, products = best
+    drawn = chunk * _DRAWN_TOGETHER + jnp.arange(_DRAWN_TOGETHER)
+    labels = jnp.full(_DRAWN_TOGETHER, label)
+    z = numbered_noise(key_noise, labels, drawn, shape).reshape(_DRAWN_TOGETHER, -1)
+    product = dot_rows(x, z)
+    gumbel = jax.random.gumbel(jax.random.fold_in(key_ties, chunk), product.shape)
+    score = jnp.where(is_image[:, None], product + g[:, None], -jnp.inf)
+    soft = score + cfg.class_epsilon * gumbel
+    # Zero where the image is given the noise. Ties go to the earlier one.
+    margins = jnp.concatenate([margins, soft - soft.max(0)], axis=1)
+    margins, kept = jax.lax.top_k(margins, rounds)
+    numbers = jnp.broadcast_to(drawn, product.shape)
+    take_kept = lambda old, new: jnp.take_along_axis(jnp.concatenate([old, new], 1), kept, axis=1)
+    best = (margins, take_kept(seeds, numbers), take_kept(products, product))
+    return best, jnp.mean(score.max(0))
+
+  start = tuple(jnp.full((n, rounds), value) for value in (-jnp.inf, 0, 0.0))
+  (margins, seeds, products), bounds = jax.lax.scan(take, start, jnp.arange(chunks))
+  mean = lambda values: jnp.sum(jnp.where(is_image, values, 0.0)) / is_image.sum()
+  gain = mean(products.mean(1)) / jnp.maximum(bounds.mean() - mean(g), 1e-12)
+  return seeds, jnp.sum(margins == 0, axis=1), gain

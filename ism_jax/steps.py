@@ -243,6 +243,8 @@ def abstract_pool(exp: Experiment, mesh):
     if exp.data.vae
     else {"x1": in_pool((*rows, height, width, channels), np.float32)}
   )
+  if exp.coupling.coupling == "classwise":
+    images |= {"seed": in_pool(rows, np.int32), "mirror": in_pool(rows, np.bool_)}
   return images | {"c": in_pool(rows, np.int32)}
 
 
@@ -258,9 +260,10 @@ def couple_function(exp: Experiment, mesh) -> Callable:
   """couple(pool, keys, index) -> (pool {"x0", "x1": [K, M, ...], "c": [K, M]}, diagnostics).
 
   The pool that goes in has images "x1", or the "moments" [K, M, H, W, 2 C] of latents, which are
-  drawn from them each time.
+  drawn from them each time. With "classwise" it also has the "seed" [K, M] of each noise, and
+  "mirror" [K, M], whether the image is mirrored, as the noise is then, too.
   """
-  in_pool = sharding.rows(mesh, axis=1)
+  in_pool, is_classwise = sharding.rows(mesh, axis=1), exp.coupling.coupling == "classwise"
   over_devices = {}
   if mesh.size > 1:
     over_devices = {
@@ -277,7 +280,12 @@ def couple_function(exp: Experiment, mesh) -> Callable:
     key_pairing = jax.random.fold_in(keys.pairing, index)
     flat = jax.tree.map(flatten, pool)
     x1 = draw_images(exp, flat, jax.random.fold_in(keys.latents, index))
-    x0 = jax.random.normal(key_noise, x1.shape)
+    if is_classwise:
+      x0 = couplings.numbered_noise(keys.noise, flat["c"], flat["seed"], exp.image_shape)
+      mirror = flat["mirror"][:, None, None, None]
+      x0 = jnp.where(mirror, jnp.flip(x0, axis=2), x0)
+    else:
+      x0 = jax.random.normal(key_noise, x1.shape)
     x0, info = couplings.pair(
       x0, x1, flat["c"], key_pairing, exp.coupling, exp.data.num_classes, **over_devices
     )
@@ -285,8 +293,8 @@ def couple_function(exp: Experiment, mesh) -> Callable:
 
   return jax.jit(
     couple,
-    # Moments have another shape than what is made of them.
-    donate_argnames=() if exp.data.vae else "pool",
+    # Moments have another shape than what is made of them, and of seeds nothing is.
+    donate_argnames=() if exp.data.vae or is_classwise else "pool",
     out_shardings=(in_pool, sharding.replicated(mesh)),
   )
 

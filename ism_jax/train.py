@@ -127,6 +127,9 @@ def _train(exp: Experiment, config, workdir: str, mesh, source):
   cfg = exp.checkpoint
   manager = checkpoints.open_manager(workdir, keep=cfg.keep, keep_every=cfg.keep_every)
   with watch_for_preemption(manager) as preempted, checkpoints.finishing(manager):
+    seeds = None
+    if exp.coupling.coupling == "classwise":
+      seeds = data.noise_seeds(source, exp.data, exp.coupling, steps.base_keys(exp.seed))
     pools = data.pools(
       source,
       batch_size=exp.batch_size,
@@ -135,6 +138,7 @@ def _train(exp: Experiment, config, workdir: str, mesh, source):
       seed=exp.data.seed,
       rows=sharding.local_rows(mesh, exp.batch_size),
       num_threads=exp.data.num_threads,
+      seeds=seeds,
     )
     about = {"dataset": source.identity, "classes": source.classes}
     about["class_counts"] = source.class_counts

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.stats
 from sklearn import datasets
 
 from ism_jax import couplings
@@ -260,3 +261,81 @@ def test_the_pairs_are_the_same_on_one_device_and_on_eight(pool):
 def test_values_that_mean_nothing_are_refused(change):
   with pytest.raises(ValueError, match=next(iter(change))):
     dataclasses.replace(OT, **change)
+
+
+CLASSWISE = dataclasses.replace(
+  OT, coupling="classwise", class_rounds=8, class_steps=1000, class_batch=256
+)
+
+
+@jax.jit
+def solve_padded(x, is_image):
+  g = couplings.class_duals(x, is_image, jax.random.key(1), CLASSWISE)
+  settings = (3, jax.random.key(2), jax.random.key(4), x.shape[1:], CLASSWISE)
+  return g, *couplings.class_seeds(x, is_image, g, *settings)
+
+
+def solve_class(x, size):
+  """(standardised images, g, seeds, given, gain) of a class, whose images are padded to a size."""
+  x, n = np.asarray(couplings.standardise(jnp.asarray(x))), len(x)
+  padded = np.pad(x, ((0, size - n), (0, 0)))
+  g, seeds, given, gain = solve_padded(padded, np.arange(size) < n)
+  return x, *(np.asarray(a[:n]) for a in (g, seeds, given)), float(gain)
+
+
+@pytest.fixture(scope="module")
+def threes():
+  """All images of a digit, paired."""
+  digits = datasets.load_digits()
+  return solve_class((digits.data[digits.target == 3] / 8 - 1).astype(np.float32), 192)
+
+
+def noises_of(seeds):
+  """[n, R, D] of the digit."""
+  c = jnp.full(seeds.size, 3)
+  noise = couplings.numbered_noise(jax.random.key(2), c, seeds.ravel(), (64,))
+  return np.asarray(noise).reshape(*seeds.shape, 64)
+
+
+@pytest.mark.parametrize("positions", [(-2.0, 2.0), (-3.0, -1.0, -0.5, 0.5, 4.0)])
+def test_on_a_line_the_duals_split_the_noise_at_its_quantiles(positions):
+  x, g, *_ = solve_class(np.float32(positions)[:, None], 8)
+  n = len(positions)
+  quantiles = scipy.stats.norm.ppf(np.arange(1, n) / n)
+  np.testing.assert_allclose((g[:-1] - g[1:]) / np.diff(x[:, 0]), quantiles, atol=0.05)
+
+
+def test_each_image_of_a_class_is_given_its_part_of_the_noise(threes):
+  x, g, _, given, _ = threes
+  z = np.random.default_rng(0).standard_normal((100 * len(x), 64))
+  counts = np.bincount((z @ x.T + g).argmax(1), minlength=len(x))
+  assert np.mean(np.square(counts / 100 - 1)) < 0.02  # 0.01 of exact parts, by chance
+  assert given.mean() > 0.999 * CLASSWISE.class_rounds
+
+
+def test_pairs_of_a_class_gain_as_much_as_an_assignment_of_as_many_noises(threes):
+  x, _, seeds, _, gain = threes
+  repeated = np.repeat(x, 4, axis=0)
+  z = np.random.default_rng(0).standard_normal((len(repeated), 64))
+  rows, columns = scipy.optimize.linear_sum_assignment(repeated @ z.T, maximize=True)
+  optimal = np.sum(repeated[rows] * z[columns], axis=1).mean()
+  products = np.sum(x[:, None] * noises_of(seeds), axis=2)
+  assert products.mean() > 0.98 * optimal
+  assert 0.98 < gain < 1.02
+
+
+def test_the_noise_of_a_class_is_normal_although_each_image_has_its_own(threes):
+  x, _, seeds, *_ = threes
+  noise = noises_of(seeds)
+  flat = noise.reshape(-1, 64)
+  assert len(np.unique(flat, axis=0)) > 0.99 * len(flat)
+  shift = couplings.class_shift(flat, np.full(len(flat), 3), 10)
+  assert abs(shift) < 3 * np.sqrt(2 / 64) / len(flat)
+  along = flat @ np.linalg.svd(x)[2][:5].T  # where the images differ most
+  np.testing.assert_allclose(along.std(0), 1, atol=4 / np.sqrt(2 * len(flat)))
+  assert np.sum(x * noise.mean(1), axis=1).mean() > 1  # and of an image it is not
+
+
+def test_images_of_a_class_that_are_all_alike_share_its_noise():
+  *_, seeds, given, _ = solve_class(np.ones((50, 64), np.float32), 192)
+  assert len(np.unique(seeds)) > 0.99 * seeds.size and given.mean() > 0.98 * seeds.shape[1]

@@ -1,5 +1,6 @@
 """Datasets and the input pipeline: from a name to a deterministic, resumable stream of pools."""
 
+from ism_jax.data.pairs import noise_seeds
 from ism_jax.data.pipeline import (
   DataConfig,
   all_images,
@@ -17,6 +18,7 @@ __all__ = [
   "check_same",
   "directory",
   "load_source",
+  "noise_seeds",
   "pools",
   "resolve",
   "to_unit_range",

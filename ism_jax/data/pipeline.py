@@ -287,7 +287,7 @@ def check_same(trained_on: dict | None, now: dict, may_change: bool) -> None:
     logging.warning("Continuing on other data: %s.", differ)
 
 
-def pools(source, *, batch_size, pool_size, seed, flip=False, num_threads=4, rows=None):
+def pools(source, *, batch_size, pool_size, seed, flip=False, num_threads=4, rows=None, seeds=None):
   """An endless iterator over pools of training batches, each image exactly once per epoch.
 
   Args:
@@ -297,9 +297,11 @@ def pools(source, *, batch_size, pool_size, seed, flip=False, num_threads=4, row
       default all.
     pool_size: batches in a pool, K.
     seed, flip, num_threads: see DataConfig; only the seed changes which images a batch has.
+    seeds: [N, R] of the noises of each image, see `pairs`, which take turns by epochs; or None.
   Returns:
     A grain DatasetIterator of {"x1": float32 [K, M, H, W, C] in [-1, 1], "c": int32 [K, M]}; of
-    latents, of {"moments": float16 [K, M, H, W, 2 C], "c"}, mean and log-variance.
+    latents, of {"moments": float16 [K, M, H, W, 2 C], "c"}, mean and log-variance. With `seeds`,
+    also {"seed": int32 [K, M], "mirror": bool [K, M], whether the image is mirrored}.
     Its get_state() is a small dict of JSON that counts global batches: the same in every process,
     and valid for other rows, pool_size, num_threads or flip, but not for another source,
     seed or batch_size, which it does not notice.
@@ -319,7 +321,10 @@ def pools(source, *, batch_size, pool_size, seed, flip=False, num_threads=4, row
     epochs, places = np.divmod(batch * batch_size + rows, size)
     parts = [shuffle(e)[:, places[epochs == e]] for e in np.unique(epochs)]
     keys, mirror = np.concatenate(parts, axis=1)
-    arrays, labels = source.read(keys, mirror.astype(bool))
+    mirror = mirror.astype(bool)
+    arrays, labels = source.read(keys, mirror)
+    if seeds is not None:
+      arrays |= {"seed": seeds[keys, epochs % seeds.shape[1]], "mirror": mirror}
     return {**arrays, "c": labels}
 
   # One pool is read ahead while the one before it trains.

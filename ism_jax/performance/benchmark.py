@@ -145,12 +145,14 @@ def random_pool(exp: Experiment, mesh) -> dict:
 
   def draw(key):
     key_images, key_classes = jax.random.split(key)
-    return {
-      name: jax.random.randint(key_classes, a.shape, 0, exp.data.num_classes)
-      if name == "c"
-      else jax.random.normal(key_images, a.shape, a.dtype)
-      for name, a in shapes.items()
+    nothing = lambda a: jnp.zeros(a.shape, a.dtype)
+    draw_one = {
+      "c": lambda a: jax.random.randint(key_classes, a.shape, 0, exp.data.num_classes),
+      "seed": nothing,
+      "mirror": nothing,
     }
+    draw_image = lambda a: jax.random.normal(key_images, a.shape, a.dtype)
+    return {name: draw_one.get(name, draw_image)(a) for name, a in shapes.items()}
 
   placed = {name: a.sharding for name, a in shapes.items()}
   return jax.jit(draw, out_shardings=placed)(jax.random.key(1))
@@ -163,8 +165,8 @@ def step_calls(exp: Experiment, mesh) -> tuple[dict[tuple, Callable], dict[str, 
   the parameters for a gradient. All of them use one state, each the one before's.
   """
   keys = steps.base_keys(0)
-  couple = steps.couple_function(with_changes(exp, "coupling", coupling="independent"), mesh)
-  pool, _ = couple(random_pool(exp, mesh), keys, 0)
+  independent = with_changes(exp, "coupling", coupling="independent")
+  pool, _ = steps.couple_function(independent, mesh)(random_pool(independent, mesh), keys, 0)
   state = steps.init_function(exp, mesh)(keys.init)
   placed = jax.tree.map(lambda a: a.sharding, state)
   calls, programs = {}, {}
@@ -301,6 +303,9 @@ def read_rates(exp: Experiment, source, mesh, repeats: int) -> dict[int, np.ndar
 
 
 def read_pools(exp: Experiment, source, mesh, num_threads: int):
+  seeds = None
+  if exp.coupling.coupling == "classwise":  # any noises take the same time
+    seeds = np.zeros((len(source), exp.coupling.class_rounds), np.int32)
   return data.pools(
     source,
     batch_size=exp.batch_size,
@@ -309,6 +314,7 @@ def read_pools(exp: Experiment, source, mesh, num_threads: int):
     seed=0,
     rows=sharding.local_rows(mesh, exp.batch_size),
     num_threads=num_threads,
+    seeds=seeds,
   )
 
 
@@ -515,10 +521,10 @@ def benchmark(config, out: str, *, rows: int, pools: list[int], repeats: int, de
     raise ValueError(f"--pools={bad}: a pool has at least one batch: give 1 or more.")
   for size in pools:
     experiment.check_pairs(size, exp.batch_size)
-  if pools and exp.coupling.coupling == "independent":
+  if pools and exp.coupling.coupling != "ot":
     raise ValueError(
-      f"--pools={pools}: there is no pairing with coupling.coupling='independent', leave "
-      "--pools out."
+      f"--pools={pools}: there is no pairing with coupling.coupling={exp.coupling.coupling!r}, "
+      "leave --pools out."
     )
   for size in (exp.batch_size, rows):
     experiment.check_devices(dataclasses.replace(exp, batch_size=size), mesh.size)

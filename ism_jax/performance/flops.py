@@ -127,7 +127,7 @@ def couple(exp: Experiment, iterations: float, rounds: float) -> Coupling:
     iterations: of Sinkhorn; they depend on the data.
     rounds: of the greedy permutation; they depend on the data.
   """
-  if exp.coupling.coupling == "independent":
+  if exp.coupling.coupling != "ot":
     return Coupling(0, 0)
   n = exp.coupling.pool_size * exp.batch_size
   height, width, channels = exp.image_shape
