@@ -62,6 +62,7 @@ techniques=(
   "ism $objective.curriculum=1.0"
   "ism $objective.times=logit_normal $objective.grid_share=0.5"
   "ism --config.optimizer.b2=0.95"
+  "ism --config.coupling.coupling=classwise"
   "ism $objective.jump_probabilities=(1.0,1.0,1.0,1.0,1.0,1.0,3.0)"
   "ism $objective.w_scaled=True"
   "ism $objective.guided_velocity=network"

@@ -7,6 +7,7 @@ tables and figures as comparison.json, and
 
   spectrum.png            power and band energies of the samples over the real images'
   frechet_against_w.png   Fréchet distance against the guidance
+  frechet_against_steps.png   the same against the number of steps, each at its best w
   grids.png               samples
   effective_guidance.png  see `diagnosis`; takes the checkpoints and minutes, --guidance=false: none
   against_KEY.png         with --against: rows that differ only in this key of the config
@@ -149,6 +150,21 @@ def frechet_table(rows: dict[str, list[Run]], w: float | None) -> list[str]:
   return files.markdown_table(header, lines)
 
 
+def coverage_table(rows: dict[str, list[Run]]) -> list[str]:
+  """Precision and recall of each row's samples in one step and in the most, at its best w."""
+  counts = summary.step_counts([run for runs in rows.values() for run in runs])
+  ends = list(dict.fromkeys((counts[0], counts[-1])))
+  names = ("precision", "recall")
+  header = ["", *(f"{name}, NFE {n}" for n in ends for name in names)]
+  cell = lambda runs, name, n: format_spread(
+    summary.measured(runs, name, n, summary.best_w(runs, n)), ".3f"
+  )
+  lines = [
+    [row, *(cell(runs, name, n) for n in ends for name in names)] for row, runs in rows.items()
+  ]
+  return files.markdown_table(header, lines)
+
+
 def spectrum_table(rows: dict[str, list[Run]], w: float) -> list[str]:
   """High frequencies and wavelet bands of one-step and of the finest samples, over the real."""
   counts = summary.step_counts([run for runs in rows.values() for run in runs])
@@ -167,8 +183,9 @@ def training_table(rows: dict[str, list[Run]], w: float) -> list[str]:
   strengths = dict.fromkeys((0.0, w))
   header = ["", *(f"1000 × deviation from the chord, w = {s:g}" for s in strengths)]
   header += ["attained gain of OT", "class shift", "gradient norm of the consistency loss"]
+  header += ["steps/s"]
   means = {"coupling/attained_gain": ".3f", "coupling/class_shift": "z.4f"}
-  means |= {"gradient_norm/consistency": ".3f"}
+  means |= {"gradient_norm/consistency": ".3f", "steps_per_second": ".1f"}
   lines = []
   for name, runs in rows.items():
     line = [format_spread([1000 * v for v in summary.straightness(runs, s)]) for s in strengths]
@@ -192,6 +209,8 @@ def as_markdown(content: dict, rows: dict[str, list[Run]]) -> str:
     lines += [f"w = {s:g} (CFG {1 + s:g}):", "", *frechet_table(rows, s)]
   lines += ["The best w (in parentheses) of each row and NFE, by the mean over the seeds:", ""]
   lines += frechet_table(rows, None)
+  if any("precision" in result for runs in rows.values() for run in runs for result in run.results):
+    lines += ["Precision and recall at the best w:", "", *coverage_table(rows)]
   if floor := network["floor"]:
     value = f"{floor['mean']:.3f} ± {floor['sd']:.3f}"
     lines += [f"The floor is the distance of {floor['is']}, {value}.", ""]
@@ -272,7 +291,7 @@ def compare(
     "effective_scale": {
       name: [effective_guidance(run, w, examples) for run in runs]
       for name, runs in rows.items()
-      if guidance
+      if guidance and runs[0].config["objective"]["guidance"] != "two_pass"  # which has no jumps
     },
   }
   files.write_whole(path("comparison.json"), json.dumps(content, indent=2))
@@ -284,6 +303,8 @@ def compare(
     figures.spectra(spectra, rows, w, path("spectrum.png"))
   if by_w := summary.frechet_by_w(rows):
     figures.frechet_against_w(by_w, rows, content["distance_is"], path("frechet_against_w.png"))
+  by_steps = summary.frechet_by_steps(rows)
+  figures.frechet_against_steps(by_steps, content["distance_is"], path("frechet_against_steps.png"))
   if guidance:
     figures.effective_guidance(content["effective_scale"], JUMPS, w, path("effective_guidance.png"))
   if against:

@@ -163,6 +163,20 @@ def frechet_against_w(by_steps: dict[int, dict], names, distance_is: str, path: 
   _save_with_legend(fig, path)
 
 
+def frechet_against_steps(rows: dict[str, dict], distance_is: str, path: str) -> None:
+  """`summary.frechet_by_steps` against the number of steps: means and the range of the seeds."""
+  fig, ((ax,),) = _panels((7, 4))
+  for name, look in styles(rows).items():
+    mean, low, high = ([f(v) for v in rows[name].values()] for f in (np.mean, min, max))
+    ax.plot(list(rows[name]), mean, **look)
+    ax.fill_between(list(rows[name]), low, high, color=look["color"], alpha=0.2, lw=0)
+  counts = sorted({steps for by_steps in rows.values() for steps in by_steps})
+  _log2(ax.xaxis, counts, list(map(str, counts)))
+  _log2(ax.yaxis)
+  ax.set(xlabel="NFE, each at its best w", ylabel=distance_is)
+  _save_with_legend(fig, path)
+
+
 def against(panels: dict[str, dict], labels, key: str, path: str) -> None:
   """`summary.panels`: points, a line through their means, the values of `key` evenly spaced.
 

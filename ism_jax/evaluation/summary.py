@@ -52,7 +52,7 @@ class Run:
     results: those of evaluation.json as `over_real` has them.
     straightness: [{"w", "deviation_from_chord"}].
     training: means over the run of the couplings' diagnostics and of the gradient norms of the
-      losses, under their names in metrics.jsonl.
+      losses, and the median of the steps per second, under their names in metrics.jsonl.
     jumps: {"1/64": consistency loss of this d}, over the last quarter of the run.
   """
 
@@ -86,26 +86,29 @@ def read_run(workdir: str, report: dict) -> Run:
 
 def as_run(report: dict, workdir: str = "", entries: Sequence[dict] = ()) -> Run:
   """A run from the contents of its evaluation.json and of its metrics.jsonl."""
+  rates = [entry["steps_per_second"] for entry in entries if "steps_per_second" in entry]
+  rate = {"steps_per_second": float(np.median(rates))} if rates else {}
   return Run(
     workdir=workdir,
     config=report["config"],
     results=[over_real(result, report) for result in report["results"]],
     distance_is=distance_is(report),
     straightness=report.get("straightness", []),
-    training=_means(entries, lambda name: name.startswith(("coupling/", "gradient_norm/"))),
+    training=_means(entries, lambda name: name.startswith(("coupling/", "gradient_norm/"))) | rate,
     jumps=jump_losses(entries),
   )
 
 
 def over_real(result: dict, report: dict) -> dict:
-  """A result of evaluation.json: its setting, "distance" (see `distance_is`), "accuracy" if a
-  classifier judged it, and if the real images were at hand "spectrum", "bands" and "finest_octave"
-  as ratios to theirs.
+  """A result of evaluation.json: its setting, "distance" (see `distance_is`), "precision" and
+  "recall" of the same network if it has them, "accuracy" if a classifier judged it, and if the real
+  images were at hand "spectrum", "bands" and "finest_octave" as ratios to theirs.
   """
   scores = result["scores"]
   headline = scores[report["networks"][0]["name"]]
   metrics = {k: v for k, v in result.items() if k != "scores"}
   metrics["distance"] = headline.get("times_floor", headline["frechet_distance"])
+  metrics |= {name: headline[name] for name in ("precision", "recall") if name in headline}
   if "accuracy" in scores.get("classifier", {}):
     metrics["accuracy"] = scores["classifier"]["accuracy"]
   # Images of one grey each have no power to compare with.
@@ -240,6 +243,15 @@ def spectra(rows: dict[str, list[Run]], steps: int, w: float) -> dict[str, dict[
       if (values := measured(runs, name, steps, w))
     }
     for name in ("spectrum", "bands")
+  }
+
+
+def frechet_by_steps(rows: dict[str, list[Run]]) -> dict[str, dict[int, list[float]]]:
+  """{row: {steps: distances at the best w}}."""
+  return {
+    row: {steps: measured(runs, "distance", steps, best_w(runs, steps)) for steps in counts}
+    for row, runs in rows.items()
+    if (counts := [n for n in step_counts(runs) if best_w(runs, n) is not None])
   }
 
 

@@ -113,32 +113,36 @@ def test_the_tables_show_what_each_run_has_and_a_dash_for_what_it_lacks(tmp_path
   entries = [
     {"step": 4, "loss": 1.0, "coupling/attained_gain": 0.5},
     {"step": 4, "gradient_norm/consistency": 1.0},
-    {"step": 8, "loss": 1.0, "coupling/attained_gain": 0.7},
+    {"step": 8, "loss": 1.0, "coupling/attained_gain": 0.7, "steps_per_second": 5.0},
+    {"step": 9, "loss": 1.0, "steps_per_second": 7.0},
+    {"step": 10, "loss": 1.0, "steps_per_second": 100.0},
     {"step": 8, "gradient_norm/consistency": 2.0},
     {"step": 8, "gradient_norm/consistency": 6.0},
   ]
   half = result(1, 0.5, 4.0, spectrum=(4.0, 2.0, 0.5, 0.1), bands=(0.5, 1.0), accuracy=0.25)
+  unguided = result(1, 0.0, 3.0)
+  unguided["scores"]["classifier"] |= {"precision": 0.75, "recall": 0.5}
   workdirs = [
     write_run(tmp_path / "sm", [result(1, 0.5, 2.0), result(128, 0.5, 6.0)], variant="sm"),
-    write_run(
-      tmp_path / "ism", [result(1, 0.0, 3.0), half], entries=entries, straight=[(0.0, 2e-3)]
-    ),
+    write_run(tmp_path / "ism", [unguided, half], entries=entries, straight=[(0.0, 2e-3)]),
   ]
   run_compare(workdirs, tmp_path / "out")
   text = (tmp_path / "out" / "comparison.md").read_text()
-  unguided, guided, best, spectrum, training = cells(text, "`sm`")
+  unguided, guided, best, coverage, spectrum, training = cells(text, "`sm`")
+  assert coverage == ["–"] * 4
   assert unguided == ["0.95", "–", "–", "–"]
   assert guided == ["0.95", "2.00", "6.00", "0.500"]
   assert best == ["0.95", "2.00 (0.5)", "6.00 (0.5)", "0.500 (0.5)"]
   assert spectrum == ["1.00", "1.00, 1.00", "1.00", "1.00, 1.00"]
-  assert training == ["–"] * 5
-  unguided, guided, _, spectrum, training = cells(text, "`ism`")
+  assert training == ["–"] * 6
+  unguided, guided, _, coverage, spectrum, training = cells(text, "`ism`")
+  assert coverage == ["0.750", "0.500", "–", "–"]
   assert unguided == ["0.999 / 0.95", "3.00", "–", "0.500"]
   assert guided == ["0.999 / 0.95", "4.00", "–", "0.250"]
   assert spectrum == ["0.40", "0.25, 1.00", "–", "–"]  # (0.5 + 0.1) / (1 + 0.5)
-  assert training == ["2.00", "–", "0.600", "–", "3.000"]
+  assert training == ["2.00", "–", "0.600", "–", "3.000", "7.0"]
   assert "noise 77.00" in text
-  for name in ("spectrum", "frechet_against_w"):
+  for name in ("spectrum", "frechet_against_w", "frechet_against_steps"):
     assert (tmp_path / "out" / f"{name}.png").stat().st_size
   content = json.loads((tmp_path / "out" / "comparison.json").read_text())
   assert content["rows"]["`ism`"][0]["results"][1]["distance"] == 4.0
