@@ -11,8 +11,8 @@ _TECHNIQUES = ("ig", "interval", "wavelet", "sot", "twin")
 _ROWS = {"sm": (), "sm_compounding": ()}
 _ROWS |= {name: _TECHNIQUES[: i + 1] for i, name in enumerate((*_TECHNIQUES[:-1], "ism"))}
 _ROWS |= {f"no_{out}": tuple(t for t in _TECHNIQUES if t != out) for out in _TECHNIQUES[:-1]}
-PEERS = ("fm", "meanflow", "imf", "split")
-VARIANTS = (*_ROWS, *PEERS)
+OTHERS = ("fm", "meanflow", "imf", "split", "plus")  # which are not the paper's
+VARIANTS = (*_ROWS, *OTHERS)
 
 
 def get_base() -> ml_collections.ConfigDict:
@@ -173,8 +173,8 @@ def apply_variant(
   if variant not in VARIANTS:
     raise ValueError(f"variant {variant!r} is unknown; known are {', '.join(VARIANTS)}.")
   config.variant = variant
-  if variant in PEERS:
-    return _apply_peer(config, variant)
+  if variant in OTHERS:
+    return _apply_other(config, variant)
   techniques = _ROWS[variant]
   if "twin" not in techniques:
     decay = config.ema.inference_decay if one_ema is None else one_ema
@@ -202,23 +202,24 @@ def apply_variant(
   return config
 
 
-def _apply_peer(config, variant):
-  """Turns iSM into another method, at the same network, data and optimizer; configs/README.md."""
-  config.ema.target_decay = config.ema.inference_decay  # only iSM's and split's targets have one
+def _apply_other(config, variant):
+  """Turns iSM into a method that is not the paper's, as configs/README.md describes it."""
+  objective = config.objective
+  if variant == "plus":
+    objective.update({"w_scaled": True, "w_drawn": "log_uniform"})
+    return config
+  objective.times = "logit_normal"
+  if variant == "split":
+    objective.update({"jumps": "continuous", "grid_share": 0.5, "split": 0.25})
+    return config
+  config.ema.target_decay = config.ema.inference_decay  # no target is of an average
   config.coupling.coupling = "independent"
   config.wavelet.form = "l2"
-  objective = config.objective
   if variant == "fm":
-    objective.update({"guidance": "two_pass", "shares": (1, 0, 0), "times": "logit_normal"})
-    objective.times_mean = 0.0  # SiT
+    objective.update({"guidance": "two_pass", "shares": (1, 0, 0), "times_mean": 0.0})  # SiT
     return config
-  objective.update({"times": "logit_normal", "jumps": "continuous"})
+  objective.update({"target": "identity", "jumps": "continuous"})
+  objective.tangent = {"meanflow": "path", "imf": "network"}[variant]
   config.wavelet.update({"form": "adaptive", "losses": ("velocity", "guidance", "consistency")})
-  if variant == "split":
-    objective.split = 0.1
-    config.ema.target_decay = 0.95
-  else:
-    objective.target = "identity"
-    objective.tangent = {"meanflow": "path", "imf": "network"}[variant]
-    config.model.attention = "xla"  # which has a derivative in forward mode
+  config.model.attention = "xla"  # which has a derivative in forward mode
   return config

@@ -138,7 +138,10 @@ todo=() # of each run the words for run_one, then an empty one
 for row in "${expanded[@]}"; do
   read -r -a words <<< "$row $flags"
   for seed in ${SEEDS:-0 1}; do
-    workdir="$out/${words[0]}$(printf %s "${words[*]:1}" | tr -cs '[:alnum:]._=' -)-$seed"
+    name="${words[0]}$(printf %s "${words[*]:1}" | tr -cs '[:alnum:]._=' -)"
+    # A file's name has 255 bytes.
+    [ ${#name} -le 200 ] || name="${name:0:150}-$(cksum <<< "$name" | cut -d ' ' -f 1)"
+    workdir="$out/$name-$seed"
     [[ " ${workdirs[*]-} " != *" $workdir "* ]] || continue
     workdirs+=("$workdir")
     todo+=("$(printf '%q ' "$workdir" "$seed" "${words[@]}")")

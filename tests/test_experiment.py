@@ -23,7 +23,7 @@ from ism_jax.runtime import files, sharding
 
 # Those less one technique take what the cumulative rows take.
 VARIANTS = [
-  pytest.param(v, marks=pytest.mark.slow) if v.startswith("no_") or v in base.PEERS else v
+  pytest.param(v, marks=pytest.mark.slow) if v.startswith("no_") or v in base.OTHERS else v
   for v in base.VARIANTS
 ]
 
