@@ -299,6 +299,7 @@ def test_every_key_says_what_it_means_to_a_run():
   assert keys_marked("fixed") == {
     *("variant", "seed", "batch_size", "coupling.pool_size", "model.size"),
     *("objective.guidance", "objective.fixed_w", "optimizer.mu_dtype", "ema.others"),
+    *("objective.t_interval_max", "objective.w_scaled"),
     *("data.name", "data.seed", "data.flip"),
     *("data.image_size", "data.channels", "data.num_classes"),
     *("data.vae_scale", "data.vae_shift"),
