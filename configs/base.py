@@ -207,6 +207,8 @@ def _apply_other(config, variant):
   objective = config.objective
   if variant == "plus":
     objective.update({"w_scaled": True, "w_drawn": "log_uniform"})
+    config.optimizer.b2 = 0.95
+    config.coupling.coupling = "classwise"
     return config
   objective.times = "logit_normal"
   if variant == "split":
