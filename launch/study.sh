@@ -78,7 +78,6 @@ guidance=(
   no_ig
   "ism $objective.w_max=0.5 $objective.w_spacing=0.5"
   "ism $objective.guidance_parameters=target"
-  "ism $objective.shares=(5,1,2)"
   "no_ig --config.batch_size=96 $objective.shares=(2,0,1)"
 )
 methods=(fm sm ism split meanflow plus)

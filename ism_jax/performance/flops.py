@@ -66,7 +66,7 @@ def forward(exp: Experiment) -> Forward:
   tokens = height * wide // exp.model.patch**2
   attention = depth * 4 * tokens**2 * width
   dense = depth * (24 * tokens * width**2 + 12 * width**2)
-  embedders = 2 + exp.objective.intrinsic  # t, d, w
+  embedders = 2 + exp.objective.intrinsic + (exp.objective.t_interval_max > 0)  # t, d, w, interval
   outside = (
     4 * tokens * width * patch + 4 * width**2 + embedders * 2 * (_SINUSOIDS * width + width**2)
   )
@@ -77,16 +77,27 @@ def target_calls(exp: Experiment) -> float:
   """Calls of the network without gradient, per image of the batch.
 
   A guidance row takes the conditional and the unconditional velocity; a consistency row two half
-  steps, with fixed guidance each of them conditional and unconditional.
+  steps, with fixed guidance each of them conditional and unconditional. With MeanFlow's identity it
+  takes the guiding pair and a derivative in forward mode, which costs two, and along the network's
+  own velocity one call more.
   """
-  _, guidance, consistency = exp.objective.shares
-  per_consistency = 2 if exp.objective.intrinsic else 4
-  return (2 * guidance + per_consistency * consistency) / sum(exp.objective.shares)
+  objective = exp.objective
+  _, guidance, consistency = objective.shares
+  per_consistency = 2 if objective.intrinsic else 4
+  if objective.target == "identity":
+    per_consistency = 4 + (objective.tangent == "network")
+  return (2 * guidance + per_consistency * consistency) / sum(objective.shares)
+
+
+def gradient_calls(exp: Experiment) -> float:
+  """Calls of the network with gradient, per image: 1, and in a rollout half the jumps once more."""
+  shares = exp.objective.shares
+  return 1 + exp.objective.rollout * shares[2] / 2 / sum(shares)
 
 
 def forward_equivalents(exp: Experiment) -> float:
   """A step's cost in forward passes: 3 for the gradient, and the targets' calls."""
-  return 3 + target_calls(exp)
+  return 3 * gradient_calls(exp) + target_calls(exp)
 
 
 def step(exp: Experiment, attention: str = "xla") -> Step:
@@ -105,13 +116,16 @@ def step(exp: Experiment, attention: str = "xla") -> Step:
   }[exp.model.remat]
   if attention != "xla":
     again += once.attention // 2  # a kernel's backward pass begins with the logits
-  m = exp.batch_size
-  return Step(3 * m * once.total, target_calls(exp) * m * once.total, m * again)
+  m, calls = exp.batch_size, gradient_calls(exp)
+  return Step(3 * calls * m * once.total, target_calls(exp) * m * once.total, calls * m * again)
 
 
 def sample(exp: Experiment, schedule) -> int:
   """FLOPs of drawing one image in the steps of `paths.parse_schedule`."""
-  twice = 0 if exp.objective.intrinsic else sum(d == 0 for _, d in schedule)
+  if exp.objective.guidance == "two_pass":
+    twice = len(schedule)
+  else:
+    twice = 0 if exp.objective.intrinsic else sum(d == 0 for _, d in schedule)
   return (len(schedule) + twice) * forward(exp).total
 
 

@@ -1,5 +1,7 @@
 """FLOPs counted by hand, against published numbers, JAX's own program and XLA's count of it."""
 
+import dataclasses
+
 from examples import tiny_config
 import jax
 import jax.numpy as jnp
@@ -107,9 +109,16 @@ def test_a_step_has_these_matrix_products_and_remat_those_again():
     np.testing.assert_allclose(again, flops.step(exp).recomputed, rtol=5e-3)
 
 
-@pytest.mark.parametrize("variant", ["ism", "sm", "sm_compounding", "no_ig"])
-def test_the_calls_without_gradient_are_those_that_the_losses_make(variant):
+@pytest.mark.parametrize(
+  ("variant", "rollout"),
+  [
+    *((name, False) for name in ("ism", "sm", "sm_compounding", "no_ig", "fm", "meanflow", "imf")),
+    ("ism", True),
+  ],
+)
+def test_the_calls_of_the_network_are_those_that_the_losses_make(variant, rollout):
   exp = small(variant)
+  exp = dataclasses.replace(exp, objective=dataclasses.replace(exp.objective, rollout=rollout))
   n, rows = exp.batch_size, []
 
   def velocity(x_t, t, c, d, w):
@@ -123,9 +132,12 @@ def test_the_calls_without_gradient_are_those_that_the_losses_make(variant):
     )
 
   jax.eval_shape(losses, jnp.zeros((n, *exp.image_shape)), jnp.zeros(n), jnp.zeros(n, int))
-  *without_gradient, with_gradient = rows
+  *others, with_gradient = rows
   assert with_gradient == n
-  assert flops.forward_equivalents(exp) == 3 + sum(without_gradient) / n
+  consistency = exp.objective.shares[2] / sum(exp.objective.shares)
+  # Of the others a derivative in forward mode costs two calls, and one with gradient three.
+  more = consistency * (exp.objective.target == "identity") + consistency * rollout
+  assert flops.forward_equivalents(exp) == 3 + sum(others) / n + more
 
 
 def test_sampling_with_fixed_guidance_takes_two_passes_at_the_finest_steps():
@@ -133,6 +145,8 @@ def test_sampling_with_fixed_guidance_takes_two_passes_at_the_finest_steps():
   assert flops.sample(intrinsic, paths.parse_schedule(128)) == 128 * flops.forward(intrinsic).total
   assert flops.sample(fixed, paths.parse_schedule(128)) == 2 * 128 * flops.forward(fixed).total
   assert flops.sample(fixed, paths.parse_schedule(4)) == 4 * flops.forward(fixed).total
+  two_pass = small("fm")
+  assert flops.sample(two_pass, paths.parse_schedule(4)) == 8 * flops.forward(two_pass).total
 
 
 def test_the_coupling_costs_what_xla_counts():
