@@ -174,8 +174,13 @@ class ObjectiveConfig:
         f"objective.split={self.split} makes two steps that are not dyadic, which dyadic jumps "
         "never train: set jumps='continuous'."
       )
+    if self.curriculum and self.jump_probabilities and not any(self.jump_probabilities[:-1]):
+      raise ValueError(
+        f"objective.curriculum={self.curriculum} with jump_probabilities of jumps of 1 alone, of "
+        "which none is shorter: set curriculum to 0."
+      )
     steps = self.w_max / self.w_spacing
-    if not math.isclose(steps, round(steps), abs_tol=1e-6):
+    if self.w_drawn == "grid" and not math.isclose(steps, round(steps), abs_tol=1e-6):
       raise ValueError(
         f"objective.w_max={self.w_max} is not a multiple of w_spacing={self.w_spacing}: set it to "
         f"{max(1, round(steps)) * self.w_spacing:g}."

@@ -275,6 +275,7 @@ def test_an_adaptive_distance_weighs_each_gradient_by_its_square(key):
     ("objective", {"jumps": "continuous"}, "set times to uniform or logit_normal"),
     ("objective", {"jump_probabilities": (1.0, 2.0)}, "give 7 weights"),
     ("objective", {"jump_probabilities": (0.0,) * 7}, "not all 0"),
+    ("objective", {"jump_probabilities": (0.0,) * 6 + (1.0,), "curriculum": 1.0}, "jumps of 1"),
     ("objective", {"split": 0.25}, "jumps='continuous'"),
     ("objective", {"split": 0.75}, r"\[1e-4, 0.5\]"),
     ("objective", {"target": "identity"}, "model.attention='xla'"),
