@@ -19,9 +19,9 @@
 #
 #   bash launch/study.sh -- --config.steps=7000 --config.coupling.threshold=1e-3
 #
-# and those of 4,000 with --config.steps=4000 --config.coupling.threshold=1e-3. There is one run at a time for each CPU core, pinned to it (JOBS=N
-# for N at a time), and one at a time on an accelerator. What a run says is in WORKDIR.log. Run
-# again, it goes on where it was.
+# and those of 4,000 with --config.steps=4000 --config.coupling.threshold=1e-3. There is one run at a
+# time for each CPU core, pinned to it (JOBS=N for N at a time), and one at a time on an accelerator.
+# What a run says is in WORKDIR.log. Run again, it goes on where it was.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
