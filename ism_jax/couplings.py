@@ -309,13 +309,13 @@ def class_seeds(x, is_image, g, label, key_noise, key_ties, shape, cfg: Coupling
     label: of the class.
     shape: of a noise, of D numbers.
   Returns:
-    (seeds int32 [n, R], given [n]: how many of the R it was given, attained gain: the mean of
+    (seeds int32 [n, R], counts [n]: how many of the R it was given, attained gain: the mean of
     <x_i, z> over these pairs, divided by that of optimal ones, or rather by the dual's bound of it)
   """
   n, rounds = len(x), cfg.class_rounds
   chunks = -(-_DRAWS * rounds * n // _DRAWN_TOGETHER)
 
-  def take(best, chunk):
+  def score_chunk(best, chunk):
     margins, seeds, products = best
     drawn = chunk * _DRAWN_TOGETHER + jnp.arange(_DRAWN_TOGETHER)
     labels = jnp.full(_DRAWN_TOGETHER, label)
@@ -326,14 +326,14 @@ def class_seeds(x, is_image, g, label, key_noise, key_ties, shape, cfg: Coupling
     soft = score + cfg.class_epsilon * gumbel
     # Zero where the image is given the noise. Ties go to the earlier one.
     margins = jnp.concatenate([margins, soft - soft.max(0)], axis=1)
-    margins, kept = jax.lax.top_k(margins, rounds)
+    margins, places = jax.lax.top_k(margins, rounds)
     numbers = jnp.broadcast_to(drawn, product.shape)
-    take_kept = lambda old, new: jnp.take_along_axis(jnp.concatenate([old, new], 1), kept, axis=1)
-    best = (margins, take_kept(seeds, numbers), take_kept(products, product))
+    take = lambda old, new: jnp.take_along_axis(jnp.concatenate([old, new], 1), places, axis=1)
+    best = (margins, take(seeds, numbers), take(products, product))
     return best, jnp.mean(score.max(0))
 
   start = tuple(jnp.full((n, rounds), value) for value in (-jnp.inf, 0, 0.0))
-  (margins, seeds, products), bounds = jax.lax.scan(take, start, jnp.arange(chunks))
+  (margins, seeds, products), bounds = jax.lax.scan(score_chunk, start, jnp.arange(chunks))
   mean = lambda values: jnp.sum(jnp.where(is_image, values, 0.0)) / is_image.sum()
   gain = mean(products.mean(1)) / jnp.maximum(bounds.mean() - mean(g), 1e-12)
   return seeds, jnp.sum(margins == 0, axis=1), gain

@@ -312,7 +312,7 @@ def velocity_errors_function(exp: Experiment, mesh) -> Callable:
     key_latents, key_noise, key_times = jax.random.split(key, 3)
     x1 = draw_images(exp, images, key_latents)
     x0 = jax.random.normal(key_noise, x1.shape)
-    t = jax.random.randint(key_times, x1.shape[:1], 0, paths.FINEST) / paths.FINEST
+    t = paths.draw_start(key_times, jnp.zeros(len(x1)))
     x_t, v, zero = paths.interpolate(x0, x1, t), paths.velocity(x0, x1), jnp.zeros_like(t)
     s = velocity_over_mesh(*model.at_interval(network, params, exp.objective.t_interval), mesh)
     readings = s(x_t, t, images["c"], zero, zero), -s(x_t, 1 - t, images["c"], zero, zero)

@@ -181,10 +181,10 @@ def test_a_rollout_goes_on_where_the_networks_own_jump_ends_with_its_gradient():
   x_t = jax.random.normal(jax.random.key(4), (512, 2, 2, 1))
   network = lambda scale: lambda *inputs: scale * wavy(*inputs)
   followed = objectives.follow_jumps(network(0.7), x_t, conditions, cfg.shares)
-  expected, slope, alone = np.array(x_t), np.zeros(x_t.shape), 0
+  expected, slope, unjoined = np.array(x_t), np.zeros(x_t.shape), 0
   for a, b in zip(rows.consistency[0::2], rows.consistency[1::2], strict=True):
     if conditions.d[a] == 1:
-      alone += 1
+      unjoined += 1
       continue
     of = lambda values, i: np.array([values[i]])
     row = [of(values, a) for values in conditions]
@@ -193,7 +193,7 @@ def test_a_rollout_goes_on_where_the_networks_own_jump_ends_with_its_gradient():
       assert getattr(conditions, name)[a] == getattr(conditions, name)[b]
     slope[b] = conditions.d[a] * np.asarray(wavy(x_t[a : a + 1], *row))[0]
     expected[b] = x_t[a] + 0.7 * slope[b]
-  assert 0 < alone < len(rows.consistency) / 4
+  assert 0 < unjoined < len(rows.consistency) / 4
   np.testing.assert_allclose(followed, expected, rtol=1e-5, atol=1e-6)
   end = lambda scale: objectives.follow_jumps(network(scale), x_t, conditions, cfg.shares)
   np.testing.assert_allclose(jax.jacfwd(end)(0.7), slope, rtol=1e-4, atol=1e-5)

@@ -276,11 +276,11 @@ def solve_padded(x, is_image):
 
 
 def solve_class(x, size):
-  """(standardised images, g, seeds, given, gain) of a class, whose images are padded to a size."""
+  """(standardised images, g, seeds, counts, gain) of a class, whose images are padded to a size."""
   x, n = np.asarray(couplings.standardise(jnp.asarray(x))), len(x)
   padded = np.pad(x, ((0, size - n), (0, 0)))
-  g, seeds, given, gain = solve_padded(padded, np.arange(size) < n)
-  return x, *(np.asarray(a[:n]) for a in (g, seeds, given)), float(gain)
+  g, seeds, counts, gain = solve_padded(padded, np.arange(size) < n)
+  return x, *(np.asarray(a[:n]) for a in (g, seeds, counts)), float(gain)
 
 
 @pytest.fixture(scope="module")
@@ -306,11 +306,11 @@ def test_on_a_line_the_duals_split_the_noise_at_its_quantiles(positions):
 
 
 def test_each_image_of_a_class_is_given_its_part_of_the_noise(threes):
-  x, g, _, given, _ = threes
+  x, g, _, counts, _ = threes
   z = np.random.default_rng(0).standard_normal((100 * len(x), 64))
   counts = np.bincount((z @ x.T + g).argmax(1), minlength=len(x))
   assert np.mean(np.square(counts / 100 - 1)) < 0.02  # 0.01 of exact parts, by chance
-  assert given.mean() > 0.999 * CLASSWISE.class_rounds
+  assert counts.mean() > 0.999 * CLASSWISE.class_rounds
 
 
 def test_pairs_of_a_class_gain_as_much_as_an_assignment_of_as_many_noises(threes):
@@ -337,5 +337,5 @@ def test_the_noise_of_a_class_is_normal_although_each_image_has_its_own(threes):
 
 
 def test_images_of_a_class_that_are_all_alike_share_its_noise():
-  *_, seeds, given, _ = solve_class(np.ones((50, 64), np.float32), 192)
-  assert len(np.unique(seeds)) > 0.99 * seeds.size and given.mean() > 0.98 * seeds.shape[1]
+  *_, seeds, counts, _ = solve_class(np.ones((50, 64), np.float32), 192)
+  assert len(np.unique(seeds)) > 0.99 * seeds.size and counts.mean() > 0.98 * seeds.shape[1]

@@ -111,18 +111,18 @@ def _make(source, data, cfg, keys):
     classes = np.flatnonzero(sizes)
     logging.info("Pairing %d images of %d classes with noise, once.", len(labels), len(classes))
     table = np.zeros((len(labels), cfg.class_rounds), np.int32)
-    progress, given, gains = logs.Progress(len(labels)), 0, []
+    progress, count, gains = logs.Progress(len(labels)), 0, []
     for label in classes:
       members = np.flatnonzero(labels == label)
       x = _read_all(threads, lambda k: read(k)[0], members).reshape(len(members), -1)
       table[members], of_class, gain = _pair_class(x, label, keys, cfg, data.image_shape)
-      given, gains = given + of_class, [*gains, gain]
+      count, gains = count + of_class, [*gains, gain]
       progress.add(len(members))
   logging.info(
     "The pairs attain a gain of %.4f (1 is optimal); %.3g %% of the noises are other images', for "
     "want of coupling.class_rounds=%d of their own.",
     np.average(gains, weights=sizes[classes]),
-    100 * (1 - given / table.size),
+    100 * (1 - count / table.size),
     cfg.class_rounds,
   )
   return table
@@ -159,8 +159,8 @@ def _pair_class(x, label, keys, cfg, shape):
   pad = -len(x) % _UNIT
   is_image = np.arange(len(x) + pad) < len(x)
   x = np.pad(couplings.standardise(x), ((0, pad), (0, 0)))
-  seeds, given, gain = _pair_padded(x, is_image, np.int32(label), keys, shape, cfg)
-  return np.asarray(seeds)[is_image], int(np.asarray(given)[is_image].sum()), float(gain)
+  seeds, counts, gain = _pair_padded(x, is_image, np.int32(label), keys, shape, cfg)
+  return np.asarray(seeds)[is_image], int(np.asarray(counts)[is_image].sum()), float(gain)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "cfg"))
