@@ -272,7 +272,9 @@ def draw_conditions(key, c, cfg: ObjectiveConfig, null_class: int, progress=1.0)
   may_drop = is_velocity | (is_consistency & (cfg.guidance == "fixed_every_level"))
   drop = jax.random.bernoulli(key_drop, cfg.label_dropout, (n,)) & may_drop
   conditions = Conditions(t, jnp.where(drop, null_class, c), d, w)
-  return _join_jumps(conditions, rows.consistency) if cfg.rollout else conditions
+  if not cfg.rollout:
+    return conditions
+  return _join_jumps(jax.random.fold_in(key_start, 1), conditions, rows.consistency)
 
 
 def _draw_times(key_t, key_jump, key_start, is_consistency, cfg: ObjectiveConfig):
@@ -308,21 +310,23 @@ def _draw_strengths(key, n: int, cfg: ObjectiveConfig, progress):
   return cfg.w_spacing * jax.random.randint(key, (n,), 0, count).astype(jnp.float32)
 
 
-def _join_jumps(conditions: Conditions, rows) -> Conditions:
-  """Of each two consistency rows the second goes on where the first ends, with its d, c and w.
+def _join_jumps(key, conditions: Conditions, rows) -> Conditions:
+  """Makes the second of each two consistency rows go on where the first ends, with its c and w.
 
-  A jump beyond 1/2 has none to follow, and there the second row stays as it was drawn.
+  They begin and halve a jump of 2 d, so that t and d are distributed as without a rollout. A jump
+  of 1 has none to follow: there the second row is another jump of 1.
   """
   first, second = rows[0::2], rows[1::2]
-  t, c, d, w = (a[first] for a in conditions)
+  _, c, d, w = (a[first] for a in conditions)
   follows = d <= 0.5
-  t = jnp.where(follows, jnp.minimum(t, 1 - 2 * d), t)
-  joined = Conditions(t + d, c, d, w)
-  of_second = Conditions(*(a[second] for a in conditions))
+  t = paths.draw_start(key, jnp.where(follows, 2 * d, d))
   choose = lambda a, b: jnp.where(paths.expand(follows, a), a, b)
-  after = map(choose, joined, of_second)
-  conditions = Conditions(*(a.at[second].set(b) for a, b in zip(conditions, after, strict=True)))
-  return conditions._replace(t=conditions.t.at[first].set(t))
+  return Conditions(
+    conditions.t.at[rows].set(jnp.stack([t, jnp.where(follows, t + d, t)], 1).reshape(-1)),
+    conditions.c.at[second].set(choose(c, conditions.c[second])),
+    conditions.d.at[second].set(d),
+    conditions.w.at[second].set(choose(w, conditions.w[second])),
+  )
 
 
 def follow_jumps(s_online, x_t, conditions: Conditions, shares):
@@ -503,7 +507,7 @@ def losses(
   """`regression_losses` (E8) of whole periods of rows (see `deal_rows`), with their targets.
 
   Args:
-    s_online: velocity function; only its last call carries a gradient.
+    s_online: velocity function; its last call carries a gradient, and a rollout's first, too.
     s_ema: velocity function of the target EMA.
     x0: [B, H, W, C] noise.
     x1: [B, H, W, C] images.

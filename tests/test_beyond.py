@@ -126,11 +126,16 @@ def test_continuous_jumps_are_between_two_times():
   assert np.all(conditions.d[rows.velocity] == 0)
 
 
-def test_jumps_have_their_probabilities():
-  conditions, rows = draw(jump_probabilities=(1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 3.0))
-  d, counts = np.unique(conditions.d[rows.consistency], return_counts=True)
+@pytest.mark.parametrize("rollout", [False, True])
+def test_jumps_have_their_probabilities_and_any_start(rollout):
+  weights = (1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 3.0)
+  conditions, rows = draw(200_000, jump_probabilities=weights, rollout=rollout)
+  jumps = conditions.d[rows.consistency]
+  d, counts = np.unique(jumps, return_counts=True)
   np.testing.assert_array_equal(d, [1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1])
   np.testing.assert_allclose(counts / counts.sum(), np.array([1, 1, 1, 1, 1, 3]) / 8, atol=0.02)
+  starts = conditions.t[rows.consistency][jumps == 1 / 8]
+  np.testing.assert_allclose(np.bincount((8 * starts).astype(int)) / len(starts), 1 / 8, atol=0.02)
 
 
 def test_a_log_uniform_w_has_its_law_and_a_ramp_its_end():
@@ -145,7 +150,13 @@ def test_a_log_uniform_w_has_its_law_and_a_ramp_its_end():
 
 
 @pytest.mark.parametrize(
-  "changes", [{}, {"jump_probabilities": (1.0,) * 6 + (3.0,)}, {"times": "logit_normal"}]
+  "changes",
+  [
+    {},
+    {"jump_probabilities": (1.0,) * 6 + (3.0,)},
+    {"times": "logit_normal"},
+    {"rollout": True},
+  ],
 )
 def test_the_curriculum_weighs_short_jumps_more_at_first_and_has_mean_one(changes):
   continuous = {"jumps": "continuous"} if "times" in changes else {}
@@ -183,13 +194,14 @@ def test_a_rollout_goes_on_where_the_networks_own_jump_ends_with_its_gradient():
   followed = objectives.follow_jumps(network(0.7), x_t, conditions, cfg.shares)
   expected, slope, unjoined = np.array(x_t), np.zeros(x_t.shape), 0
   for a, b in zip(rows.consistency[0::2], rows.consistency[1::2], strict=True):
+    assert conditions.d[b] == conditions.d[a]
     if conditions.d[a] == 1:
       unjoined += 1
       continue
     of = lambda values, i: np.array([values[i]])
     row = [of(values, a) for values in conditions]
     assert conditions.t[b] == conditions.t[a] + conditions.d[a] <= 1 - conditions.d[b]
-    for name in ("c", "d", "w"):
+    for name in ("c", "w"):
       assert getattr(conditions, name)[a] == getattr(conditions, name)[b]
     slope[b] = conditions.d[a] * np.asarray(wavy(x_t[a : a + 1], *row))[0]
     expected[b] = x_t[a] + 0.7 * slope[b]
@@ -229,10 +241,15 @@ def test_a_network_that_is_given_the_interval_learns_guidance_from_its_start_on(
   few = objectives.Conditions(*(jnp.asarray(a[:64]) for a in conditions))
   x0, x1 = jax.random.normal(jax.random.key(6), (2, 64, 8, 8, 1))
   x_t = paths.interpolate(x0, x1, few.t)
-  label = lambda x, t, c, d, w: x * 0 + paths.expand(jnp.where(c == NULL, 0.0, 3.0), x)
+
+  def label(x, t, c, d, w):  # at w = 0, and the row's own start, which it tells
+    s = jnp.where(c == NULL, 0.0, 3.0 + w[:, 1]) + 100 * w[:, 0]
+    return jnp.broadcast_to(paths.expand(s, x), x.shape)
+
   y = objectives.regression_targets(label, label, x0, x1, x_t, few, exp.objective, NULL)
   is_on = few.t >= few.w[:, 1]
-  expected = (x1 - x0) + 3 * paths.expand(jnp.where(is_on, few.w[:, 0], 0.0), x1)
+  guiding = jnp.where(is_on, few.w[:, 0], 0.0) * (3.0 + few.w[:, 1])
+  expected = (x1 - x0) + paths.expand(guiding, x1)
   guided = objectives.deal_rows(64, exp.objective.shares).guidance
   assert 0 < is_on[guided].sum() < len(guided)
   np.testing.assert_allclose(y[guided], expected[guided], rtol=1e-5, atol=1e-5)

@@ -207,7 +207,7 @@ def test_the_gradients_of_the_papers_methods_stay_what_they_are(reference, varia
 
 
 BEYOND = {
-  "rollout": {"rollout": True, "curriculum": 0.5, "w_scaled": True},
+  "rollout": {"rollout": True, "w_scaled": True},
   "identity": {"target": "identity", "times": "logit_normal", "jumps": "continuous"},
 }
 
