@@ -157,10 +157,40 @@ class ObjectiveConfig:
         f"objective.target='identity' with guidance={self.guidance!r}: it is of intrinsic "
         "guidance; set target='two_steps'."
       )
+    if self.target == "identity" and self.shares[2] and self.jumps == "dyadic":
+      raise ValueError(
+        "objective.target='identity' is a derivative in t and d, of which dyadic jumps show the "
+        "network no more than seven points: set jumps='continuous'."
+      )
+    if self.target == "identity" and self.clip:
+      raise ValueError(
+        f"objective.clip={self.clip} is of the two steps of a target, and target='identity' takes "
+        "none: set clip to 0."
+      )
+    if self.tangent == "network" and self.target != "identity":
+      raise ValueError(
+        f"objective.tangent='network' is of target='identity', and target is {self.target!r}: set "
+        "tangent='path'."
+      )
     if self.jumps == "continuous" and self.times == "grid":
       raise ValueError(
         "objective.jumps='continuous' are between two times, and times='grid' has none between: "
         "set times to uniform or logit_normal."
+      )
+    if self.grid_share and self.times == "grid":
+      raise ValueError(
+        f"objective.grid_share={self.grid_share} with times='grid', where all rows are on the grid:"
+        " set times to uniform or logit_normal, or grid_share to 0."
+      )
+    if self.rollout and not self.shares[2]:
+      raise ValueError(
+        f"objective.rollout joins consistency rows, of which shares={self.shares} has none: set "
+        "rollout to False."
+      )
+    if self.rollout and self.jumps == "continuous":
+      raise ValueError(
+        "objective.rollout joins two jumps on the grid, and jumps='continuous' are not: set "
+        "rollout to False or jumps to dyadic."
       )
     if self.jump_probabilities and (
       len(self.jump_probabilities) != len(paths.JUMPS) or not sum(self.jump_probabilities)
@@ -168,6 +198,16 @@ class ObjectiveConfig:
       raise ValueError(
         f"objective.jump_probabilities={self.jump_probabilities}: give {len(paths.JUMPS)} weights, "
         "of d = 1/64, 1/32, ..., 1, which are not all 0, or () for equal ones."
+      )
+    if self.jump_probabilities and self.jumps == "continuous" and not self.grid_share:
+      raise ValueError(
+        "objective.jump_probabilities are of jumps on the grid, and with jumps='continuous' and "
+        "grid_share=0 there are none: set grid_share, or jump_probabilities to ()."
+      )
+    if self.split != 0.5 and self.target == "identity":
+      raise ValueError(
+        f"objective.split={self.split} is of the two steps of a target, and target='identity' "
+        "takes none: set split to 0.5."
       )
     if self.split != 0.5 and self.jumps == "dyadic":
       raise ValueError(

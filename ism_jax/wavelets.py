@@ -58,10 +58,10 @@ class WaveletConfig:
 
   def __post_init__(self):
     ranges.check_fields(self, "wavelet")
-    if self.tree == "packet" and self.form == "weighted":
+    if self.tree == "packet" and self.form != "norm":
       raise ValueError(
-        "wavelet.form='weighted' weighs levels, and the bands of wavelet.tree='packet' are all of "
-        "one: set form='norm', or tree='pyramid'."
+        f"wavelet.tree='packet' is of form='norm', and wavelet.form is {self.form!r}: set "
+        "form='norm', or tree='pyramid'."
       )
 
 

@@ -285,20 +285,33 @@ def test_an_adaptive_distance_weighs_each_gradient_by_its_square(key):
   np.testing.assert_allclose(slope, 2 * e / paths.expand(squares + 1e-3, e), rtol=1e-5)
 
 
+IDENTITY = {"target": "identity", "times": "uniform", "jumps": "continuous"}
+
+
 @pytest.mark.parametrize(
   ("section", "changes", "message"),
   [
-    ("objective", {"guidance": "two_pass"}, r"set shares to \(1, 0, 0\)|second share to 0"),
+    ("objective", {"guidance": "two_pass"}, "second share to 0"),
+    ("objective", {"guidance": "two_pass", "shares": (1, 0, 1)}, r"set shares to \(1, 0, 0\)"),
     ("objective", {"jumps": "continuous"}, "set times to uniform or logit_normal"),
     ("objective", {"jump_probabilities": (1.0, 2.0)}, "give 7 weights"),
     ("objective", {"jump_probabilities": (0.0,) * 7}, "not all 0"),
     ("objective", {"jump_probabilities": (0.0,) * 6 + (1.0,), "curriculum": 1.0}, "jumps of 1"),
     ("objective", {"split": 0.25}, "jumps='continuous'"),
     ("objective", {"split": 0.75}, r"\[1e-4, 0.5\]"),
-    ("objective", {"target": "identity"}, "model.attention='xla'"),
+    ("objective", {"target": "identity"}, "set jumps='continuous'"),
+    ("objective", IDENTITY, "model.attention='xla'"),
+    ("objective", IDENTITY | {"clip": 4.0}, "set clip to 0"),
+    ("objective", IDENTITY | {"split": 0.25}, "set split to 0.5"),
+    ("objective", IDENTITY | {"rollout": True}, "jumps on the grid"),
+    ("objective", IDENTITY | {"jump_probabilities": (1.0,) * 7}, "set grid_share"),
+    ("objective", {"tangent": "network"}, "set tangent='path'"),
+    ("objective", {"grid_share": 0.5}, "all rows are on the grid"),
+    ("objective", {"rollout": True, "shares": (1, 1, 0)}, "set rollout to False"),
     ("objective", {"t_interval_max": 0.2}, "t_interval=0.3 is beyond those that are drawn"),
     ("objective", {"curriculum": 1.5}, r"\[0, 1\]"),
     ("wavelet", {"tree": "packet", "form": "weighted"}, "tree='pyramid'"),
+    ("wavelet", {"tree": "packet", "form": "l2"}, "tree='pyramid'"),
   ],
 )
 def test_values_that_mean_nothing_are_refused(section, changes, message):
