@@ -36,7 +36,8 @@ _ROUNDS = 32
 _DUAL_RATE = 0.03
 # Noises that are drawn for each that an image is to have: few images have to be filled up.
 _DRAWS = 2
-_DRAWN_TOGETHER = 1024  # noises
+_DRAWN_TOGETHER = 1024  # noises, or fewer for more than 65,536 images
+_SCORES = 2**26  # of images for noises that are drawn together: 256 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,13 +314,14 @@ def class_seeds(x, is_image, g, label, key_noise, key_ties, shape, cfg: Coupling
     <x_i, z> over these pairs, divided by that of optimal ones, or rather by the dual's bound of it)
   """
   n, rounds = len(x), cfg.class_rounds
-  chunks = -(-_DRAWS * rounds * n // _DRAWN_TOGETHER)
+  together = max(1, min(_DRAWN_TOGETHER, _SCORES // n))
+  chunks = -(-_DRAWS * rounds * n // together)
 
   def score_chunk(best, chunk):
     margins, seeds, products = best
-    drawn = chunk * _DRAWN_TOGETHER + jnp.arange(_DRAWN_TOGETHER)
-    labels = jnp.full(_DRAWN_TOGETHER, label)
-    z = numbered_noise(key_noise, labels, drawn, shape).reshape(_DRAWN_TOGETHER, -1)
+    drawn = chunk * together + jnp.arange(together)
+    labels = jnp.full(together, label)
+    z = numbered_noise(key_noise, labels, drawn, shape).reshape(together, -1)
     product = dot_rows(x, z)
     gumbel = jax.random.gumbel(jax.random.fold_in(key_ties, chunk), product.shape)
     score = jnp.where(is_image[:, None], product + g[:, None], -jnp.inf)

@@ -27,7 +27,7 @@ from ism_jax.runtime import arrays, files, logs
 
 # Raise it with every change that makes another table: it is part of the file's name.
 VERSION = 1
-LARGEST = 2**30  # numbers in the images of a class, or in their scores: 4 GiB of a device
+LARGEST = 2**30  # numbers in the images of a class, their scores or noises: 4 GiB of a device
 _READ_TOGETHER = 256  # images, in each thread
 _UNIT = 64  # classes are padded to a multiple of it, so that few sizes are compiled
 
@@ -35,8 +35,8 @@ _UNIT = 64  # classes are padded to a multiple of it, so that few sizes are comp
 def noise_seeds(source, data: pipeline.DataConfig, cfg: couplings.CouplingConfig, keys):
   """The table int32 [N, R] of a source: kept in the dataset's folder, or else made and kept there.
 
-  The first process makes or reads it, and the others are given it. Where the dataset's folder
-  cannot be written, or is in a bucket, it is in the cache of weights.
+  The first process makes or reads it, and the others are given it. Where the dataset's folder has
+  none and cannot be written, or is in a bucket, it is in the cache of weights.
 
   Args:
     keys: of the run, see `steps.base_keys`: with another seed it is another table.
@@ -53,14 +53,17 @@ def noise_seeds(source, data: pipeline.DataConfig, cfg: couplings.CouplingConfig
 
 def _kept_or_made(source, data, cfg, keys):
   digest = _digest(source, data, cfg, keys)
-  path = os.path.join(_folder(data), f"{digest[:16]}.npz")
-  if os.path.exists(path):
-    try:
-      return _read(path, (len(source), cfg.class_rounds), digest)
-    except Exception as error:  # a cache may never stop a run
-      logging.warning("The kept pairs %s are no use (%s): making them anew.", path, error)
+  folders = [os.path.join(f, "pairs") for f in (pipeline.directory(data), weights.cache())]
+  folders = [folder for folder in folders if "://" not in folder]
+  for path in (os.path.join(folder, f"{digest[:16]}.npz") for folder in folders):
+    if os.path.exists(path):
+      try:
+        return _read(path, (len(source), cfg.class_rounds), digest)
+      except Exception as error:  # a cache may never stop a run
+        logging.warning("The kept pairs %s are no use (%s): making them anew.", path, error)
   table = _make(source, data, cfg, keys)
   try:
+    path = os.path.join(_writable(folders), f"{digest[:16]}.npz")
     with files.whole_file(path) as temporary, open(temporary, "wb") as file:
       np.savez(file, seeds=table, digest=digest)
   except OSError as error:
@@ -68,20 +71,19 @@ def _kept_or_made(source, data, cfg, keys):
   return table
 
 
-def _folder(data) -> str:
-  folder = os.path.join(pipeline.directory(data), "pairs")
-  if "://" not in folder:
+def _writable(folders: list[str]) -> str:
+  """The first that can be written, or else the last."""
+  for folder in folders[:-1]:
     with contextlib.suppress(OSError):
       files.check_writable(folder)
       return folder
-  return os.path.join(weights.cache(), "pairs")
+  return folders[-1]
 
 
 def _digest(source, data, cfg, keys) -> str:
   """Of all that the table depends on."""
-  of_class = {
-    name: value for name, value in dataclasses.asdict(cfg).items() if name.startswith("class_")
-  }
+  is_read = lambda name: name.startswith("class_") and name != "class_penalty"
+  of_class = {name: value for name, value in dataclasses.asdict(cfg).items() if is_read(name)}
   of_data = {
     field.name: getattr(data, field.name)
     for field in dataclasses.fields(data)
@@ -129,12 +131,13 @@ def _make(source, data, cfg, keys):
 
 
 def _check_largest(sizes, data, cfg) -> None:
-  each = max(int(np.prod(data.image_shape)), cfg.class_batch)
+  each = max(int(np.prod(data.image_shape)), cfg.class_batch, 2 * cfg.class_rounds)
   if sizes.max() * each > LARGEST:
     raise ValueError(
       f"class {sizes.argmax()} has {sizes.max()} images, and coupling.coupling='classwise' takes "
       f"{LARGEST // each} of data.image_size={data.image_size} with coupling.class_batch="
-      f"{cfg.class_batch}: set coupling.coupling=ot, or train on classes of fewer images."
+      f"{cfg.class_batch} and class_rounds={cfg.class_rounds}: set coupling.coupling=ot, or train "
+      "on classes of fewer images."
     )
 
 
