@@ -127,8 +127,16 @@ def _train(exp: Experiment, config, workdir: str, mesh, source):
   cfg = exp.checkpoint
   manager = checkpoints.open_manager(workdir, keep=cfg.keep, keep_every=cfg.keep_every)
   with watch_for_preemption(manager) as preempted, checkpoints.finishing(manager):
+    about = {"dataset": source.identity, "classes": source.classes}
+    about["class_counts"] = source.class_counts
+    state, position = start_or_continue(exp, config, workdir, mesh, manager, about)
+    if exp.init_from and int(state.step) == 0:
+      check_time(exp, mesh, state.params, source)
+    if int(state.step) >= total:
+      logging.info("%s has all %d steps already.", workdir, total)
+      return state, None
     seeds = None
-    if exp.coupling.coupling == "classwise":
+    if exp.coupling.coupling == "classwise":  # which may take long
       seeds = data.noise_seeds(source, exp.data, exp.coupling, steps.base_keys(exp.seed))
     pools = data.pools(
       source,
@@ -140,21 +148,17 @@ def _train(exp: Experiment, config, workdir: str, mesh, source):
       num_threads=exp.data.num_threads,
       seeds=seeds,
     )
-    about = {"dataset": source.identity, "classes": source.classes}
-    about["class_counts"] = source.class_counts
-    state, log = start_or_continue(exp, config, workdir, mesh, manager, pools, about)
-    if exp.init_from and int(state.step) == 0:
-      check_time(exp, mesh, state.params, source)
-    if int(state.step) >= total:
-      logging.info("%s has all %d steps already.", workdir, total)
-      return state, None
+    log = None
+    if position is not None:
+      pools.set_state(position["pools"])
+      log = position["log"]
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     logging.info("\n%s", overview)
     return _loop(exp, config, workdir, mesh, manager, pools, about, state, log, preempted)
 
 
-def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pools, about: dict):
-  """(TrainState, state of the log) of the newest whole checkpoint; `pools` is set to where it was.
+def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, about: dict):
+  """(TrainState, position of the data and the log) of the newest whole checkpoint.
 
   Of a new run: (a new state, None). `about` is what a checkpoint says of the data, by the names of
   a source's attributes, see `data.pipeline`; its "dataset" is the identity. A ValueError if the
@@ -182,9 +186,8 @@ def start_or_continue(exp: Experiment, config, workdir: str, mesh, manager, pool
     return restored, position
 
   step, (state, position) = checkpoints.restore_newest(manager, read, move_damaged=True)
-  pools.set_state(position["pools"])
   logging.info("Continuing from step %d of %s.", step, workdir)
-  return state, position["log"]
+  return state, position
 
 
 def check_time(exp: Experiment, mesh, params, source) -> None:
