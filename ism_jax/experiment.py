@@ -346,6 +346,17 @@ def check_continues(saved: dict, config: dict) -> None:
     logging.info("Differs from the checkpoint's config: %s.", describe(differ))
 
 
+def check_interval(saved: dict, exp: Experiment) -> None:
+  """Raises if samples are to have another guidance interval than the network has learnt."""
+  objective, trained = exp.objective, flatten(saved)["objective.t_interval"]
+  is_free = objective.t_interval_max or objective.guidance == "two_pass"
+  if objective.t_interval != trained and not is_free:
+    raise ValueError(
+      f"objective.t_interval={objective.t_interval} where {trained} was trained: without "
+      "objective.t_interval_max the network has learnt one. Leave it out."
+    )
+
+
 def flatten(tree: dict) -> dict:
   """{"a": {"b": 1}} -> {"a.b": 1}; lists become tuples, and keys that came later have defaults."""
   defaults = {k: m.default for k, m in MARKS.items() if m.default is not dataclasses.MISSING}

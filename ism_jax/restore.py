@@ -120,6 +120,7 @@ def read(
   def experiment_of(saved):
     if continued is not None:
       experiment.check_continues(saved, files.as_dict(config))
+      experiment.check_interval(saved, continued)
     return continued or experiment.parse(saved)
 
   if not is_run(source):
@@ -189,14 +190,22 @@ def read_start(source: str, exp: Experiment, names: Sequence[str] | None):
     network = model.at_interval(began.network(), params, began.objective.t_interval)
     state = sit.from_params(*network[::-1], began.image_shape)
     about, known = f"the {trained.about} of {source}", trained.names
+    w_scaled = began.objective.w_scaled
   else:
-    (state, about), known = sit.read(source), None
+    (state, about), known, w_scaled = sit.read(source), None, False
     with contextlib.suppress(FileNotFoundError, ValueError):  # a state dict alone
-      known = _names(find_export(source, beside=())[1])
+      details = find_export(source, beside=())[1]
+      known, w_scaled = _names(details), details["config"]["objective"].get("w_scaled", False)
   if exp.init_time == "data_to_noise":
     state = sit.reverse_time(state, about)
-  network = exp.network()
+  network = exp.network().clone(interval=False)  # a start has none: it is added, as what it lacks
   params = sit.to_own_params(state, network, exp.image_shape, about)
+  if network.guided and "w_embedder" in params and w_scaled != exp.objective.w_scaled:
+    raise ValueError(
+      f"{about} was trained with objective.w_scaled={w_scaled}, and this run has "
+      f"{exp.objective.w_scaled}: its output would be off by 1 + w. Set objective.w_scaled="
+      f"{w_scaled}."
+    )
   table, count = params["y_embedder"]["embedding"], exp.data.num_classes
   before, imagenet = len(table) - 1, imagenet_labels.IMAGENET_LABELS_LIST
   if names and known and len(known) == before:

@@ -79,6 +79,9 @@ def test_a_config_is_that_of_the_run_or_is_refused(workdir):
   config.seed = 3
   with pytest.raises(ValueError, match="was made with seed=0, now 3"):
     restore.read(workdir, config=config)
+  config.seed, config.objective.t_interval = 0, 0.1
+  with pytest.raises(ValueError, match=r"t_interval=0.1 where 0.3 was trained"):
+    restore.read(workdir, config=config)
   known = "known are ema, target_ema, params, ema:0.9"
   with pytest.raises(ValueError, match=rf"tree='ema:0\.5' is unknown; {known}\."):
     restore.read(workdir, "ema:0.5")
@@ -201,9 +204,10 @@ def test_exports_of_two_networks_are_told_apart_and_keep_the_names_of_classes(
   assert restore.read("diffusion_pytorch_model.safetensors").names == names
 
 
-def of_data(count=10, size=8, channels=1, model=None):
+def of_data(count=10, size=8, channels=1, model=None, **objective):
   """The experiment of a training on other data."""
   config = tiny_config()
+  config.objective.update(objective)
   config.data.update({"num_classes": count, "image_size": size, "channels": channels})
   config.model.size = model or config.model.size
   config.sample.label = "all"
@@ -295,6 +299,16 @@ def test_a_training_begins_with_no_network_of_other_channels_or_blocks(workdir, 
   (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
   with pytest.raises(FileNotFoundError, match="no checkpoint"):
     restore.read_start(str(tmp_path / "empty"), of_data(), None)
+
+
+def test_a_start_takes_the_interval_as_a_new_input_and_no_other_scale(workdir, export):
+  for source in (workdir, export):
+    exp = of_data(t_interval_max=0.5)
+    begun = restore.read_start(source, exp, None)
+    state = steps.init_function(exp, sharding.data_mesh())(jax.random.key(0), begun)
+    assert not state.params["interval_embedder"]["mlp_2"]["kernel"].any()
+    with pytest.raises(ValueError, match=r"Set objective\.w_scaled=False"):
+      restore.read_start(source, of_data(w_scaled=True), None)
 
 
 def run(command, *arguments):
