@@ -207,8 +207,7 @@ def _apply_other(config, variant):
   objective = config.objective
   if variant == "plus":
     objective.update({"w_scaled": True, "w_drawn": "log_uniform"})
-    config.optimizer.b2 = 0.95
-    config.coupling.coupling = "classwise"
+    objective.jump_probabilities = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0)  # of 1/64, 1/32, ..., 1
     return config
   objective.times = "logit_normal"
   if variant == "split":
@@ -218,7 +217,7 @@ def _apply_other(config, variant):
   config.coupling.coupling = "independent"
   config.wavelet.form = "l2"
   if variant == "fm":
-    objective.update({"guidance": "two_pass", "shares": (1, 0, 0), "times_mean": 0.0})  # SiT
+    objective.update({"guidance": "two_pass", "shares": (1, 0, 0), "times_mean": 0.0})  # SD 3
     return config
   objective.update({"target": "identity", "jumps": "continuous"})
   objective.tangent = {"meanflow": "path", "imf": "network"}[variant]

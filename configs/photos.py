@@ -28,7 +28,7 @@ def get_config(variant: str = "ism"):
       "sample": {"steps": "1", "num_images": 100, "batch_size": 100},
       "monitor": {"every": 1_000, "score": True},
       "evaluation": {
-          "num_images": 512, "batch_size": 512, "enlarge": 4, "w": (0.0, 0.5),
+          "num_images": 512, "batch_size": 512, "enlarge": 4, "w": (0.0, 0.5, 1.0),
           "networks": "random,classifier", "reference_split": "test",
       },
   })  # fmt: skip

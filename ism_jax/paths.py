@@ -98,7 +98,7 @@ def draw_start(key, d):
 
 
 def draw_times(key, shape, mean: float, deviation: float):
-  """Times in (0, 1) whose logit is normal, with this mean and standard deviation (SD 3; SiT)."""
+  """Times in (0, 1) whose logit is normal, with this mean and standard deviation (SD 3)."""
   return jax.nn.sigmoid(mean + deviation * jax.random.normal(key, shape))
 
 
