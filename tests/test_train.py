@@ -385,7 +385,7 @@ def test_a_path_that_cannot_hold_checkpoints_is_refused_before_the_data_is_read(
 def test_a_second_run_in_a_workdir_is_refused_and_reading_it_is_not(
   run, tmp_path, one_device, monkeypatch
 ):
-  """Here the second starts while the first begins to read its data."""
+  """Here the second starts while the first begins to read its checkpoint."""
   workdir = shutil.copytree(run[0], tmp_path / "work")
   before = sorted(path for path in workdir.rglob("*") if path.name != "training.lock")
   starts = []
@@ -394,7 +394,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_reading_it_is_not(
     starts.append(str(workdir))
     train.train(tiny_config(), str(workdir), one_device)
 
-  monkeypatch.setattr(data, "pools", start_another)
+  monkeypatch.setattr(train, "start_or_continue", start_another)
   with pytest.raises(OSError, match=f"work is being trained in by process {os.getpid()} on "):
     train.train(tiny_config(), str(workdir), one_device)
   assert len(starts) == 1
