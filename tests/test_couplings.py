@@ -308,8 +308,8 @@ def test_on_a_line_the_duals_split_the_noise_at_its_quantiles(positions):
 def test_each_image_of_a_class_is_given_its_part_of_the_noise(threes):
   x, g, _, counts, _ = threes
   z = np.random.default_rng(0).standard_normal((100 * len(x), 64))
-  counts = np.bincount((z @ x.T + g).argmax(1), minlength=len(x))
-  assert np.mean(np.square(counts / 100 - 1)) < 0.02  # 0.01 of exact parts, by chance
+  parts = np.bincount((z @ x.T + g).argmax(1), minlength=len(x)) / 100
+  assert np.mean(np.square(parts - 1)) < 0.02  # 0.01 of exact parts, by chance
   assert counts.mean() > 0.999 * CLASSWISE.class_rounds
 
 
