@@ -117,6 +117,11 @@ class ObjectiveConfig:
 
   def __post_init__(self):
     ranges.check_fields(self, "objective")
+    self._check_losses()
+    self._check_target()
+    self._check_draws()
+
+  def _check_losses(self):
     if self.shares[0] < 1:
       raise ValueError(
         f"objective.shares={self.shares}: give rows of velocity (at least 1), guidance and "
@@ -152,6 +157,8 @@ class ObjectiveConfig:
         f"objective.t_interval={self.t_interval} is beyond those that are drawn, up to "
         f"t_interval_max={self.t_interval_max}: set it to that or less."
       )
+
+  def _check_target(self):
     if self.target == "identity" and not self.intrinsic:
       raise ValueError(
         f"objective.target='identity' with guidance={self.guidance!r}: it is of intrinsic "
@@ -172,6 +179,18 @@ class ObjectiveConfig:
         f"objective.tangent='network' is of target='identity', and target is {self.target!r}: set "
         "tangent='path'."
       )
+    if self.split != 0.5 and self.target == "identity":
+      raise ValueError(
+        f"objective.split={self.split} is of the two steps of a target, and target='identity' "
+        "takes none: set split to 0.5."
+      )
+    if self.split != 0.5 and self.jumps == "dyadic":
+      raise ValueError(
+        f"objective.split={self.split} makes two steps that are not dyadic, which dyadic jumps "
+        "never train: set jumps='continuous'."
+      )
+
+  def _check_draws(self):
     if self.jumps == "continuous" and self.times == "grid":
       raise ValueError(
         "objective.jumps='continuous' are between two times, and times='grid' has none between: "
@@ -203,16 +222,6 @@ class ObjectiveConfig:
       raise ValueError(
         "objective.jump_probabilities are of jumps on the grid, and with jumps='continuous' and "
         "grid_share=0 there are none: set grid_share, or jump_probabilities to ()."
-      )
-    if self.split != 0.5 and self.target == "identity":
-      raise ValueError(
-        f"objective.split={self.split} is of the two steps of a target, and target='identity' "
-        "takes none: set split to 0.5."
-      )
-    if self.split != 0.5 and self.jumps == "dyadic":
-      raise ValueError(
-        f"objective.split={self.split} makes two steps that are not dyadic, which dyadic jumps "
-        "never train: set jumps='continuous'."
       )
     if self.curriculum and self.jump_probabilities and not any(self.jump_probabilities[:-1]):
       raise ValueError(
