@@ -53,25 +53,24 @@ def apply(config, words: str):
   config.checkpoint.update({"every": 5_000, "keep_every": 100_000})
   config.monitor.update({"every": 25_000, "num_images": 80, "w": 1.5})
   config.sample.w = 1.5
-  words, variants = words.split(","), []
+  words = words.split(",")
+  variants = [word for word in words if word in base.VARIANTS]
+  if len(variants) > 1:
+    raise ValueError(f"{','.join(variants)!r} names {len(variants)} variants: name one.")
+  base.apply_variant(config, *variants or ["ism"])
   if _FINETUNE in words:
-    words.remove(_FINETUNE)
     _finetune(config)
   for word in words:
     if word in _SIZES:
       config.model.size = _SIZES[word]
     elif word in _LENGTHS:
       config.steps = _LENGTHS[word]
-    elif word in base.VARIANTS:
-      variants.append(word)
-    else:
+    elif word not in (*variants, _FINETUNE):
       raise ValueError(
         f"{word!r} is no variant, size or length; known are {', '.join(base.VARIANTS)}; "
         f"{', '.join(_SIZES)}; {', '.join(_LENGTHS)}; {_FINETUNE}."
       )
-  if len(variants) > 1:
-    raise ValueError(f"{','.join(variants)!r} names {len(variants)} variants: name one.")
-  return base.apply_variant(config, *variants or ["ism"])
+  return config
 
 
 def _finetune(config):
@@ -82,6 +81,9 @@ def _finetune(config):
   pixels = 8 * config.data.image_size
   config.update({"init_from": f"SiT-XL-2-{pixels}.pt", "steps": 100_000})
   config.optimizer.update({"b2": 0.95, "clip_norm": 1.0})
-  config.objective.update({"curriculum": 0.5, "w_ramp": 0.25})
+  if config.objective.shares[2]:
+    config.objective.curriculum = 0.5
+  if config.objective.guidance == "intrinsic":
+    config.objective.w_ramp = 0.25
   config.checkpoint.keep_every = 10_000
   config.monitor.update({"every": 5_000, "steps": (1, 2)})

@@ -33,6 +33,10 @@ STRENGTHS = ("grid", "log_uniform")
 Share = Annotated[int, "[0, 1000]"]
 Weight = Annotated[float, "[0, 1e4]"]
 OfRun = Annotated[float, "[0, 1]"]  # a part of the run; 0 is none
+_OF_INTRINSIC = {  # what no other guidance reads, and where it is off
+  "w_scaled": False, "w_drawn": "grid", "w_ramp": 0.0, "guided_velocity": "path",
+  "t_interval_max": 0.0, "target": "two_steps",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +146,12 @@ class ObjectiveConfig:
         f"objective.shares={self.shares} with guidance='two_pass', which learns velocities alone: "
         "set shares to (1, 0, 0)."
       )
-    if self.w_scaled and not self.intrinsic:
-      raise ValueError(
-        f"objective.w_scaled with guidance={self.guidance!r}: that network has no w to scale by; "
-        "set it to False."
-      )
-    if self.t_interval_max and not self.intrinsic:
-      raise ValueError(
-        f"objective.t_interval_max={self.t_interval_max} with guidance={self.guidance!r}: that "
-        "network has no input for an interval; set it to 0."
-      )
+    for name, off in _OF_INTRINSIC.items():
+      if not self.intrinsic and getattr(self, name) != off:
+        raise ValueError(
+          f"objective.{name}={getattr(self, name)!r} is of intrinsic guidance, and guidance is "
+          f"{self.guidance!r}: set it to {off!r}."
+        )
     if self.t_interval > self.t_interval_max > 0:
       raise ValueError(
         f"objective.t_interval={self.t_interval} is beyond those that are drawn, up to "
@@ -159,11 +159,6 @@ class ObjectiveConfig:
       )
 
   def _check_target(self):
-    if self.target == "identity" and not self.intrinsic:
-      raise ValueError(
-        f"objective.target='identity' with guidance={self.guidance!r}: it is of intrinsic "
-        "guidance; set target='two_steps'."
-      )
     if self.target == "identity" and self.shares[2] and self.jumps == "dyadic":
       raise ValueError(
         "objective.target='identity' is a derivative in t and d, of which dyadic jumps show the "
@@ -205,6 +200,11 @@ class ObjectiveConfig:
       raise ValueError(
         f"objective.rollout joins consistency rows, of which shares={self.shares} has none: set "
         "rollout to False."
+      )
+    if self.curriculum and not self.shares[2]:
+      raise ValueError(
+        f"objective.curriculum={self.curriculum} is of consistency rows, of which "
+        f"shares={self.shares} has none: set it to 0."
       )
     if self.rollout and self.jumps == "continuous":
       raise ValueError(

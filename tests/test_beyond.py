@@ -308,6 +308,14 @@ IDENTITY = {"target": "identity", "times": "uniform", "jumps": "continuous"}
     ("objective", {"tangent": "network"}, "set tangent='path'"),
     ("objective", {"grid_share": 0.5}, "all rows are on the grid"),
     ("objective", {"rollout": True, "shares": (1, 1, 0)}, "set rollout to False"),
+    ("objective", {"curriculum": 1.0, "shares": (1, 1, 0)}, "consistency rows, .* set it to 0"),
+    *[
+      ("objective", {"guidance": "fixed_finest", "shares": (3, 0, 1)} | change, "is of intrinsic")
+      for change in (
+        *({"w_scaled": True}, {"w_drawn": "log_uniform"}, {"w_ramp": 0.5}),
+        *({"guided_velocity": "network"}, {"t_interval_max": 0.5}, {"target": "identity"}),
+      )
+    ],
     ("objective", {"t_interval_max": 0.2}, "t_interval=0.3 is beyond those that are drawn"),
     ("objective", {"curriculum": 1.5}, r"\[0, 1\]"),
     ("wavelet", {"tree": "packet", "form": "weighted"}, "tree='pyramid'"),

@@ -125,6 +125,8 @@ def test_fine_tuning_begins_with_sits_own_file_and_composes_with_other_words():
   exp = experiment.parse(imagenet256.get_config("b2,250k,finetune,sm"))
   assert (exp.model.size, exp.steps, exp.variant) == ("SiT-B/2", 250_000, "sm")
   assert (exp.optimizer.b2, exp.optimizer.clip_norm) == (0.95, 1.0)
+  assert (exp.objective.curriculum, exp.objective.w_ramp) == (0.5, 0.0)  # sm draws no w
+  assert experiment.parse(imagenet256.get_config("fm,finetune")).objective.curriculum == 0
   new = experiment.parse(imagenet256.get_config())
   assert (new.init_from, new.optimizer.clip_norm, new.objective.curriculum) == ("", 0, 0)
 
