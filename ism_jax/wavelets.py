@@ -35,7 +35,7 @@ class WaveletConfig:
         coefficients c_b: a norm per band, so no band drowns in another.
       "weighted": sum_b weights[level of b] n_b mean(c_b^2) / n; equal to "l2" for unit weights.
       "adaptive": ||e||^2 / (||e||^2 + epsilon), the divisor without a gradient; no wavelets, and
-        not the paper's, but MeanFlow's.
+        not the paper's, but MeanFlow's. It covers all three losses, or the others drown in it.
     family: a PyWavelets name. Haar is the only one that reaches full depth.
     levels: depth of the decomposition; -1 is the deepest the size allows, 0 is a single band (the
       error itself).
@@ -62,6 +62,11 @@ class WaveletConfig:
       raise ValueError(
         f"wavelet.tree='packet' is of form='norm', and wavelet.form is {self.form!r}: set "
         "form='norm', or tree='pyramid'."
+      )
+    if self.form == "adaptive" and not set(LOSSES) <= set(self.losses):
+      raise ValueError(
+        f"wavelet.form='adaptive' with losses={self.losses}: its rows outweigh those of a mean "
+        f"squared error, of which nothing is learnt then; set wavelet.losses={LOSSES}."
       )
 
 

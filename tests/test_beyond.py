@@ -277,7 +277,7 @@ def test_a_packet_at_full_depth_is_the_walsh_hadamard_transform(key):
 
 def test_an_adaptive_distance_weighs_each_gradient_by_its_square(key):
   e = jax.random.normal(key, (5, 4, 4, 1))
-  cfg = dataclasses.replace(ISM.wavelet, form="adaptive")
+  cfg = dataclasses.replace(ISM.wavelet, form="adaptive", losses=wavelets.LOSSES)
   squares = np.sum(np.square(e), axis=(1, 2, 3))
   distance = lambda e: wavelets.distance(e, cfg, "consistency")
   np.testing.assert_allclose(distance(e), squares / (squares + 1e-3), rtol=1e-5)
@@ -318,6 +318,7 @@ IDENTITY = {"target": "identity", "times": "uniform", "jumps": "continuous"}
     ],
     ("objective", {"t_interval_max": 0.2}, "t_interval=0.3 is beyond those that are drawn"),
     ("objective", {"curriculum": 1.5}, r"\[0, 1\]"),
+    ("wavelet", {"form": "adaptive"}, r"set wavelet.losses=\('velocity', 'guidance', 'cons"),
     ("wavelet", {"tree": "packet", "form": "weighted"}, "tree='pyramid'"),
     ("wavelet", {"tree": "packet", "form": "l2"}, "tree='pyramid'"),
   ],
