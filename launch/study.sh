@@ -67,11 +67,14 @@ techniques=(
   "ism $objective.w_scaled=True"
   "ism $objective.guided_velocity=network"
   "ism $objective.w_drawn=log_uniform"
+  "ism $objective.w_ramp=0.25"
   "ism $objective.t_interval_max=0.5"
   "ism --config.wavelet.tree=packet"
+  "ism --config.wavelet.form=adaptive --config.wavelet.losses=('velocity','guidance','consistency')"
   "ism $continuous"
   "ism $continuous $objective.split=0.25"
   "ism $continuous $objective.split=0.1"
+  imf
 )
 guidance=(
   ism
