@@ -13,6 +13,9 @@ from ism_jax import experiment, model, objectives, steps
 from ism_jax import state as state_lib
 from ism_jax.runtime import sharding
 
+IDENTITY = {"target": "identity", "times": "logit_normal", "jumps": "continuous"}
+PROGRESS = 0.25  # of the run, for a curriculum
+
 
 def randomised(params, key):
   """Weights that are nowhere zero: at SiT's initialisation most gradients are."""
@@ -58,7 +61,7 @@ def gradient_and_metrics(devices, micro_batches, slices=1, **changes):
     )
   everywhere = sharding.replicated(mesh)
   gradient = jax.jit(steps.gradient_function(exp, mesh), in_shardings=everywhere)
-  (loss, parts), grad = jax.device_get(gradient(*arguments))
+  (loss, parts), grad = jax.device_get(gradient(*arguments, None, PROGRESS))
   return grad, {"loss": loss, **parts}
 
 
@@ -113,6 +116,7 @@ def on_one_device(**changes):
     (2, {"batch_size": 16}),
     (1, {"batch_size": 8, "variant": "sm"}),
     pytest.param(1, {"batch_size": 24, "guidance_parameters": "target"}, marks=pytest.mark.slow),
+    pytest.param(1, {"batch_size": 16, **IDENTITY, "curriculum": 1.0}, marks=pytest.mark.slow),
   ],
 )
 def test_devices_that_lack_rows_of_some_losses_change_nothing(micro_batches, changes):
@@ -206,10 +210,7 @@ def test_the_gradients_of_the_papers_methods_stay_what_they_are(reference, varia
   np.testing.assert_allclose(optax.tree.norm(grad), norm, rtol=1e-4)
 
 
-BEYOND = {
-  "rollout": {"rollout": True, "w_scaled": True},
-  "identity": {"target": "identity", "times": "logit_normal", "jumps": "continuous"},
-}
+BEYOND = {"rollout": {"rollout": True, "w_scaled": True}, "identity": IDENTITY}
 
 
 @pytest.mark.slow
