@@ -289,7 +289,14 @@ def parse(config) -> Experiment:
       f"{MAX_ENLARGED} are the most: set it to {max(1, MAX_ENLARGED // pixels)} or less."
     )
   wavelets.depth(exp.wavelet, exp.image_shape[:2])
-  if exp.objective.target == "identity" and exp.model.attention != "xla":
+  objective = exp.objective
+  if exp.wavelet.form == "adaptive" and objective.shares[2] and objective.target == "two_steps":
+    raise ValueError(
+      "wavelet.form='adaptive' with objective.target='two_steps', whose targets have no variance: "
+      "as their error falls its weight rises, and nothing else is learnt. Set wavelet.form='norm', "
+      "or objective.target='identity'."
+    )
+  if objective.target == "identity" and exp.model.attention != "xla":
     raise ValueError(
       f"objective.target='identity' is a derivative in forward mode, which fused attention has not:"
       f" set model.attention='xla' (it is {exp.model.attention!r})."

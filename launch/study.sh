@@ -70,7 +70,6 @@ techniques=(
   "ism $objective.w_ramp=0.25"
   "ism $objective.t_interval_max=0.5"
   "ism --config.wavelet.tree=packet"
-  "ism --config.wavelet.form=adaptive --config.wavelet.losses=('velocity','guidance','consistency')"
   "ism $continuous"
   "ism $continuous $objective.split=0.25"
   "ism $continuous $objective.split=0.1"
