@@ -66,7 +66,8 @@ class WaveletConfig:
     if self.form == "adaptive" and not set(LOSSES) <= set(self.losses):
       raise ValueError(
         f"wavelet.form='adaptive' with losses={self.losses}: its rows outweigh those of a mean "
-        f"squared error, of which nothing is learnt then; set wavelet.losses={LOSSES}."
+        "squared error, of which nothing is learnt then; set wavelet.form='norm', or "
+        f"wavelet.losses={LOSSES} with objective.target='identity'."
       )
 
 
